@@ -1,0 +1,1 @@
+"""Measure what a run learned and how fast it ran, against baselines."""

@@ -1,0 +1,1 @@
+"""Pretrain a (hierarchical) JEPA on webdataset shards, resumably, with a report."""

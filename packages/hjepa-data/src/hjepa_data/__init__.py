@@ -1,0 +1,1 @@
+"""Webdataset shards, exact-resume streams, transforms and masks for self-supervised learning."""

@@ -1,0 +1,1 @@
+"""Hierarchical JEPA architectures and objectives: encoder, predictor, pyramid, heads."""

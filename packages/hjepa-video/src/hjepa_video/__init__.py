@@ -1,0 +1,1 @@
+"""Video JEPA on the same tokens: tubelets, clips, tube masks."""
