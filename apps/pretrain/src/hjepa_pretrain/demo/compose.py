@@ -20,7 +20,8 @@ ROTATION_RANGE = (-30.0, 30.0)
 TINT_RANGE = (0.25, 1.0)
 # Short side of a photo in units of the picture's side: from the whole photo to about a fifth of it.
 PHOTO_SCALES = (1.25, 2.0, 3.0, 5.0)
-_CHUNK = 4096
+# Small enough for the temporaries to stay in the cache.
+_CHUNK = 256
 
 
 @dataclass(kw_only=True, slots=True)
