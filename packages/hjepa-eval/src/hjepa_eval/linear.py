@@ -1,0 +1,278 @@
+"""Linear probe: multinomial logistic regression on frozen, standardised features, solved by L-BFGS."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from hjepa_eval.knn import top1
+
+MAX_LOGITS = 2**24  # held at once: 64 MiB of float32
+MAX_DIRECTIONS = 256  # of features that are wider, only so many directions get a scale of their own
+
+
+@dataclass(kw_only=True, slots=True)
+class LinearProbeConfig:
+    """How a linear probe is fitted.
+
+    Attributes:
+        l2: Candidate weights of the penalty l2 / 2 * |W|^2 beside the mean cross-entropy (scikit-learn's C is
+            1 / (n * l2)); the best on a held-out part of the training set is taken.
+        held_out: Share of the training samples that chooses among them, in (0, 1).
+        max_iterations: L-BFGS iterations for each candidate.
+        tolerance: A fit ends where no component of the gradient exceeds this.
+        seed: Seed of the split into fitted and held-out samples.
+    """
+
+    l2: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    held_out: float = 0.2
+    max_iterations: int = 100
+    tolerance: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.l2 = tuple(self.l2)
+        if not self.l2 or min(self.l2) <= 0:
+            raise ValueError(f"l2={self.l2}: at least one value, all of them above 0; the default is a good start")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out}: a share of the training samples, in (0, 1); 0.2 is usual")
+        if self.max_iterations < 1:
+            raise ValueError(f"max_iterations={self.max_iterations}: at least 1; 100 is usual")
+        if self.tolerance <= 0:
+            raise ValueError(f"tolerance={self.tolerance}: above 0; 1e-4 is usual")
+
+    def build(self) -> "LinearProbe":
+        """Make the probe that this describes."""
+        return LinearProbe(self)
+
+
+class LinearProbe:
+    """A classifier on frozen features, whose penalty is chosen on a held-out part of the *training* set.
+
+    The test set is never seen by ``fit``. The result is a function of the data, the config and its seed.
+
+    Attributes:
+        l2: The chosen penalty, after ``fit``.
+        held_out_accuracy: Accuracy on the held-out part for each candidate penalty, after ``fit``.
+        weight: Weights on the standardised features [C, D], after ``fit``.
+        bias: Biases [C], after ``fit``.
+    """
+
+    def __init__(self, config: LinearProbeConfig | None = None) -> None:
+        self.config = LinearProbeConfig() if config is None else config
+        self.l2 = 0.0
+        self.held_out_accuracy: dict[float, float] = {}
+        self.weight = torch.empty(0, 0)
+        self.bias = torch.empty(0)
+        self._mean = torch.empty(0)
+        self._scale = torch.empty(0)
+
+    def fit(self, features: Float[Tensor, "n D"], labels: Int[Tensor, " n"], num_classes: int | None = None) -> Self:
+        """Choose the penalty on a held-out part of these samples, then fit all of them with it.
+
+        Args:
+            features: Training features, on the device where the fit is to run.
+            labels: Their classes, 0 and up.
+            num_classes: Number of classes; None: the largest label + 1.
+
+        Returns:
+            The probe itself.
+
+        Raises:
+            ValueError: Where shapes disagree, a label is unknown or there are fewer than two samples.
+        """
+        _check(features, labels)
+        classes = max(2, int(labels.max()) + 1 if num_classes is None else num_classes)
+        config = self.config
+        self._mean, self._scale = _moments(features)
+        x = self._standardise(features)
+        penalties = sorted(config.l2, reverse=True)
+        best = 0
+        if len(penalties) > 1:
+            generator = torch.Generator().manual_seed(config.seed)
+            order = torch.randperm(len(x), generator=generator).to(x.device)
+            num_held = min(len(x) - 1, max(1, round(config.held_out * len(x))))
+            held, kept = order[:num_held], order[num_held:]
+            path = fit_logistic(x[kept], labels[kept], classes, penalties, config.max_iterations, config.tolerance)
+            scores = [top1((x[held] @ w.T + b).argmax(1), labels[held], classes) for w, b in path]
+            self.held_out_accuracy = dict(zip(penalties, scores, strict=True))
+            best = scores.index(max(scores))  # the strongest penalty among equals
+        # The penalties above the chosen one are the warm start of the fit with it.
+        path = fit_logistic(x, labels, classes, penalties[: best + 1], config.max_iterations, config.tolerance)
+        self.weight, self.bias = path[-1]
+        self.l2 = penalties[best]
+        return self
+
+    def predict(self, features: Float[Tensor, "m D"]) -> Int[Tensor, " m"]:
+        """Classes of features.
+
+        Args:
+            features: Features of the same kind as those of ``fit``.
+
+        Returns:
+            The class with the largest logit for each row.
+
+        Raises:
+            RuntimeError: Before ``fit``.
+        """
+        if self.weight.numel() == 0:
+            raise RuntimeError("the probe is not fitted yet: call fit(features, labels) first")
+        return (self._standardise(features) @ self.weight.T + self.bias).argmax(dim=1)
+
+    def accuracy(self, features: Float[Tensor, "m D"], labels: Int[Tensor, " m"]) -> float:
+        """Share of rows that are classified rightly, in [0, 1].
+
+        Args:
+            features: Test features.
+            labels: Their classes.
+
+        Returns:
+            Top-1 accuracy. A class that ``fit`` never saw counts as an error.
+        """
+        return top1(self.predict(features), labels, max(len(self.bias), int(labels.max()) + 1))
+
+    def _standardise(self, features: Tensor) -> Tensor:
+        return (features.float() - self._mean) / self._scale
+
+
+def fit_logistic(
+    x: Float[Tensor, "n D"],
+    labels: Int[Tensor, " n"],
+    num_classes: int,
+    l2: Sequence[float],
+    max_iterations: int = 100,
+    tolerance: float = 1e-4,
+) -> list[tuple[Float[Tensor, "C D"], Float[Tensor, " C"]]]:
+    """Minimise the penalised cross-entropy for each penalty in turn, each started at the solution before.
+
+    mean_i -log softmax(W x_i + b)[y_i] + l2 / 2 * |W|^2
+
+    The Hessian lies below (x^T x / n) / 2 + l2 for every class, so the weights are sought in coordinates in which
+    that bound is near the identity: correlated features then need tens of iterations, not thousands.
+
+    Args:
+        x: Features, standardised.
+        labels: Their classes.
+        num_classes: C.
+        l2: Penalties, strongest first.
+        max_iterations: L-BFGS iterations for each.
+        tolerance: Largest component of the gradient at the end.
+
+    Returns:
+        Weights and biases for each penalty.
+
+    Source:
+        The bound is Böhning 1992, "Multinomial logistic regression algorithm".
+    """
+    basis, moments = _leading_directions(x)
+    weight = x.new_zeros(num_classes, x.shape[1])
+    bias = x.new_zeros(num_classes)
+    path = []
+    for penalty in l2:
+        stretch = _Stretch(basis, (moments / 2 + penalty).rsqrt())
+        start = torch.cat((stretch.undo(weight), bias[:, None]), dim=1)
+        solution = _lbfgs(stretch(x), labels, stretch, penalty, start, max_iterations, tolerance)
+        weight, bias = stretch(solution[:, :-1]), solution[:, -1]
+        path.append((weight, bias))
+    return path
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """The symmetric map that scales each leading direction by its own factor and all others by the last one."""
+
+    basis: Float[Tensor, "D r"]
+    factors: Float[Tensor, " r"]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self._apply(rows, self.factors)
+
+    def undo(self, rows: Tensor) -> Tensor:
+        return self._apply(rows, self.factors.reciprocal())
+
+    def _apply(self, rows: Tensor, factors: Tensor) -> Tensor:
+        rest = factors[-1]
+        return torch.addmm(rest * rows, (rows @ self.basis) * (factors - rest), self.basis.T)
+
+
+def _leading_directions(x: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "D r"], Float[Tensor, " r"]]:
+    """Leading eigenvectors and eigenvalues of x^T x / n: all of them if they are few, else by subspace iteration."""
+    basis = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    if x.shape[1] > MAX_DIRECTIONS:
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.randn(x.shape[1], MAX_DIRECTIONS, generator=generator).to(x)
+        for _ in range(2):
+            basis = torch.linalg.qr(x.T @ (x @ basis))[0]
+    projected = x @ basis
+    values, vectors = torch.linalg.eigh((projected.T @ projected).double() / len(x))
+    # eigh sorts upwards; the last factor of a stretch must be that of the smallest direction.
+    return basis @ vectors.flip(1).to(x.dtype), values.flip(0).clamp_min(0).to(x.dtype)
+
+
+def _lbfgs(
+    z: Float[Tensor, "n D"],
+    labels: Int[Tensor, " n"],
+    stretch: _Stretch,
+    l2: float,
+    start: Float[Tensor, "C D+1"],
+    max_iterations: int,
+    tolerance: float,
+) -> Float[Tensor, "C D+1"]:
+    """Weights on z, which is the stretched x, and biases in the last column."""
+    u = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [u],
+        max_iter=max_iterations,
+        tolerance_grad=tolerance,
+        tolerance_change=1e-9,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        loss, u.grad = _loss_and_gradient(u.detach(), z, labels, stretch, l2)
+        return float(loss)
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return u.detach()
+
+
+def _loss_and_gradient(
+    u: Float[Tensor, "C D+1"], z: Float[Tensor, "n D"], labels: Int[Tensor, " n"], stretch: _Stretch, l2: float
+) -> tuple[Tensor, Tensor]:
+    rows = max(1, MAX_LOGITS // len(u))
+    real = stretch(u[:, :-1])
+    loss = real.square().sum() * (l2 / 2)
+    gradient = torch.cat((l2 * stretch(real), torch.zeros_like(u[:, -1:])), dim=1)
+    for part, part_labels in zip(torch.split(z, rows), torch.split(labels, rows), strict=True):
+        log_p = F.log_softmax(torch.addmm(u[:, -1], part, u[:, :-1].T), dim=1)
+        loss = loss - log_p.gather(1, part_labels[:, None]).sum() / len(z)
+        residual = log_p.exp()
+        residual.scatter_add_(1, part_labels[:, None], residual.new_full((len(part), 1), -1.0))
+        gradient[:, :-1].addmm_(residual.T, part, alpha=1 / len(z))
+        gradient[:, -1].add_(residual.sum(dim=0), alpha=1 / len(z))
+    return loss, gradient
+
+
+def _moments(features: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor]:
+    mean = features.double().mean(dim=0)
+    deviation = (features.double() - mean).square().mean(dim=0).sqrt()
+    # A dimension that does not vary tells nothing; dividing by its rounding noise would make it loud.
+    quiet = deviation <= 1e-6 * mean.abs().clamp_min(1e-6)
+    return mean.float(), torch.where(quiet, 1.0, deviation).float()
+
+
+def _check(features: Tensor, labels: Tensor) -> None:
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        raise ValueError(
+            f"features {tuple(features.shape)} and labels {tuple(labels.shape)}: features must be [n, D] with one "
+            "label a row"
+        )
+    if len(features) < 2:
+        raise ValueError(f"features: {len(features)} training samples; a probe needs at least two")
+    if int(labels.min()) < 0:
+        raise ValueError("labels: some are below 0 (unknown); leave out the samples that have no label")
