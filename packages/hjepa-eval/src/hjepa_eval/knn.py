@@ -46,6 +46,7 @@ def knn_predict(
     Source:
         Wu et al. 2018 (arXiv 1805.01978), section 3.4; T = 0.07 and the values of k as in DINOv2 (arXiv 2304.07193).
     """
+    ks = tuple(dict.fromkeys(ks))
     _check(train, train_labels, test, ks)
     classes = int(train_labels.max()) + 1 if num_classes is None else num_classes
     bank = F.normalize(train.float(), dim=1)

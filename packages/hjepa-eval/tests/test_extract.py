@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import nn
+
+from hjepa_eval import FeatureName, FeatureSet, extract
+
+
+def batches(sizes, device, width=3):
+    count = 0
+    for size in sizes:
+        index = torch.arange(count, count + size, device=device)
+        yield index[:, None].expand(size, width).float(), index % 5
+        count += size
+
+
+class Levels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.drop = nn.Dropout(0.5)
+        self.frozen = nn.BatchNorm1d(4).eval()
+
+    def forward(self, x):
+        x = self.drop(self.layer(x))
+        return {"0": x, "1": self.frozen(x[:, :]).half()}
+
+
+def test_every_sample_once_in_order_with_a_ragged_last_batch(device):
+    sets = extract(lambda x: x * 2, batches((4, 4, 3), device), device=device, level="pixels", branch="none")
+    found = sets["pixels"]
+    assert found.values.device.type == "cpu"
+    assert found.values.dtype == torch.float32
+    torch.testing.assert_close(found.values[:, 0], 2.0 * torch.arange(11))
+    assert torch.equal(found.labels, torch.arange(11) % 5)
+    assert found.name == FeatureName(branch="none", level="pixels", pooling="-")
+
+
+def test_several_levels_come_from_one_pass_in_eval_mode_and_modes_return(device):
+    model = Levels().to(device)
+    calls = []
+    model.layer.register_forward_hook(lambda *_: calls.append(model.training))
+    expected_modes = {name: part.training for name, part in model.named_modules()}
+    sets = extract(model, batches((6, 2), device), branch="target", pooling="mean")
+    assert calls == [False, False]
+    assert {name: part.training for name, part in model.named_modules()} == expected_modes
+    assert set(sets) == {"0", "1"}
+    assert sets["1"].values.dtype == torch.float32
+    assert str(sets["1"].name) == "branch=target level=1 pooling=mean"
+    images = torch.cat([images for images, _ in batches((6, 2), device)])
+    with torch.no_grad():
+        torch.testing.assert_close(sets["0"].values, model.layer(images).cpu())
+
+
+def test_bound_method_counts_as_its_module_and_modes_return_after_an_error(device):
+    model = Levels().to(device)
+
+    def broken(self, x):
+        assert not self.training
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        extract(broken.__get__(model), batches((2,), device))
+    assert model.training
+    assert not model.frozen.training
+
+
+def test_features_can_be_trained_on(device):
+    sets = extract(Levels().to(device), batches((4,), device))
+    probe = nn.Linear(4, 2)
+    probe(sets["0"].values).sum().backward()
+    assert probe.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x[1:], "one row and one label"),
+        (lambda x: x[:, :, None], "pool or flatten"),
+        (lambda x: x / 0, "not finite"),
+        (lambda x: {str(len(x)): x}, "earlier batches gave"),
+    ],
+)
+def test_what_is_no_feature_matrix_is_refused_in_one_line(device, function, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        extract(function, batches((4, 3), device))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_empty_stream_is_refused():
+    with pytest.raises(ValueError, match="no batch"):
+        extract(lambda x: x, [])
+
+
+def test_labelled_leaves_out_unknown_labels():
+    known = FeatureSet(values=torch.arange(6.0).view(3, 2), labels=torch.tensor([0, -1, 2])).labelled()
+    assert known.labels.tolist() == [0, 2]
+    assert known.values[:, 0].tolist() == [0.0, 4.0]
+    with pytest.raises(ValueError, match="one label a sample"):
+        FeatureSet(values=torch.zeros(3, 2), labels=torch.zeros(2, dtype=torch.int64))

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+import torch
+
+from hjepa_eval import FeatureName, FeatureSet, LinearProbeConfig, evaluate, format_table, knn_accuracy
+
+NAME = FeatureName(branch="target", level="1", pooling="mean")
+
+
+def blobs(n, seed, labelled=True):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (n,), generator=generator)
+    values = 2 * torch.eye(3, 6)[labels] + torch.randn(n, 6, generator=generator)
+    return FeatureSet(values=values, labels=labels if labelled else torch.full((n,), -1), name=NAME)
+
+
+def test_scores_hold_the_numbers_of_the_parts_and_their_counts(device):
+    train, test = blobs(200, 0), blobs(100, 1)
+    scores = evaluate(train, test, ks=(5, 20), probe=LinearProbeConfig(l2=(1e-2,)), rank_samples=150, device=device)
+    assert (scores.n_train, scores.n_test, scores.n_rank, scores.width) == (200, 100, 150, 6)
+    assert scores.knn == knn_accuracy(train.values, train.labels, test.values, test.labels, ks=(5, 20))
+    assert scores.linear is not None
+    assert 0.7 < scores.linear < 1.0
+    assert scores.linear_l2 == 1e-2
+    assert 5 < scores.effective_rank <= 6
+    row = scores.as_dict()
+    assert (row["branch"], row["level"], row["pooling"]) == ("target", "1", "mean")
+    assert json.loads(json.dumps(row))["knn_20"] == scores.knn[20]
+
+
+def test_unlabelled_samples_count_for_ranks_only(device):
+    train, test = blobs(200, 0), blobs(100, 1)
+    train.labels[:50] = -1
+    scores = evaluate(train, test, device=device)
+    assert (scores.n_train, scores.n_rank) == (150, 200)
+    none = evaluate(blobs(50, 0, labelled=False), test, device=device)
+    assert (none.n_train, none.knn, none.linear) == (0, {}, None)
+    assert none.rankme > 1
+
+
+def test_a_k_larger_than_the_bank_is_left_out(device):
+    scores = evaluate(blobs(10, 0), blobs(10, 1), ks=(5, 20), device=device)
+    assert set(scores.knn) == {5}
+
+
+def test_table_names_branch_level_pooling_and_counts():
+    full = evaluate(blobs(60, 0), blobs(30, 1))
+    table = format_table([full, evaluate(blobs(60, 0, labelled=False), blobs(30, 1))]).splitlines()
+    assert table[0] == ("| branch | level | pooling | D | kNN k=20 | linear | RankMe | eff. rank | n train/test/rank |")
+    assert table[2].startswith("| target | 1 | mean | 6 | 0.")
+    assert table[2].endswith("| 60/30/60 |")
+    assert "| - | - |" in table[3]
+
+
+def test_features_of_two_kinds_are_refused():
+    other = blobs(20, 1)
+    other.name = FeatureName(level="0")
+    with pytest.raises(ValueError, match="not the same features"):
+        evaluate(blobs(20, 0), other)
