@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ class Member:
 
     name: str
     folder: Path
-    pyproject: dict[str, Any]
+    pyproject: dict[str, Any] = field(repr=False)
 
     @property
     def module(self) -> str:

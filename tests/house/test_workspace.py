@@ -32,7 +32,7 @@ def test_member_is_complete(member: Member) -> None:
     assert [name for name in wanted if not (member.folder / name).is_file()] == []
     assert (member.source / "__init__.py").is_file()
     assert (member.source / "py.typed").is_file()
-    assert list(member.folder.glob("tests/**/test_*.py")), "has no tests"
+    assert any(member.folder.glob("tests/**/test_*.py")), "has no tests"
 
 
 @each_member
