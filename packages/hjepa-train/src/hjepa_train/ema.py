@@ -1,0 +1,72 @@
+"""The exponential moving average of one branch by another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class EMA:
+    """Targets that follow their online modules: target = m target + (1 - m) online.
+
+    Parameters and floating-point buffers are averaged in float32; other buffers are copied. With FSDP both
+    branches are sharded alike, so that the update is local. It never starts a target: a target is born a copy.
+
+    Args:
+        pairs: (online, target) modules of equal structure.
+
+    Raises:
+        ValueError: Where names or shapes of a pair differ, or a target is not float32.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+        self._averaged: list[tuple[Tensor, Tensor]] = []
+        self._copied: list[tuple[Tensor, Tensor]] = []
+        for online, target in pairs:
+            for name, source, copy in _matched(online, target):
+                if not copy.is_floating_point():
+                    self._copied.append((source, copy))
+                elif copy.dtype is torch.float32:
+                    self._averaged.append((source, copy))
+                else:
+                    raise ValueError(
+                        f"EMA target {name}: {copy.dtype}; a momentum near 1 needs float32; keep the target in float32"
+                    )
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """Move the targets once, after a real optimizer step.
+
+        Args:
+            momentum: m, between 0 (copy) and 1 (stay).
+        """
+        if self._averaged:
+            online = [_local(source).float() for source, _ in self._averaged]
+            target = [_local(copy) for _, copy in self._averaged]
+            torch._foreach_lerp_(target, online, 1.0 - momentum)
+        for source, copy in self._copied:
+            _local(copy).copy_(_local(source))
+
+
+def _matched(online: nn.Module, target: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    sources, copies = dict(_tensors(online)), dict(_tensors(target))
+    kind = type(target).__name__
+    if sources.keys() != copies.keys():
+        differing = sorted(sources.keys() ^ copies.keys())
+        raise ValueError(f"EMA of {kind}: {len(differing)} names differ ({', '.join(differing[:3])}); copy the online module")
+    for name, source in sources.items():
+        if source.shape != copies[name].shape:
+            raise ValueError(f"EMA of {kind}.{name}: {tuple(source.shape)} online, {tuple(copies[name].shape)} target")
+        yield f"{kind}.{name}", source, copies[name]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,188 @@
+"""One process, DDP and FSDP2 are the same program: joining the world, wrapping a module, talking to other ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from hjepa_train.errors import choice
+
+
+class ParallelKind(StrEnum):
+    """How a run is spread over processes."""
+
+    single = "single"
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How a run is spread over the processes that `torchrun` started."""
+
+    kind: ParallelKind = ParallelKind.single
+    """`single` process, `ddp` (each rank has all weights) or `fsdp` (FSDP2, weights sharded over the ranks)."""
+    find_unused_parameters: bool = True
+    """DDP only: allow parameters without gradient, as a curriculum has; False saves a walk over the graph per step."""
+    device: str = "auto"
+    """`auto` (CUDA where there is one), `cpu` or `cuda`; the rank on its machine picks the GPU."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown choices."""
+        self.kind = choice(ParallelKind, "kind", self.kind)
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device={self.device}: unknown; allowed: auto, cpu, cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device=cuda: no CUDA device is visible; use device=auto or cpu")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class World:
+    """The processes of a run as one of them sees them."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and talks to the user."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add a tensor over ranks, in place, and return it."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Tell for each flag whether it is set on any rank; all ranks get the same answer."""
+        if self.size == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32, device=self.control_device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return tuple(bool(vote) for vote in votes.tolist())
+
+    def from_main(self, value: int) -> int:
+        """Return the integer that the main rank has."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.int64, device=self.control_device)
+        dist.broadcast(shared, src=0)
+        return int(shared.item())
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate tensors of equal shape over ranks along their first axis."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @property
+    def control_device(self) -> torch.device:
+        """Where the hosts exchange small tensors: the CPU if gloo is there, so that a GPU is not made to wait."""
+        return torch.device("cpu") if "cpu:gloo" in _backends() else self.device
+
+
+def init_world(config: ParallelConfig | None = None, *, init_method: str | None = None) -> World:
+    """Join the processes that `torchrun` started, or stay alone.
+
+    Args:
+        config: How the run is spread; None is one process.
+        init_method: Where the ranks meet; None means the environment that `torchrun` sets.
+
+    Returns:
+        This rank's view of the world; its device is current.
+
+    Raises:
+        ValueError: Where `parallel=single` runs on several ranks.
+    """
+    config = ParallelConfig() if config is None else config
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    if config.kind is ParallelKind.single and size > 1:
+        raise ValueError(f"parallel=single: torchrun started {size} processes; use parallel=ddp or parallel=fsdp")
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    needed = size > 1 or config.kind is ParallelKind.fsdp
+    if needed and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "cpu:gloo"
+        if size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
+    return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def leave_world() -> None:
+    """Leave the process group, if there is one; call it once at the end of the program."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(module: nn.Module, config: ParallelConfig, world: World, blocks: Sequence[type[nn.Module]] = ()) -> nn.Module:
+    """Return a module that computes `(loss, metrics, embeddings)` of a batch on this rank and averages gradients.
+
+    Args:
+        module: The trained module, on the device.
+        config: How the run is spread.
+        world: This rank's view of it.
+        blocks: FSDP only: classes of submodules that are sharded and gathered one at a time.
+    """
+    adapter = _Adapter(module)
+    if config.kind is ParallelKind.fsdp:
+        mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+        for child in module.modules():
+            if isinstance(child, tuple(blocks)):
+                fully_shard(child, mesh=mesh)
+        return fully_shard(adapter, mesh=mesh)
+    if world.size == 1:
+        return adapter
+    device_ids = [world.local_rank] if world.device.type == "cuda" else None
+    unused = config.find_unused_parameters
+    return DistributedDataParallel(adapter, device_ids=device_ids, find_unused_parameters=unused)
+
+
+@contextmanager
+def gradient_sync(wrapped: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Average gradients over ranks in the backward inside, or leave it to a later micro-batch."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(enabled)
+        yield
+    elif isinstance(wrapped, DistributedDataParallel) and not enabled:
+        with wrapped.no_sync():
+            yield
+    else:
+        yield
+
+
+class _Adapter(nn.Module):
+    """Plain tuples and dicts: DDP and FSDP look for tensors in what a forward returns, and not in any object."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Any, step: int) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]:
+        output = self.module(batch, step)
+        return output.loss, dict(output.metrics), dict(output.embeddings)
+
+
+_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def _backends() -> str:
+    return str(dist.get_backend_config()) if dist.is_initialized() else ""
