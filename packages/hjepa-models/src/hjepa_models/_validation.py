@@ -1,0 +1,58 @@
+"""Small helpers with which configs check themselves and speak in one line."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import TypeVar
+
+E = TypeVar("E", bound=StrEnum)
+
+
+def coerce_choice(enum: type[E], field: str, value: str) -> E:
+    """Return the member of `enum` named by `value`, or refuse with the allowed names."""
+    try:
+        return enum(value)
+    except ValueError:
+        raise ValueError(
+            f"{field}={value!r}: unknown choice; allowed: {', '.join(enum)}{suggestion(str(value), enum)}"
+        ) from None
+
+
+def suggestion(name: str, allowed: Iterable[str]) -> str:
+    """Return '; did you mean ...?' for the allowed name nearest to `name`, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_positive(**fields: float) -> None:
+    """Refuse the first field that is not above 0."""
+    for field, value in fields.items():
+        if value <= 0:
+            raise ValueError(f"{field}={value}: must be above 0; allowed: > 0; give a positive number")
+
+
+def check_not_negative(**fields: float) -> None:
+    """Refuse the first field that is below 0."""
+    for field, value in fields.items():
+        if value < 0:
+            raise ValueError(f"{field}={value}: must not be negative; allowed: >= 0; use 0 to switch it off")
+
+
+def check_axes(field: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return `sizes` as a tuple after checking that it names at least one axis and every size is positive."""
+    sizes = tuple(sizes)
+    if not sizes or any(size <= 0 for size in sizes):
+        raise ValueError(
+            f"{field}={sizes}: needs one positive size per axis; allowed: e.g. (14, 14); correct the sizes"
+        )
+    return sizes
+
+
+def check_heads(owner: str, embed_dim: int, num_heads: int) -> None:
+    """Refuse a width that the heads do not divide evenly."""
+    if embed_dim % num_heads:
+        allowed = [heads for heads in range(1, embed_dim + 1) if embed_dim % heads == 0 and embed_dim // heads >= 8]
+        raise ValueError(
+            f"{owner}.num_heads={num_heads}: does not divide embed_dim={embed_dim}; "
+            f"allowed: {', '.join(map(str, allowed[:16]))}; change num_heads or embed_dim"
+        )

@@ -1,0 +1,147 @@
+"""The global level: the pooled embedding of a whole view agrees with those of the image's other views."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hjepa_models._validation import check_not_negative, check_positive, coerce_choice
+from hjepa_models.initialization import construct, initialize
+from hjepa_models.layers.norm import GlobalBatchNorm
+from hjepa_models.objectives.sigreg import sigreg
+from hjepa_models.objectives.vicreg import vicreg_terms
+
+
+class GlobalObjective(StrEnum):
+    """What keeps the embeddings from collapsing."""
+
+    sigreg = "sigreg"
+    vicreg = "vicreg"
+
+
+class ProjectorNorm(StrEnum):
+    """The norm after each hidden map of the projector."""
+
+    batch = "batch"
+    layer = "layer"
+    none = "none"
+
+
+@dataclass(kw_only=True, slots=True)
+class GlobalConfig:
+    """Describes the global level.
+
+    Attributes:
+        hidden_dim: width of the hidden maps of the projector.
+        depth: number of linear maps of the projector.
+        out_dim: width of the embedding that the views agree on.
+        norm: `batch` (statistics over all processes), `layer` or `none`, after each hidden map.
+        objective: `sigreg` (LeJEPA) or `vicreg`.
+        weight: weight of the term in the loss.
+        sigreg_lambda: share λ of SIGReg in (1 - λ) invariance + λ SIGReg.
+        num_directions: random directions of SIGReg a step.
+        knots: points of SIGReg's quadrature.
+        vicreg_invariance: weight of VICReg's invariance term.
+        vicreg_variance: weight of its variance term.
+        vicreg_covariance: weight of its covariance term.
+    """
+
+    hidden_dim: int = 2048
+    depth: int = 3
+    out_dim: int = 128
+    norm: ProjectorNorm = ProjectorNorm.batch
+    objective: GlobalObjective = GlobalObjective.sigreg
+    weight: float = 1.0
+    sigreg_lambda: float = 0.05
+    num_directions: int = 1024
+    knots: int = 17
+    vicreg_invariance: float = 25.0
+    vicreg_variance: float = 25.0
+    vicreg_covariance: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Coerce names and refuse what cannot be built."""
+        self.norm = coerce_choice(ProjectorNorm, "norm", self.norm)
+        self.objective = coerce_choice(GlobalObjective, "objective", self.objective)
+        check_positive(
+            hidden_dim=self.hidden_dim, depth=self.depth, out_dim=self.out_dim, num_directions=self.num_directions
+        )
+        check_not_negative(
+            weight=self.weight,
+            vicreg_invariance=self.vicreg_invariance,
+            vicreg_variance=self.vicreg_variance,
+            vicreg_covariance=self.vicreg_covariance,
+        )
+        if not 0 <= self.sigreg_lambda <= 1:
+            raise ValueError(f"sigreg_lambda={self.sigreg_lambda}: not a share; allowed: 0 to 1; use e.g. 0.05")
+        if self.knots < 2:
+            raise ValueError(f"knots={self.knots}: no quadrature; allowed: 2 and more; use e.g. 17")
+
+    def build(self, embed_dim: int, *, seed: int = 0, device: torch.device | str | None = None) -> "GlobalLevel":
+        """Return the level for encoder tokens of width `embed_dim`, its weights drawn from `seed`."""
+        return construct(lambda: GlobalLevel(self, embed_dim), seed, device)
+
+
+class GlobalLevel(nn.Module):
+    """Projects pooled tokens and scores how well an image's views agree."""
+
+    def __init__(self, config: GlobalConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        norms = {ProjectorNorm.batch: GlobalBatchNorm, ProjectorNorm.layer: nn.LayerNorm, ProjectorNorm.none: None}
+        norm = norms[config.norm]
+        layers: list[nn.Module] = []
+        width = embed_dim
+        for _ in range(config.depth - 1):
+            layers.append(nn.Linear(width, config.hidden_dim))
+            if norm is not None:
+                layers.append(norm(config.hidden_dim))
+            layers.append(nn.GELU())
+            width = config.hidden_dim
+        layers.append(nn.Linear(width, config.out_dim))
+        self.projector = nn.Sequential(*layers)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter from a CPU generator."""
+        initialize(self, generator, fan_in=True)
+
+    def forward(self, pooled: Float[Tensor, "*V B D"]) -> Float[Tensor, "*V B P"]:
+        """Return the projected embeddings; batch norm takes all rows together."""
+        out: Tensor = self.projector(pooled.flatten(0, -2))
+        return out.unflatten(0, pooled.shape[:-1])
+
+    def loss(self, z: Float[Tensor, "V B P"], step: int) -> Float[Tensor, ""]:
+        r"""Return the global term.
+
+        SIGReg: $(1-\lambda)\,\frac1V\sum_v \|z_v - \bar z\|^2 / P + \lambda\,\frac1V\sum_v \mathrm{SIGReg}(z_v)$.
+        VICReg: the loss of each pair of views, averaged over pairs.
+
+        Args:
+            z: projected embeddings of each view.
+            step: seeds the directions of SIGReg.
+
+        Returns:
+            The unweighted term.
+
+        Source:
+            LeJEPA (arXiv 2511.08544), section 5, the invariance averaged over the P channels as in their listing; VICReg
+            (arXiv 2105.04906), equation 6.
+        """
+        config = self.config
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        spread = (z - z.mean(0)).square().mean()
+        if config.objective is GlobalObjective.sigreg:
+            keep = sigreg(z, step, config.num_directions, config.knots)
+            return (1 - config.sigreg_lambda) * spread + config.sigreg_lambda * keep
+        views = len(z)
+        pair_difference = spread * (2 * views / (views - 1))
+        terms = [vicreg_terms(view) for view in z]
+        variance = torch.stack([term.variance for term in terms]).mean()
+        covariance = torch.stack([term.covariance for term in terms]).mean()
+        return (
+            config.vicreg_invariance * pair_difference
+            + 2 * config.vicreg_variance * variance
+            + 2 * config.vicreg_covariance * covariance
+        )

@@ -1,0 +1,1 @@
+"""Transformer layers on token grids of any number of axes."""
