@@ -1,0 +1,138 @@
+"""What multi-block masks are to be: scales, aspects and the constant budgets of tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hjepa_data.errors import refuse
+
+if TYPE_CHECKING:
+    from hjepa_data.masks.multiblock import MultiBlockMasks
+
+__all__ = ["MultiBlockConfig"]
+
+
+@dataclass(kw_only=True, slots=True)
+class MultiBlockConfig:
+    """The law of multi-block masks.
+
+    Budgets are counted in cells of the spatial grid (h, w); with ``tube`` each of them is repeated over time.
+
+    Attributes:
+        grid: tokens along each axis: (h, w), or (t, h, w) with ``tube``.
+        num_targets: target blocks M of an image.
+        target_scale: smallest and largest area of a target block as a part of the grid.
+        target_aspect: smallest and largest height / width of a target block, drawn uniformly.
+        target_tokens: tokens Kt of a target block; by default floor(smallest scale * h * w).
+        context_scale: smallest and largest area of the context block, before the targets are cut out of it; its
+            aspect is that of the grid.
+        context_ratio: tokens Kc of the context as a part of the grid: floor(ratio * h * w).
+        context_tokens: Kc itself; it overrides ``context_ratio``.
+        tube: repeat a spatial mask over the first axis of a (t, h, w) grid.
+    """
+
+    grid: tuple[int, ...] = (14, 14)
+    num_targets: int = 4
+    target_scale: tuple[float, ...] = (0.15, 0.2)
+    target_aspect: tuple[float, ...] = (0.75, 1.5)
+    target_tokens: int | None = None
+    context_scale: tuple[float, ...] = (0.85, 1.0)
+    context_ratio: float = 0.25
+    context_tokens: int | None = None
+    tube: bool = False
+
+    def __post_init__(self) -> None:
+        self.grid = tuple(int(side) for side in self.grid)
+        self.target_scale = tuple(self.target_scale)
+        self.target_aspect = tuple(self.target_aspect)
+        self.context_scale = tuple(self.context_scale)
+        self._check_grid()
+        for name in ("target_scale", "context_scale"):
+            scale = getattr(self, name)
+            if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+                refuse(name, scale, "no range of areas", "allowed: 0 < smallest <= largest <= 1")
+        if len(self.target_aspect) != 2 or not 0 < self.target_aspect[0] <= self.target_aspect[1]:
+            refuse("target_aspect", self.target_aspect, "no range of aspects", "allowed: 0 < smallest <= largest")
+        if self.num_targets < 1:
+            refuse("num_targets", self.num_targets, "an image has at least one target block", "allowed: 1 and more")
+        if not 0 < self.context_ratio <= 1:
+            refuse("context_ratio", self.context_ratio, "no part of the grid", "allowed: above 0, below 1")
+        self._check_budgets()
+
+    def _check_grid(self) -> None:
+        if not self.grid or min(self.grid) < 1:
+            refuse("grid", self.grid, "no grid", "allowed: positive integers (h, w), or (t, h, w) with tube=True")
+        if len(self.grid) == 3 and not self.tube:
+            refuse("grid", self.grid, "blocks are spatial, and this grid has time", "allowed: (h, w), or set tube=True")
+        if len(self.grid) != (3 if self.tube else 2):
+            refuse("grid", self.grid, f"{len(self.grid)} axes", "allowed: (h, w), or (t, h, w) with tube=True")
+
+    def _check_budgets(self) -> None:
+        cells, largest = self.num_cells, max(1, math.ceil(self.target_scale[1] * self.num_cells))
+        if self.target_tokens is not None and not 1 <= self.target_tokens <= largest:
+            refuse(
+                "target_tokens",
+                self.target_tokens,
+                f"a target block holds up to {largest} of the {cells} cells at target_scale={self.target_scale}",
+                f"allowed: 1 to {largest}, or enlarge target_scale",
+            )
+        if self.context_tokens is not None and not 1 <= self.context_tokens < cells:
+            refuse(
+                "context_tokens",
+                self.context_tokens,
+                f"the grid has {cells} cells, some of which are targets",
+                f"allowed: 1 to {cells - 1}",
+            )
+
+    @property
+    def spatial(self) -> tuple[int, int]:
+        """Height and width of the grid, in tokens."""
+        return self.grid[-2], self.grid[-1]
+
+    @property
+    def num_cells(self) -> int:
+        """Cells h * w of the spatial grid."""
+        return self.grid[-2] * self.grid[-1]
+
+    @property
+    def repeats(self) -> int:
+        """How often a spatial mask is repeated over time."""
+        return self.grid[0] if self.tube else 1
+
+    @property
+    def target_cells(self) -> int:
+        """Spatial cells of a target block."""
+        return self.target_tokens or max(1, math.floor(self.target_scale[0] * self.num_cells))
+
+    @property
+    def context_cells(self) -> int:
+        """Spatial cells of the context."""
+        return self.context_tokens or max(1, math.floor(self.context_ratio * self.num_cells))
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Tokens Kt of a target block on the whole grid."""
+        return self.target_cells * self.repeats
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens Kc of the context on the whole grid."""
+        return self.context_cells * self.repeats
+
+    def build(self, seed: int) -> MultiBlockMasks:
+        """Build the sampler.
+
+        Args:
+            seed: of the draws.
+
+        Returns:
+            The sampler.
+
+        Raises:
+            ValueError: too few draws leave enough cells for the context.
+        """
+        from hjepa_data.masks.multiblock import MultiBlockMasks
+
+        return MultiBlockMasks(self, seed)

@@ -1,0 +1,166 @@
+"""Counter-based random numbers: a pure function of (seed, counters), the same on every device, process and machine.
+
+``h <- mix(h + gamma * (c + 1))`` is folded over the counters, where ``mix`` is the finaliser of SplitMix64; 64-bit
+arithmetic wraps around. There are three forms of the one function: tensors (any device), numpy arrays, and Python
+integers for the code of one sample.
+
+Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["Draws", "bits", "bits_numpy", "hash_int", "integers_below", "uniform"]
+
+_MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_MUL1 = 0xBF58476D1CE4E5B9
+_MUL2 = 0x94D049BB133111EB
+_FLOAT_BITS = 24
+
+
+def _signed(value: int) -> int:
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def hash_int(seed: int, *counters: int) -> int:
+    """Hash (seed, counters) to an integer in [0, 2^64).
+
+    Args:
+        seed: any integer.
+        counters: what the number belongs to, such as epoch and sample; any integers.
+
+    Returns:
+        64 uniform bits.
+    """
+    state = 0
+    for counter in (seed, *counters):
+        z = (state + _GAMMA * (counter + 1)) & _MASK
+        z = ((z ^ (z >> 30)) * _MUL1) & _MASK
+        z = ((z ^ (z >> 27)) * _MUL2) & _MASK
+        state = z ^ (z >> 31)
+    return state
+
+
+def _shift(x: Tensor, by: int) -> Tensor:
+    # int64 shifts are arithmetic: the copies of the sign are masked away.
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _fold(state: int | Tensor, counter: int | Tensor) -> int | Tensor:
+    if isinstance(counter, Tensor):
+        z = (counter.long() + 1) * _signed(_GAMMA) + (_signed(state) if isinstance(state, int) else state)
+    elif isinstance(state, Tensor):
+        z = state + _signed(_GAMMA * (counter + 1))
+    else:
+        raise AssertionError("integers are folded by hash_int")
+    z = (z ^ _shift(z, 30)) * _signed(_MUL1)
+    z = (z ^ _shift(z, 27)) * _signed(_MUL2)
+    return z ^ _shift(z, 31)
+
+
+def bits(
+    seed: int, *counters: int | Int[Tensor, "*B"], n: int, device: torch.device | str | None = None
+) -> Int[Tensor, "*B n"]:
+    """Hash (seed, counters, 0..n-1) to 64 bits each, held as int64.
+
+    Args:
+        seed: any integer.
+        counters: integers or integer tensors, broadcast against one another.
+        n: how many numbers are drawn for each.
+        device: where to draw if no counter is a tensor.
+
+    Returns:
+        Uniform int64 over its whole range, [*B, n]; ``bits(s, a, n=n)[i] == hash_int(s, a, i)`` modulo 2^64.
+    """
+    leading = 0
+    while leading < len(counters) and isinstance(counters[leading], int):
+        leading += 1
+    state: int | Tensor = hash_int(seed, *(int(c) for c in counters[:leading]))
+    for counter in counters[leading:]:
+        state = _fold(state, counter)
+    where = state.device if isinstance(state, Tensor) else device
+    last = torch.arange(n, device=where)
+    result = _fold(state[..., None] if isinstance(state, Tensor) else state, last)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def uniform(
+    seed: int, *counters: int | Int[Tensor, "*B"], n: int, device: torch.device | str | None = None
+) -> Float[Tensor, "*B n"]:
+    """Draw n float32 numbers in [0, 1) for each counter: the top 24 bits of the hash times 2^-24.
+
+    Args:
+        seed: any integer.
+        counters: integers or integer tensors, broadcast against one another.
+        n: how many numbers are drawn for each.
+        device: where to draw if no counter is a tensor.
+
+    Returns:
+        Uniform numbers, [*B, n], equal bit for bit on every device.
+    """
+    return unit(bits(seed, *counters, n=n, device=device))
+
+
+def unit(random_bits: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
+    """Turn 64 random bits into a float32 in [0, 1)."""
+    return _shift(random_bits, 64 - _FLOAT_BITS).float() * 2.0**-_FLOAT_BITS
+
+
+def integers_below(random_bits: Int[Tensor, "*B"], limit: Int[Tensor, "*B"] | int) -> Int[Tensor, "*B"]:
+    """Turn 64 random bits into an integer in [0, limit), ``(top 24 bits * limit) >> 24``.
+
+    Args:
+        random_bits: as ``bits`` draws them.
+        limit: at most 2^20, so that the rounding of probabilities stays under 2^-4 of one count in 24 bits.
+
+    Returns:
+        Integers in [0, limit).
+    """
+    return (_shift(random_bits, 64 - _FLOAT_BITS) * limit) >> _FLOAT_BITS
+
+
+def bits_numpy(seed: int, *counters: int, n: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """Hash (seed, counters, 0..n-1) to an array of n uint64; the numpy form of ``bits``."""
+    state = hash_int(seed, *counters)
+    with np.errstate(over="ignore"):
+        z = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GAMMA) + np.uint64(state)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(_MUL1)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(_MUL2)
+        return z ^ (z >> np.uint64(31))
+
+
+class Draws:
+    """A sequence of numbers that belongs to (seed, counters): the form for code that handles one sample.
+
+    Args:
+        seed: any integer.
+        counters: what the sequence belongs to, such as (epoch, sample, view).
+    """
+
+    __slots__ = ("_count", "_state")
+
+    def __init__(self, seed: int, *counters: int) -> None:
+        self._state = hash_int(seed, *counters)
+        self._count = 0
+
+    def _next(self) -> int:
+        self._count += 1
+        z = (self._state + _GAMMA * self._count) & _MASK
+        z = ((z ^ (z >> 30)) * _MUL1) & _MASK
+        z = ((z ^ (z >> 27)) * _MUL2) & _MASK
+        return z ^ (z >> 31)
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """Draw a number in [low, high)."""
+        return low + (high - low) * ((self._next() >> (64 - _FLOAT_BITS)) * 2.0**-_FLOAT_BITS)
+
+    def below(self, limit: int) -> int:
+        """Draw an integer in [0, limit)."""
+        return (self._next() * limit) >> 64

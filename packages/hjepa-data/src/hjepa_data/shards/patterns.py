@@ -1,0 +1,142 @@
+"""Shard patterns: braces, globs, directories, list files and lists become a list of existing local tar files."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hjepa_data.errors import DataError, one_line
+
+__all__ = ["Pattern", "expand_shards"]
+
+Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+_BRACE = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
+_MAX_SHARDS = 10_000_000
+_COMPRESSED = (".gz", ".tgz", ".xz", ".bz2", ".zst")
+
+
+def expand_shards(pattern: Pattern) -> list[Path]:
+    """Expand a shard pattern into the shards that it names.
+
+    Args:
+        pattern: ``dir/train-{000000..000099}.tar`` (braces), ``dir/*.tar`` (a glob), a directory (its ``*.tar``), a text
+            file with one pattern a line (``.txt`` or ``.list``; relative lines are taken from its folder), one
+            tar file, or a list of those.
+
+    Returns:
+        Paths of tar files in the order of the pattern; globs and directories are sorted.
+
+    Raises:
+        DataError: nothing matches, a shard does not exist, a pattern is a command or a URL, or a shard occurs twice.
+    """
+    parts = [pattern] if isinstance(pattern, str | os.PathLike) else list(pattern)
+    if not parts:
+        raise DataError("no shards: the list of patterns is empty; give a tar file, a glob, braces or a directory")
+    shards = [shard for part in parts for shard in _expand_one(os.path.expanduser(os.fspath(part)))]
+    seen: set[Path] = set()
+    for shard in shards:
+        if shard in seen:
+            raise DataError(one_line(f"shard '{shard}' is named twice by {pattern!r}: its samples would count double"))
+        seen.add(shard)
+    return shards
+
+
+def _expand_one(text: str) -> list[Path]:
+    if text.startswith("pipe:") or "|" in text:
+        raise DataError(f"'{text}': commands are not run to read shards; download them and give their path")
+    if "://" in text:
+        raise DataError(f"'{text}': shards are read from local files only; download them and give their path")
+    if not text:
+        raise DataError("a shard pattern is empty; give a tar file, a glob, braces or a directory")
+    if _BRACE.search(text):
+        return _expand_braces(text)
+    path = Path(text)
+    if path.is_dir():
+        found = sorted(path.glob("*.tar"))
+        if not found:
+            raise DataError(f"no *.tar in directory '{text}': {_content(path)}")
+        return found
+    if path.is_file():
+        return _expand_list(path) if path.suffix in {".txt", ".list"} else [_checked(path)]
+    if glob.has_magic(text):
+        found = sorted(Path(name) for name in glob.glob(text, recursive=True))
+        if not found:
+            raise DataError(f"no file matches '{text}': {_nearest(path)}")
+        return [_checked(shard) for shard in found]
+    raise DataError(f"no such shard '{text}': {_nearest(path)}")
+
+
+def _expand_braces(text: str) -> list[Path]:
+    names = _braces(text)
+    if any(glob.has_magic(name) for name in names):
+        return [shard for name in names for shard in _expand_one(name)]
+    missing = [name for name in names if not os.path.isfile(name)]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(names)} shards of '{text}' do not exist, the first is '{missing[0]}': "
+            f"{_nearest(Path(missing[0]))}"
+        )
+    return [_checked(Path(name)) for name in names]
+
+
+def _braces(text: str) -> list[str]:
+    match = _BRACE.search(text)
+    if match is None:
+        return [text]
+    body = match.group(1)
+    numbers = _RANGE.match(body)
+    if numbers:
+        first, last = numbers.groups()
+        count = int(last) - int(first) + 1
+        if not 0 < count <= _MAX_SHARDS:
+            raise DataError(f"'{text}': {{{body}}} is no rising range of at most {_MAX_SHARDS} shards")
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        choices = [str(number).zfill(width) for number in range(int(first), int(last) + 1)]
+    elif "," in body:
+        choices = body.split(",")
+    else:
+        raise DataError(f"'{text}': {{{body}}} is no range such as {{000000..000099}} and no list such as {{a,b}}")
+    head, tail = text[: match.start()], text[match.end() :]
+    return [name for choice in choices for name in _braces(head + choice + tail)]
+
+
+def _expand_list(path: Path) -> list[Path]:
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise DataError(f"list file '{path}' names no shard; write one pattern a line")
+    return [shard for line in lines for shard in _expand_one(os.path.join(path.parent, os.path.expanduser(line)))]
+
+
+def _checked(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(f"'{path}' is a directory, not a shard; '{path}/*.tar' or '{path}' alone names the shards in it")
+    if path.suffix in _COMPRESSED:
+        raise DataError(f"'{path}' is compressed: samples are read at their offset; unpack it to a plain .tar first")
+    return path
+
+
+def _nearest(path: Path) -> str:
+    folder = path.parent
+    while not folder.is_dir():
+        if folder == folder.parent:
+            break
+        folder = folder.parent
+    # Relative patterns end at '.', which always exists.
+    return _content(folder)
+
+
+def _content(folder: Path) -> str:
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return f"'{folder}' cannot be read ({error.strerror})"
+    if not names:
+        return f"'{folder}' is empty"
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return f"'{folder}' holds {len(names)} {'entry' if len(names) == 1 else 'entries'}: {shown}"

@@ -1,0 +1,139 @@
+"""A source: the samples of many local shards as one numbered list, each read by its offset."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hjepa_data.errors import DataError
+from hjepa_data.random import hash_int
+from hjepa_data.shards.index import Int64Array, index_shard
+from hjepa_data.shards.patterns import Pattern, expand_shards
+
+__all__ = ["RawSample", "ShardSource"]
+
+_OPEN_FILES = 64
+
+
+@dataclass(kw_only=True, slots=True)
+class RawSample:
+    """One sample as it lies in its shard.
+
+    Attributes:
+        image: encoded bytes.
+        label: class number, -1 if unknown.
+    """
+
+    image: bytes
+    label: int
+
+
+class ShardSource:
+    """The samples of shards, numbered from 0 in the order of the pattern and of each tar.
+
+    Args:
+        pattern: what ``expand_shards`` understands.
+        allow_truncated: keep the complete samples of shards that are cut off, instead of refusing them.
+        num_threads: shards that are indexed at the same time.
+
+    Raises:
+        DataError: a shard is missing, damaged, cut off, or holds no image.
+    """
+
+    def __init__(self, pattern: Pattern, *, allow_truncated: bool = False, num_threads: int = 8) -> None:
+        self.shards: list[Path] = expand_shards(pattern)
+        with ThreadPoolExecutor(num_threads) as pool:
+            parts = list(pool.map(lambda shard: index_shard(shard, allow_truncated=allow_truncated), self.shards))
+        self.shard_sizes: Int64Array = np.array([len(part) for part in parts], dtype=np.int64)
+        self._ends: Int64Array = np.cumsum(self.shard_sizes)
+        # Tensors, since those reach worker processes as shared memory, not as copies.
+        self._offsets = torch.from_numpy(np.concatenate([part.offsets for part in parts]))
+        self._lengths = torch.from_numpy(np.concatenate([part.sizes for part in parts]))
+        self._labels = torch.from_numpy(np.concatenate([part.labels for part in parts]))
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def labels(self) -> Int64Array:
+        """Class number of each sample, -1 if unknown, [len]."""
+        return self._labels.numpy()
+
+    @property
+    def fingerprint(self) -> int:
+        """Hash of the number of samples in each shard: another one means another numbering of the samples."""
+        return hash_int(len(self.shards), *self.shard_sizes.tolist())
+
+    def read(self, index: int) -> RawSample:
+        """Read one sample.
+
+        Args:
+            index: its number in [0, len).
+
+        Returns:
+            The bytes of its image and its label.
+
+        Raises:
+            DataError: the shard vanished, or is shorter than it was when it was indexed.
+            IndexError: there is no such number.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        size = int(self._lengths[index])
+        offset = int(self._offsets[index])
+        try:
+            image = os.pread(self._file(shard), size, offset)
+        except OSError as error:
+            raise DataError(f"shard '{self.shards[shard]}' cannot be read: {error.strerror}") from None
+        if len(image) != size:
+            raise DataError(
+                f"shard '{self.shards[shard]}' changed while it was in use: {len(image)} of {size} bytes at byte {offset}"
+            )
+        return RawSample(image=image, label=int(self._labels[index]))
+
+    def locate(self, index: int) -> str:
+        """Say where a sample lies, for messages.
+
+        Args:
+            index: its number in [0, len).
+
+        Returns:
+            ``shard.tar: byte offset``.
+        """
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return f"{self.shards[shard]}: byte {int(self._offsets[index])}"
+
+    def close(self) -> None:
+        """Close the files that this process holds open."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _file(self, shard: int) -> int:
+        file = self._open.get(shard)
+        if file is None:
+            file = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            self._open[shard] = file
+            if len(self._open) > _OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+        else:
+            self._open.move_to_end(shard)
+        return file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_open"):
+            self.close()

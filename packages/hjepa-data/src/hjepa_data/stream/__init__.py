@@ -1,0 +1,19 @@
+"""Streams: the order of samples, batches, training and evaluation."""
+
+from hjepa_data.stream.batch import Batch
+from hjepa_data.stream.evaluate import EvalConfig, EvalStream
+from hjepa_data.stream.loader import StartMethod, WorkerConfig
+from hjepa_data.stream.order import StreamOrder, permutation
+from hjepa_data.stream.train import StreamConfig, TrainStream
+
+__all__ = [
+    "Batch",
+    "EvalConfig",
+    "EvalStream",
+    "StartMethod",
+    "StreamConfig",
+    "StreamOrder",
+    "TrainStream",
+    "WorkerConfig",
+    "permutation",
+]

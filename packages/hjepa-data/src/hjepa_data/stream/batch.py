@@ -1,0 +1,55 @@
+"""What streams give: a batch of uint8 views with the numbers that say where each image comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+__all__ = ["Batch"]
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """Images and where they come from.
+
+    Attributes:
+        views: uint8 pixels, a tensor for each view.
+        labels: class numbers, -1 if unknown.
+        sample: number of each image in its source; the same in every epoch and on every layout.
+        epoch: epoch in which each image is shown.
+    """
+
+    views: tuple[UInt8[Tensor, "B C H W"], ...]
+    labels: Int[Tensor, " B"]
+    sample: Int[Tensor, " B"]
+    epoch: Int[Tensor, " B"]
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Copy the batch to a device.
+
+        Args:
+            device: where to.
+            non_blocking: do not wait for the copy; takes effect from pinned memory.
+
+        Returns:
+            The batch on the device.
+        """
+        return Batch(
+            views=tuple(view.to(device, non_blocking=non_blocking) for view in self.views),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            sample=self.sample.to(device, non_blocking=non_blocking),
+            epoch=self.epoch.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> Self:
+        """Move the batch to pinned memory, from which copies to a GPU need not wait."""
+        self.views = tuple(view.pin_memory() for view in self.views)
+        self.labels, self.sample, self.epoch = (t.pin_memory() for t in (self.labels, self.sample, self.epoch))
+        return self

@@ -1,0 +1,111 @@
+"""Finite streams for evaluation: every sample exactly once, on every number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from hjepa_data.errors import refuse
+from hjepa_data.shards.source import ShardSource
+from hjepa_data.stream.batch import Batch
+from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
+from hjepa_data.stream.train import DEFAULT_MAX_PIXELS
+from hjepa_data.stream.worker import EvalTasks
+from hjepa_data.transforms.crop import Interpolation, interpolation_of, size_of
+
+__all__ = ["EvalConfig", "EvalStream"]
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    """What an evaluation stream gives.
+
+    Attributes:
+        batch_size: images of a batch on each rank; the last batch is smaller.
+        size: height and width of the images, pixels.
+        crop_fraction: part of the largest centred box that is kept; 0.875 is 224 of 256, 1 keeps all.
+        interpolation: bilinear or bicubic.
+        workers: who loads them.
+        max_skipped_fraction: share of damaged images above which the stream stops (ten are always allowed).
+        max_pixels: images with more pixels are left out, undecoded.
+    """
+
+    batch_size: int = 256
+    size: tuple[int, ...] = (224, 224)
+    crop_fraction: float = 0.875
+    interpolation: Interpolation = Interpolation.BICUBIC
+    workers: WorkerConfig = field(default_factory=WorkerConfig)
+    max_skipped_fraction: float = 0.01
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        self.size = size_of(self.size)
+        self.interpolation = interpolation_of(self.interpolation)
+        if self.batch_size < 1:
+            refuse("batch_size", self.batch_size, "a batch holds images", "allowed: 1 and more")
+        if not 0 < self.crop_fraction <= 1:
+            refuse("crop_fraction", self.crop_fraction, "no part of an image", "allowed: above 0, up to 1")
+        if not 0 <= self.max_skipped_fraction <= 1:
+            refuse("max_skipped_fraction", self.max_skipped_fraction, "no fraction", "allowed: 0 to 1")
+
+    def build(self, source: ShardSource, *, rank: int = 0, world_size: int = 1) -> EvalStream:
+        """Build the stream of one rank.
+
+        Args:
+            source: the samples.
+            rank: which part of the samples this process gets, 0 to world_size - 1.
+            world_size: parts of the samples.
+
+        Returns:
+            The stream.
+        """
+        return EvalStream(self, source, rank=rank, world_size=world_size)
+
+
+class EvalStream:
+    """A finite iterable of batches of centre crops, in the order of the source; each ``iter`` starts anew.
+
+    Rank r of W gets the samples [rN // W, (r+1)N // W): each sample exactly once over all ranks. A damaged image is
+    counted and missing.
+
+    Args:
+        config: what is streamed.
+        source: the samples.
+        rank: which part of the samples this process gets.
+        world_size: parts of the samples.
+    """
+
+    def __init__(self, config: EvalConfig, source: ShardSource, *, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            refuse("rank", rank, f"no rank of world_size={world_size}", "allowed: 0 to world_size - 1")
+        self.config = config
+        self.source = source
+        self._first = rank * len(source) // world_size
+        self._end = (rank + 1) * len(source) // world_size
+        self._skips = SkipCount(config.max_skipped_fraction)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of this rank, damaged ones included."""
+        return self._end - self._first
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Images left out by this rank in the latest pass, by reason."""
+        return dict(self._skips.reasons)
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.config.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        config = self.config
+        tasks = EvalTasks(self.source, config.size, config.crop_fraction, config.interpolation, config.max_pixels)
+        spans = [
+            (first, min(first + config.batch_size, self._end))
+            for first in range(self._first, self._end, config.batch_size)
+        ]
+        self._skips = SkipCount(config.max_skipped_fraction)
+        for loaded in load(tasks, spans, config.workers):
+            batch = self._skips.add(loaded)
+            if len(batch):
+                yield batch

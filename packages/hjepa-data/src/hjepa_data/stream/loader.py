@@ -1,0 +1,170 @@
+"""Worker processes: tasks in, batches out in the same order, and an error instead of a hang when a worker dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from hjepa_data.errors import DataError, WorkerError, one_line, refuse
+from hjepa_data.stream.batch import Batch
+from hjepa_data.stream.worker import Loaded
+
+__all__ = ["SkipCount", "StartMethod", "WorkerConfig", "load"]
+
+
+class StartMethod(StrEnum):
+    """How worker processes are started."""
+
+    AUTO = "auto"
+    FORK = "fork"
+    SPAWN = "spawn"
+    FORKSERVER = "forkserver"
+
+
+@dataclass(kw_only=True, slots=True)
+class WorkerConfig:
+    """Who loads the batches.
+
+    Attributes:
+        count: worker processes; 0 loads in the process that asks. The batches do not depend on it.
+        prefetch: batches that each worker prepares ahead.
+        pin_memory: hand out pinned memory where there is a CUDA device.
+        start_method: how workers start; ``auto`` forks on Linux, which is at once, and spawns elsewhere.
+    """
+
+    count: int = 0
+    prefetch: int = 2
+    pin_memory: bool = False
+    start_method: StartMethod = StartMethod.AUTO
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            refuse("count", self.count, "no number of workers", "allowed: 0 (load in this process) and more")
+        if self.prefetch < 1:
+            refuse("prefetch", self.prefetch, "a worker prepares at least one batch", "allowed: 1 and more")
+        try:
+            self.start_method = StartMethod(self.start_method)
+        except ValueError:
+            refuse("start_method", self.start_method, "no such way", f"allowed: {', '.join(StartMethod)}")
+
+
+class SkipCount:
+    """Images that were left out, by reason, and the limit on their share.
+
+    Args:
+        max_fraction: largest share; ten are always allowed, so that one bad image of a small set stops nobody.
+    """
+
+    _ALWAYS_ALLOWED = 10
+
+    def __init__(self, max_fraction: float) -> None:
+        self._max_fraction = max_fraction
+        self._seen = 0
+        self.reasons: Counter[str] = Counter()
+
+    def add(self, loaded: Loaded) -> Batch:
+        """Count what a worker left out.
+
+        Args:
+            loaded: what came back from the worker.
+
+        Returns:
+            Its batch.
+
+        Raises:
+            DataError: the worker met an error, or too many images were left out.
+        """
+        if loaded.batch is None:
+            raise DataError(loaded.error)
+        self.reasons.update({str(reason): number for reason, number in loaded.skipped.items()})
+        self._seen += len(loaded.batch)
+        total = self.reasons.total()
+        if total > max(self._ALWAYS_ALLOWED, self._max_fraction * self._seen):
+            reasons = ", ".join(f"{number} {reason}" for reason, number in self.reasons.most_common())
+            raise DataError(
+                f"{total} of {self._seen} images were left out ({reasons}), more than max_skipped_fraction="
+                f"{self._max_fraction}; mend the shards, or raise the limit"
+            )
+        return loaded.batch
+
+
+def load(tasks: Dataset[Loaded], items: Iterable[Any], config: WorkerConfig) -> Iterator[Loaded]:
+    """Do tasks in order.
+
+    Args:
+        tasks: what to do with an item.
+        items: what to load, maybe without an end.
+        config: who loads.
+
+    Yields:
+        What the workers give, in the order of the items.
+
+    Raises:
+        WorkerError: a worker process died.
+    """
+    workers = config.count > 0
+    with warnings.catch_warnings():
+        # More workers than cores is the user's choice, and some file systems want it.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            tasks,
+            batch_size=None,
+            sampler=items,  # any iterable will do
+            num_workers=config.count,
+            collate_fn=_as_it_is,
+            pin_memory=config.pin_memory and torch.cuda.is_available(),
+            prefetch_factor=config.prefetch if workers else None,
+            multiprocessing_context=_context(config) if workers else None,
+            worker_init_fn=_start_worker if workers else None,
+            # Else the loader would draw its seed from torch's global generator.
+            generator=torch.Generator(),
+        )
+        # Workers only decode: the threads of this process, against which Python 3.12 warns, hold no lock that they need.
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        batches = iter(loader)
+    return _guarded(batches)
+
+
+def _guarded(batches: Iterator[Loaded]) -> Iterator[Loaded]:
+    while True:
+        try:
+            loaded = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise WorkerError(
+                f"{one_line(error)}; was it killed, or out of memory? fewer workers or a smaller batch need less"
+            ) from None
+        yield loaded
+
+
+def _context(config: WorkerConfig) -> str:
+    if config.start_method is not StartMethod.AUTO:
+        return str(config.start_method)
+    return "fork" if multiprocessing.get_start_method(allow_none=True) in {None, "fork"} and _can_fork() else "spawn"
+
+
+def _can_fork() -> bool:
+    import sys
+
+    return sys.platform == "linux"
+
+
+def _as_it_is(loaded: Loaded) -> Loaded:
+    return loaded
+
+
+def _start_worker(_: int) -> None:
+    # Ctrl-C is for the main process: it finishes its step, saves, and then ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,171 @@
+"""The endless stream of training batches, whose state is where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+
+from hjepa_data.errors import DataError, refuse
+from hjepa_data.shards.source import ShardSource
+from hjepa_data.stream.batch import Batch
+from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
+from hjepa_data.stream.order import StreamOrder
+from hjepa_data.stream.worker import Loaded, TrainTasks
+from hjepa_data.transforms.crop import ViewGroup
+
+__all__ = ["DEFAULT_MAX_PIXELS", "StreamConfig", "TrainStream"]
+
+DEFAULT_MAX_PIXELS = 89_478_485
+
+
+@dataclass(kw_only=True, slots=True)
+class StreamConfig:
+    """What a training stream gives.
+
+    Attributes:
+        global_batch_size: images of a step over all ranks; each rank gets an equal part of them.
+        window_shards: shards that are shuffled together; more mix better and touch more files at a time.
+        views: groups of views that are cut out of each image.
+        workers: who loads them.
+        max_skipped_fraction: share of damaged images above which the stream stops (ten are always allowed).
+        max_pixels: images with more pixels are left out, undecoded.
+    """
+
+    global_batch_size: int = 256
+    window_shards: int = 16
+    views: tuple[ViewGroup, ...] = field(default_factory=lambda: (ViewGroup(),))
+    workers: WorkerConfig = field(default_factory=WorkerConfig)
+    max_skipped_fraction: float = 0.01
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        self.views = tuple(self.views)
+        if self.global_batch_size < 1:
+            refuse("global_batch_size", self.global_batch_size, "a batch holds images", "allowed: 1 and more")
+        if self.window_shards < 1:
+            refuse("window_shards", self.window_shards, "a window holds at least one shard", "allowed: 1 and more")
+        if not self.views:
+            refuse("views", self.views, "an image has at least one view", "allowed: one ViewGroup or more")
+        if not 0 <= self.max_skipped_fraction <= 1:
+            refuse("max_skipped_fraction", self.max_skipped_fraction, "no fraction", "allowed: 0 to 1")
+        if self.max_pixels < 1:
+            refuse("max_pixels", self.max_pixels, "every image is larger", "allowed: 1 and more pixels")
+
+    @property
+    def num_views(self) -> int:
+        """Views of an image over all groups."""
+        return sum(group.count for group in self.views)
+
+    def build(self, source: ShardSource, *, seed: int, rank: int = 0, world_size: int = 1) -> TrainStream:
+        """Build the stream of one rank.
+
+        Args:
+            source: the samples.
+            seed: of the order, the crops and the flips.
+            rank: which part of each batch this process gets, 0 to world_size - 1.
+            world_size: parts of a batch.
+
+        Returns:
+            The stream, at its start.
+
+        Raises:
+            ValueError: the batch cannot be dealt equally to the ranks.
+        """
+        return TrainStream(self, source, seed=seed, rank=rank, world_size=world_size)
+
+
+class TrainStream(Iterator[Batch]):
+    """An endless iterator of batches.
+
+    Step t takes the positions [tG, (t+1)G) of the global order, rank r its r-th part. What stands at a position depends
+    on the seed and the shards only, so batches do not depend on workers, ranks or interruptions. An epoch may end
+    within a batch.
+
+    Args:
+        config: what is streamed.
+        source: the samples.
+        seed: of the order, the crops and the flips.
+        rank: which part of each batch this process gets.
+        world_size: parts of a batch.
+    """
+
+    def __init__(self, config: StreamConfig, source: ShardSource, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            refuse("rank", rank, f"no rank of world_size={world_size}", "allowed: 0 to world_size - 1")
+        if config.global_batch_size % world_size:
+            refuse(
+                "global_batch_size",
+                config.global_batch_size,
+                f"{world_size} ranks cannot share it equally",
+                f"allowed: multiples of {world_size}",
+            )
+        self.config = config
+        self.source = source
+        self._order = StreamOrder(source.shard_sizes, config.window_shards, seed)
+        self._count = config.global_batch_size // world_size
+        self._offset = rank * self._count
+        self._tasks = TrainTasks(source, self._order, config.views, self._count, seed, config.max_pixels)
+        self._position = 0
+        self._batches: Iterator[Loaded] | None = None
+        self._skips = SkipCount(config.max_skipped_fraction)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Number of samples of the source."""
+        return self._order.num_samples
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Images left out by this rank since the stream was built, by reason."""
+        return dict(self._skips.reasons)
+
+    def __iter__(self) -> TrainStream:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            starts = count(self._position + self._offset, self.config.global_batch_size)
+            self._batches = load(self._tasks, starts, self.config.workers)
+        batch = self._skips.add(next(self._batches))
+        self._position += self.config.global_batch_size
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Say where the stream stands after the batches that were handed out, not those prepared ahead.
+
+        Returns:
+            epoch and position in it (the same on every rank), the number of samples, and a hash of the order.
+        """
+        epoch, position = divmod(self._position, self.samples_per_epoch)
+        return {
+            "epoch": epoch,
+            "position": position,
+            "samples": self.samples_per_epoch,
+            "order": self._order.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go where another stream stood, of any number of ranks and workers and any batch size.
+
+        Args:
+            state: what ``state_dict`` gave.
+
+        Raises:
+            DataError: the state belongs to other shards, another seed or another ``window_shards``.
+        """
+        if int(state["samples"]) != self.samples_per_epoch:
+            raise DataError(
+                f"the saved stream had {state['samples']} samples, these shards have {self.samples_per_epoch}: its order "
+                "cannot be continued; give the same shards, or start anew"
+            )
+        if int(state["order"]) != self._order.fingerprint:
+            raise DataError(
+                "the saved stream had another order; give the same shards, seed and window_shards, or start anew"
+            )
+        self.close()
+        self._position = int(state["epoch"]) * self.samples_per_epoch + int(state["position"])
+
+    def close(self) -> None:
+        """End the workers; the stream goes on with new ones when it is asked for a batch."""
+        self._batches = None

@@ -1,0 +1,161 @@
+"""What a loader's worker does for one batch: read, decode, crop, count what had to be left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from hjepa_data.errors import DataError
+from hjepa_data.shards.source import RawSample, ShardSource
+from hjepa_data.stream.batch import Batch
+from hjepa_data.stream.order import StreamOrder
+from hjepa_data.transforms.crop import Interpolation, ViewGroup, center_crop, random_views
+from hjepa_data.transforms.decode import SkipImageError, open_image
+
+__all__ = ["EvalTasks", "Loaded", "TrainTasks"]
+
+# A run of so many damaged images is no accident.
+_MAX_REPLACEMENTS = 1000
+_CROP = 3
+
+
+@dataclass(kw_only=True, slots=True)
+class Loaded:
+    """What comes back from a worker.
+
+    Attributes:
+        batch: the batch; None if the worker met an error.
+        skipped: images that were left out, by reason.
+        error: the one-line message of a data error.
+    """
+
+    batch: Batch | None
+    skipped: dict[str, int] = field(default_factory=dict)
+    error: str | None = None
+
+    def pin_memory(self) -> Self:
+        """Pin the batch; called by the loader."""
+        if self.batch is not None:
+            self.batch.pin_memory()
+        return self
+
+
+class TrainTasks(Dataset[Loaded]):
+    """Batches of random views by their first global position.
+
+    A damaged image is counted at its own position, which shows the next decodable image of the order instead. What a
+    position shows is so a pure function of the position.
+
+    Args:
+        source: the samples.
+        order: which sample stands where.
+        groups: views of each image.
+        count: images of a batch.
+        seed: of the crops and flips.
+        max_pixels: larger images are left out.
+    """
+
+    def __init__(
+        self, source: ShardSource, order: StreamOrder, groups: tuple[ViewGroup, ...], count: int, seed: int, max_pixels: int
+    ) -> None:
+        self._source = source
+        self._order = order
+        self._groups = groups
+        self._count = count
+        self._seed = seed
+        self._max_pixels = max_pixels
+
+    def __getitem__(self, start: int) -> Loaded:
+        """Load the batch whose first image stands at a position."""
+        try:
+            return self._load(start)
+        except DataError as error:
+            return Loaded(batch=None, error=str(error))
+
+    def _load(self, start: int) -> Loaded:
+        epochs, samples = self._order.span(start, self._count)
+        views = [torch.empty((self._count, 3, *g.size), dtype=torch.uint8) for g in self._groups for _ in range(g.count)]
+        pixels = [view.numpy() for view in views]
+        labels = np.empty(self._count, dtype=np.int64)
+        skipped: dict[str, int] = {}
+        for row in range(self._count):
+            for ahead in range(_MAX_REPLACEMENTS):
+                if ahead:
+                    epochs[row], samples[row] = self._order.at(start + row + ahead)
+                raw = self._source.read(int(samples[row]))
+                try:
+                    self._write(raw, int(epochs[row]), int(samples[row]), pixels, row)
+                except SkipImageError as skip:
+                    if ahead == 0:
+                        skipped[skip.reason] = skipped.get(skip.reason, 0) + 1
+                    continue
+                labels[row] = raw.label
+                break
+            else:
+                raise DataError(
+                    f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last at {self._source.locate(int(samples[row]))}"
+                )
+        return Loaded(batch=_batch(views, labels, samples, epochs), skipped=skipped)
+
+    def _write(self, raw: RawSample, epoch: int, sample: int, pixels: list[Any], row: int) -> None:
+        upright = open_image(raw.image, max_pixels=self._max_pixels)
+        random_views(upright, self._groups, (self._seed, _CROP, epoch, sample), pixels, row)
+
+
+class EvalTasks(Dataset[Loaded]):
+    """Batches of centre crops by (first, end) sample; damaged images are counted and missing.
+
+    Args:
+        source: the samples.
+        size: height and width, pixels.
+        crop_fraction: part of the sides that is kept.
+        interpolation: bilinear or bicubic.
+        max_pixels: larger images are left out.
+    """
+
+    def __init__(
+        self, source: ShardSource, size: tuple[int, ...], crop_fraction: float, interpolation: Interpolation, max_pixels: int
+    ) -> None:
+        self._source = source
+        self._size = size
+        self._crop_fraction = crop_fraction
+        self._interpolation = interpolation
+        self._max_pixels = max_pixels
+
+    def __getitem__(self, span: tuple[int, int]) -> Loaded:
+        """Load the samples first..end-1."""
+        try:
+            return self._load(*span)
+        except DataError as error:
+            return Loaded(batch=None, error=str(error))
+
+    def _load(self, first: int, end: int) -> Loaded:
+        view = torch.empty((end - first, 3, *self._size), dtype=torch.uint8)
+        pixels = view.numpy()
+        kept: list[tuple[int, int]] = []
+        skipped: dict[str, int] = {}
+        for sample in range(first, end):
+            raw = self._source.read(sample)
+            try:
+                upright = open_image(raw.image, max_pixels=self._max_pixels)
+                center_crop(upright, self._size, self._crop_fraction, self._interpolation, pixels[len(kept)])
+            except SkipImageError as skip:
+                skipped[skip.reason] = skipped.get(skip.reason, 0) + 1
+                continue
+            kept.append((sample, raw.label))
+        rows = np.array(kept, dtype=np.int64).reshape(-1, 2)
+        batch = _batch([view[: len(kept)]], rows[:, 1].copy(), rows[:, 0].copy(), np.zeros(len(kept), dtype=np.int64))
+        return Loaded(batch=batch, skipped=skipped)
+
+
+def _batch(views: list[torch.Tensor], labels: Any, samples: Any, epochs: Any) -> Batch:
+    return Batch(
+        views=tuple(views),
+        labels=torch.from_numpy(labels),
+        sample=torch.from_numpy(samples),
+        epoch=torch.from_numpy(epochs),
+    )

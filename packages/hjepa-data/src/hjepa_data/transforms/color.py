@@ -1,0 +1,213 @@
+"""Colour augmentation of a whole batch on its device, with its own factors for every image and view.
+
+Brightness, contrast, saturation, hue and greyscale are affine in the colour of a pixel, so that their product is one
+3x3 matrix and one offset for an image: one pass over the pixels. Hue turns the chroma plane of YIQ, which is close to a
+shift of HSV's hue. Between the steps nothing is clipped; the order is fixed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+from torch.nn import functional
+
+from hjepa_data.errors import refuse
+from hjepa_data.random import uniform
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "ColorAugment", "ColorConfig", "normalize"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_COLOR = 5
+_LUMA = (0.299, 0.587, 0.114)
+_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+
+
+@dataclass(kw_only=True, slots=True)
+class ColorConfig:
+    """How colours are changed.
+
+    Attributes:
+        probability: of a change of brightness, contrast, saturation and hue (all or none).
+        brightness: factors are drawn from 1 - b to 1 + b.
+        contrast: likewise, about the mean grey of the image.
+        saturation: likewise, about the grey of the pixel.
+        hue: turns are drawn from -h to h, in full turns; at most 0.5.
+        grayscale: probability of a grey image.
+        blur: probability of a Gaussian blur.
+        blur_sigma: range of the blur's standard deviation, pixels.
+        solarize: probability that values above the threshold are inverted.
+        solarize_threshold: from 0 to 1.
+    """
+
+    probability: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale: float = 0.2
+    blur: float = 0.0
+    blur_sigma: tuple[float, ...] = (0.1, 2.0)
+    solarize: float = 0.0
+    solarize_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        self.blur_sigma = tuple(self.blur_sigma)
+        for name in ("probability", "grayscale", "blur", "solarize", "brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                refuse(name, getattr(self, name), "out of range", "allowed: 0 to 1")
+        if not 0 <= self.hue <= 0.5:
+            refuse("hue", self.hue, "out of range", "allowed: 0 to 0.5 turns")
+        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            refuse("blur_sigma", self.blur_sigma, "no range", "allowed: 0 < smallest <= largest, pixels")
+        if not 0 <= self.solarize_threshold <= 1:
+            refuse("solarize_threshold", self.solarize_threshold, "out of range", "allowed: 0 to 1")
+
+    def build(self, seed: int) -> ColorAugment:
+        """Build the augmentation.
+
+        Args:
+            seed: of its random numbers.
+
+        Returns:
+            The augmentation.
+        """
+        return ColorAugment(self, seed)
+
+
+class ColorAugment:
+    """Colour augmentation of batches, a pure function of (seed, step, sample, view).
+
+    Args:
+        config: how colours are changed.
+        seed: of the random numbers.
+    """
+
+    _NUM_DRAWS = 9
+
+    def __init__(self, config: ColorConfig, seed: int) -> None:
+        self.config = config
+        self._seed = seed
+
+    def __call__(
+        self, images: Num[Tensor, "B 3 *S"], step: int, sample: Int[Tensor, " B"], view: int
+    ) -> Float[Tensor, "B 3 *S"]:
+        """Augment a batch.
+
+        Args:
+            images: uint8 pixels, or floats in [0, 1]; images or clips, a clip is changed as a whole.
+            step: number of the step (or of the epoch).
+            sample: number of each image in its source, on the images' device.
+            view: number of the view.
+
+        Returns:
+            Floats in [0, 1].
+
+        Raises:
+            ValueError: the images have not three channels.
+        """
+        if images.ndim < 3 or images.shape[1] != 3:
+            refuse("images", tuple(images.shape), "colours need three channels", "allowed: [B, 3, H, W]")
+        config = self.config
+        pixels = to_unit(images)
+        draws = uniform(self._seed, _COLOR, step, view, sample, n=self._NUM_DRAWS)
+        flat = pixels.flatten(2)
+        matrix, offset = _color_affine(config, draws, flat.mean(2))
+        pixels = torch.baddbmm(offset, matrix, flat).clamp_(0, 1).view_as(pixels)
+        if config.solarize:
+            chosen = _per_image(draws[:, 7] < config.solarize, pixels)
+            pixels = torch.where(chosen & (pixels >= config.solarize_threshold), 1 - pixels, pixels)
+        if config.blur:
+            low, high = config.blur_sigma
+            # A blur this narrow is the identity in float32, so the images that were not chosen pass unchanged.
+            sigma = torch.where(draws[:, 6] < config.blur, low + (high - low) * draws[:, 8], 1e-3)
+            pixels = _gaussian_blur(pixels, sigma, high)
+        return pixels
+
+
+def normalize(
+    images: Num[Tensor, "B C *S"],
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Float[Tensor, "B C *S"]:
+    """Turn pixels into what a model takes: (x - mean) / std for each channel.
+
+    Args:
+        images: uint8 pixels, or floats in [0, 1].
+        mean: of each channel, on the scale of 0 to 1.
+        std: of each channel, on the scale of 0 to 1.
+
+    Returns:
+        Floats.
+
+    Raises:
+        ValueError: mean and std have not a number for each channel.
+    """
+    channels = images.shape[1]
+    if len(mean) != channels or len(std) != channels:
+        refuse("mean", tuple(mean), f"images have {channels} channels", f"allowed: {channels} numbers in mean and in std")
+    scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
+    shape = (1, channels) + (1,) * (images.ndim - 2)
+    # x * (scale / std) - mean / std: one multiplication and one addition a pixel.
+    factor = torch.tensor([scale / s for s in std], device=images.device).view(shape)
+    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(shape)
+    pixels = images.float() if images.dtype == torch.uint8 else images
+    return torch.addcmul(offset.to(pixels.dtype), pixels, factor.to(pixels.dtype))
+
+
+def to_unit(images: Num[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
+    """Turn uint8 pixels into floats in [0, 1]; floats pass."""
+    return images.float().mul_(1 / 255) if images.dtype == torch.uint8 else images
+
+
+def _color_affine(
+    config: ColorConfig, draws: Float[Tensor, "B 9"], channel_mean: Float[Tensor, "B 3"]
+) -> tuple[Float[Tensor, "B 3 3"], Float[Tensor, "B 3 1"]]:
+    """Matrix and offset of brightness, contrast, saturation, hue and greyscale, in this order."""
+    changed = draws[:, 0] < config.probability
+    ranges = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue], device=draws.device)
+    change = (2 * draws[:, 1:5] - 1) * ranges * changed[:, None]
+    brightness, contrast, saturation = (1 + change[:, :3]).unbind(1)
+    angle = 2 * math.pi * change[:, 3]
+    luma = torch.tensor(_LUMA, device=draws.device)
+    eye = torch.eye(3, device=draws.device)
+    grey = luma.expand(3, 3)
+    scale = brightness * contrast
+    # Contrast c about the mean grey m of the brightened image: c x + (1 - c) m.
+    offset = ((1 - contrast) * brightness * (channel_mean.float() @ luma))[:, None].expand(-1, 3)
+    mixed = saturation[:, None, None] * eye + (1 - saturation)[:, None, None] * grey
+    matrix = _hue_rotation(angle) @ mixed
+    matrix = torch.where((draws[:, 5] < config.grayscale)[:, None, None], grey @ matrix, matrix)
+    # All of these steps keep grey at its place, so that the offset passes through them as it is.
+    return matrix * scale[:, None, None], offset[:, :, None]
+
+
+def _hue_rotation(angle: Float[Tensor, " B"]) -> Float[Tensor, "B 3 3"]:
+    to_yiq = torch.tensor(_YIQ, device=angle.device)
+    cos, sin = angle.cos(), angle.sin()
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1).view(-1, 3, 3)
+    return torch.linalg.inv(to_yiq) @ turn @ to_yiq
+
+
+def _per_image(values: Tensor, images: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (images.ndim - 1))
+
+
+def _gaussian_blur(images: Float[Tensor, "B C *S"], sigma: Float[Tensor, " B"], largest: float) -> Float[Tensor, "B C *S"]:
+    radius = max(1, min(math.ceil(2 * largest), min(images.shape[-2:]) - 1))
+    place = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.exp(-(place**2) / (2 * sigma[:, None] ** 2))
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    planes = images.shape[1:-2].numel()
+    weight = kernel.repeat_interleave(planes, dim=0)[:, None]
+    x = images.reshape(1, -1, *images.shape[-2:])
+    x = functional.pad(x, (radius,) * 4, mode="reflect")
+    x = functional.conv2d(x, weight[:, :, None, :], groups=x.shape[1])
+    x = functional.conv2d(x, weight[:, :, :, None], groups=x.shape[1])
+    return x.view_as(images)

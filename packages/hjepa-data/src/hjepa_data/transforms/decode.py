@@ -1,0 +1,138 @@
+"""Decode one image: refuse what is unsafe, read JPEGs at the smallest scale that suffices, turn it upright."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["SkipImageError", "SkipReason", "Upright", "open_image"]
+
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_EXIF_ORIENTATION = 0x0112
+_JPEG_SCALES = (8, 4, 2)
+# What Pillow's decoders raise for damaged files.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class SkipReason(StrEnum):
+    """Why an image is left out."""
+
+    EMPTY = "empty"
+    UNDECODABLE = "undecodable"
+    TRUNCATED = "truncated"
+    TOO_LARGE = "too_large"
+
+
+class SkipImageError(Exception):
+    """An image is left out; the reason is counted."""
+
+    def __init__(self, reason: SkipReason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Upright:
+    """An opened image whose pixels may not be decoded yet.
+
+    Attributes:
+        image: the image as it is stored.
+        turn: how it is turned upright (EXIF), or None.
+        width: width upright, at full scale, pixels.
+        height: height upright, at full scale, pixels.
+    """
+
+    image: Image.Image
+    turn: Image.Transpose | None
+    width: int
+    height: int
+
+    def decode(self, shrink: float) -> Image.Image:
+        """Decode the pixels.
+
+        Args:
+            shrink: how many times smaller than full scale is still large enough; JPEGs are decoded at the next
+                smaller of 1, 2, 4 and 8, the others at full scale.
+
+        Returns:
+            The upright image, in mode RGB or L.
+
+        Raises:
+            SkipImageError: the file is damaged.
+        """
+        image = self.image
+        try:
+            for scale in _JPEG_SCALES:
+                if scale <= shrink and image.format == "JPEG":
+                    image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
+                    break
+            image.load()
+            if image.mode not in {"RGB", "L"}:
+                image = _to_rgb(image)
+        except _DECODER_ERRORS as error:
+            cut = isinstance(error, OSError | EOFError) and "truncated" in str(error)
+            raise SkipImageError(SkipReason.TRUNCATED if cut else SkipReason.UNDECODABLE) from None
+        return image if self.turn is None else image.transpose(self.turn)
+
+
+def open_image(data: bytes, *, max_pixels: int) -> Upright:
+    """Read the header of an encoded image.
+
+    Args:
+        data: bytes of a JPEG, PNG or WebP file.
+        max_pixels: images with more pixels are refused before they are decoded.
+
+    Returns:
+        The image, with its pixels not decoded yet.
+
+    Raises:
+        SkipImageError: the bytes are empty, no image, or of an image that is too large.
+    """
+    if not data:
+        raise SkipImageError(SkipReason.EMPTY)
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise SkipImageError(SkipReason.TOO_LARGE) from None
+    except _DECODER_ERRORS:
+        raise SkipImageError(SkipReason.UNDECODABLE) from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise SkipImageError(SkipReason.TOO_LARGE)
+    turn = _TURNS.get(orientation)
+    if orientation in {5, 6, 7, 8}:
+        width, height = height, width
+    return Upright(image=image, turn=turn, width=width, height=height)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey: Pillow would clip it to white instead of scaling it.
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
