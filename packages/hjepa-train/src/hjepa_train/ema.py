@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from hjepa_train.sharded import local
 
 
 class EMA:
@@ -44,11 +45,11 @@ class EMA:
             momentum: m, between 0 (copy) and 1 (stay).
         """
         if self._averaged:
-            online = [_local(source).float() for source, _ in self._averaged]
-            target = [_local(copy) for _, copy in self._averaged]
+            online = [local(source).float() for source, _ in self._averaged]
+            target = [local(copy) for _, copy in self._averaged]
             torch._foreach_lerp_(target, online, 1.0 - momentum)
         for source, copy in self._copied:
-            _local(copy).copy_(_local(source))
+            local(copy).copy_(local(source))
 
 
 def _matched(online: nn.Module, target: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -56,7 +57,10 @@ def _matched(online: nn.Module, target: nn.Module) -> Iterator[tuple[str, Tensor
     kind = type(target).__name__
     if sources.keys() != copies.keys():
         differing = sorted(sources.keys() ^ copies.keys())
-        raise ValueError(f"EMA of {kind}: {len(differing)} names differ ({', '.join(differing[:3])}); copy the online module")
+        first = ", ".join(differing[:3])
+        raise ValueError(
+            f"EMA of {kind}: {len(differing)} names differ ({first}); make the target a copy of the online"
+        )
     for name, source in sources.items():
         if source.shape != copies[name].shape:
             raise ValueError(f"EMA of {kind}.{name}: {tuple(source.shape)} online, {tuple(copies[name].shape)} target")
@@ -66,7 +70,3 @@ def _matched(online: nn.Module, target: nn.Module) -> Iterator[tuple[str, Tensor
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -35,8 +35,8 @@ class OptimizerConfig:
         groups = parameter_groups(module, no_decay_names=self.no_decay_names)
         on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
         fused = on_cuda if self.fused is None else self.fused
-        betas = (self.betas[0], self.betas[1])
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=self.eps, fused=fused, foreach=None if fused else True)
+        foreach = None if fused else True
+        return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=fused, foreach=foreach)
 
 
 def decays(name: str, parameter: torch.Tensor, no_decay_names: tuple[str, ...]) -> bool:
@@ -71,7 +71,7 @@ def parameter_groups(
         if parameter.requires_grad:
             groups[0 if decays(name, parameter, no_decay_names) else 1].append(parameter)
     if not any(groups):
-        raise ValueError(f"{type(module).__name__}: no trainable parameter; leave requires_grad on in the online branch")
+        raise ValueError(f"{type(module).__name__}: no trainable parameter; leave requires_grad on online")
     return [{"params": groups[0]}, {"params": groups[1]}]
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_train.errors import choice
+from hjepa_train.protocols import Batch
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 class ParallelKind(StrEnum):
@@ -53,7 +58,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -144,11 +149,7 @@ def wrap(module: nn.Module, config: ParallelConfig, world: World, blocks: Sequen
     """
     adapter = _Adapter(module)
     if config.kind is ParallelKind.fsdp:
-        mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
-        for child in module.modules():
-            if isinstance(child, tuple(blocks)):
-                fully_shard(child, mesh=mesh)
-        return fully_shard(adapter, mesh=mesh)
+        return _shard(adapter, world, tuple(blocks))
     if world.size == 1:
         return adapter
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
@@ -159,14 +160,28 @@ def wrap(module: nn.Module, config: ParallelConfig, world: World, blocks: Sequen
 @contextmanager
 def gradient_sync(wrapped: nn.Module, *, enabled: bool) -> Iterator[None]:
     """Average gradients over ranks in the backward inside, or leave it to a later micro-batch."""
-    if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(enabled)
+    with ExitStack() as stack:
+        if isinstance(wrapped, DistributedDataParallel) and not enabled:
+            stack.enter_context(wrapped.no_sync())
+        elif _is_fsdp(wrapped):
+            wrapped.set_requires_gradient_sync(enabled)
         yield
-    elif isinstance(wrapped, DistributedDataParallel) and not enabled:
-        with wrapped.no_sync():
-            yield
-    else:
-        yield
+
+
+def _shard(adapter: nn.Module, world: World, blocks: tuple[type[nn.Module], ...]) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for child in adapter.modules():
+        if isinstance(child, blocks):
+            fully_shard(child, mesh=mesh)
+    fully_shard(adapter, mesh=mesh)
+    return adapter
+
+
+def _is_fsdp(module: nn.Module) -> TypeGuard[FSDPModule]:
+    return hasattr(module, "set_requires_gradient_sync")
 
 
 class _Adapter(nn.Module):
@@ -176,12 +191,9 @@ class _Adapter(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, batch: Any, step: int) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]:
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]:
         output = self.module(batch, step)
         return output.loss, dict(output.metrics), dict(output.embeddings)
-
-
-_TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def _backends() -> str:

@@ -53,7 +53,7 @@ class Batch(Protocol):
 class Stream(Protocol):
     """An infinite, resumable source of batches, one per rank."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         """Yield batches from the present state on."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -96,14 +96,14 @@ class ScheduleConfig:
         """Refuse what has no meaning."""
         self.kind = choice(ScheduleKind, "kind", self.kind)
         if self.kind is not ScheduleKind.constant and self.final is None:
-            raise ValueError(f"final=None: kind={self.kind.value} needs the value it ends at; give final, or kind=constant")
+            raise ValueError(f"final=None: kind={self.kind.value} ends at a value; give final, or kind=constant")
         if self.kind is ScheduleKind.constant and self.final not in (None, self.value):
-            raise ValueError(f"final={self.final}: kind=constant stays at value={self.value}; use kind=linear or cosine")
+            raise ValueError(f"final={self.final}: kind=constant stays at value={self.value}; use linear or cosine")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps}: negative; allowed: 0 (no warm-up) and more")
         if self.steps is not None and self.steps <= self.warmup_steps:
             raise ValueError(
-                f"steps={self.steps}: not more than warmup_steps={self.warmup_steps}; shorten the warm-up or give more steps"
+                f"steps={self.steps}: not more than warmup_steps={self.warmup_steps}; give more steps, or warm up faster"
             )
 
     def build(self, steps: int) -> Callable[[int], float]:

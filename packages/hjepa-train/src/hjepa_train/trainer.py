@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hjepa_train.callbacks.save import SaveEvery
-from hjepa_train.checkpoint import CheckpointConfig, CheckpointStore
+from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
 from hjepa_train.checkpoint.state import collect, model_shapes, restore
 from hjepa_train.ema import EMA
 from hjepa_train.errors import CheckpointError, TrainingError, choice, one_line
@@ -22,8 +22,9 @@ from hjepa_train.optim import OptimizerConfig, set_rates
 from hjepa_train.outcome import Outcome
 from hjepa_train.parallel import ParallelConfig, World, gradient_sync, init_world, wrap
 from hjepa_train.precision import Precision, autocast
-from hjepa_train.protocols import Callback, HasEMA, Stream
+from hjepa_train.protocols import Batch, Callback, HasEMA, Stream
 from hjepa_train.schedules import ScheduleConfig, ScheduleKind
+from hjepa_train.sharded import whole
 from hjepa_train.signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -163,10 +164,11 @@ class Trainer:
             outcome = Outcome.DONE if self.step >= self.config.steps else Outcome.PREEMPTED
         except Exception as error:
             if self.world.size > 1:
-                logger.error("rank %d of %d failed at step %d: %s", self.world.rank, self.world.size, self.step, one_line(error))  # noqa: E501, TRY400
+                rank, size = self.world.rank, self.world.size
+                logger.error("rank %d of %d failed at step %d: %s", rank, size, self.step, one_line(error))
             raise
         finally:
-            self._call(lambda callback: callback.on_fit_end(self, outcome))
+            self._end(outcome)
         return outcome
 
     def log(self, row: Mapping[str, float]) -> None:
@@ -202,41 +204,43 @@ class Trainer:
         """Go to the newest whole checkpoint of the run directory, if there is one; all ranks call it."""
         if self.store is None:
             return
-        step, problem = -1, None
+        checkpoint: Checkpoint | None = None
+        problem: CheckpointError | None = None
         if self.world.is_main:
             try:
-                newest = self.store.newest()
-                step = -1 if newest is None else int(newest.state["step"])
+                checkpoint = self.store.newest()
             except CheckpointError as error:
-                step, problem = -2, error
-        step = self.world.from_main(step)
-        if step == -2:
+                problem = error
+        if any(self.world.any(problem is not None)):
             raise problem or CheckpointError("the main rank found no whole checkpoint")
+        step = self.world.from_main(-1 if checkpoint is None else int(checkpoint.state["step"]))
         if step >= 0:
-            checkpoint = self.store.at(step)
+            checkpoint = self.store.at(step) if checkpoint is None else checkpoint
             checkpoint.check_model(model_shapes(self.module))
             restore(self.module, self.optimizer, self.world, checkpoint.tensors())
             self._load_state(checkpoint.state)
 
     def _loop(self) -> None:
-        batches = iter(self.stream)
         self.module.train()
+        batches = self._open_stream()
         stop = False
         while self.step < self.config.steps and not stop:
             result = self._train_step(batches)
             self.step += 1
             if self._is_logged():
                 self.log(self._read(result))
-            self._call(lambda callback, result=result: callback.on_step_end(self, result))
+            for callback in self.callbacks:
+                callback.on_step_end(self, result)
             self._flush_row()
             stop, save = self.world.any(self.stop_reason is not None, self._save_requested)
             if save or stop or self.step == self.config.steps:
                 self._save_requested = False
                 self.save()
         if stop and self.step < self.config.steps:
-            logger.info("stopped after step %d of %d (%s)", self.step, self.config.steps, self.stop_reason or "another rank")
+            reason = self.stop_reason or "asked by another rank"
+            logger.info("stopped after step %d of %d (%s)", self.step, self.config.steps, reason)
 
-    def _train_step(self, batches: Iterator[Any]) -> StepResult:
+    def _train_step(self, batches: Iterator[Batch]) -> StepResult:
         rates = {name: schedule(self.step) for name, schedule in self._schedules.items()}
         set_rates(self.optimizer, learning_rate=rates["lr"], weight_decay=rates["weight_decay"])
         loss, metrics, embeddings = self._backward(batches)
@@ -248,7 +252,7 @@ class Trainer:
             self.ema.update(rates["ema_momentum"])
         return StepResult(loss=loss, metrics=metrics, embeddings=embeddings, grad_norm=grad_norm, rates=rates)
 
-    def _backward(self, batches: Iterator[Any]) -> tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor]]:
+    def _backward(self, batches: Iterator[Batch]) -> tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor]]:
         count = self.config.accumulate
         total = torch.zeros((), device=self.world.device)
         sums: dict[str, Tensor] = {}
@@ -266,7 +270,15 @@ class Trainer:
             self.samples += len(batch) * self.world.size
         return total, sums, embeddings
 
-    def _next(self, batches: Iterator[Any]) -> Any:
+    def _open_stream(self) -> Iterator[Batch]:
+        # A loader may draw a seed from the global generator when it starts; a resumed run starts it once more than
+        # an uninterrupted one, so that draw must not move what dropout draws next.
+        with torch.random.fork_rng(devices=[]):
+            batches = iter(self.stream)
+            first = list(itertools.islice(batches, 1 if self.step < self.config.steps else 0))
+        return itertools.chain(first, batches)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
         try:
             batch = next(batches)
         except StopIteration:
@@ -280,7 +292,7 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trainable, self.config.clip_norm, norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return whole(norm)
 
     def _watch(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Note the first step that is not finite; a GPU is asked for it only now and then."""
@@ -302,10 +314,10 @@ class Trainer:
 
     def _read(self, result: StepResult) -> dict[str, float]:
         """Average the step's scalars over ranks and bring them to the host, all at once."""
-        names = ["loss", *sorted(result.metrics), "grad_norm"]
-        scalars = {"loss": result.loss, **result.metrics, "grad_norm": result.grad_norm}
-        values = self.world.sum(torch.stack([scalars[name].double() for name in names])) / self.world.size
-        row = {f"train/{name}": value for name, value in zip(names, values.tolist(), strict=True)}
+        scalars = {**dict(sorted(result.metrics.items())), "loss": result.loss, "grad_norm": result.grad_norm}
+        stacked = torch.stack([scalar.to(self.world.device, torch.float64) for scalar in scalars.values()])
+        means = self.world.sum(stacked) / self.world.size
+        row = {f"train/{name}": mean for name, mean in zip(scalars, means.tolist(), strict=True)}
         row |= {f"train/{name}": rate for name, rate in result.rates.items()}
         began, samples = self._timer
         self._timer = (time.perf_counter(), self.samples)
@@ -317,7 +329,20 @@ class Trainer:
         if self._row:
             row: dict[str, float] = {"step": self.step, **self._row}
             self._row = {}
-            self._call(lambda callback: callback.on_row(self, row))
+            try:
+                self._call(lambda callback: callback.on_row(self, row))
+            except OSError as error:
+                raise CheckpointError(
+                    f"step {self.step}: metrics not written ({one_line(error)}); make room, then start again to resume"
+                ) from error
+
+    def _end(self, outcome: Outcome | None) -> None:
+        for callback in self.callbacks:
+            try:
+                callback.on_fit_end(self, outcome)
+            except OSError as error:
+                # A full disk has ended the run already: its own error is the one to show.
+                logger.warning("%s: %s", callback.key, one_line(error))
 
     def _call(self, hook: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:

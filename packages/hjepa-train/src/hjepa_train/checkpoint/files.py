@@ -16,17 +16,20 @@ class DamagedError(Exception):
     """A checkpoint directory that is not what its manifest says."""
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON; floats keep every bit, what is no JSON is refused."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; raise DamagedError where that fails."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raise DamagedError where that fails."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path.name}: {type(error).__name__}") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path.name}: no JSON object")
+    return content
 
 
 def sync(path: Path) -> None:
@@ -49,16 +52,18 @@ def write_manifest(folder: Path, model: dict[str, list[int]]) -> None:
     sync(folder)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a folder after checking every file against it.
+def read_manifest(folder: Path, *, verify: bool) -> dict[str, Any]:
+    """Return the manifest of a folder; `verify` reads every file and checks it.
 
     Raises:
         DamagedError: Where a file is missing, shorter or different.
     """
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise DamagedError(f"{MANIFEST}: not of format {FORMAT}")
-    for name, expected in manifest["files"].items():
+    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("model"), dict):
+        raise DamagedError(f"{MANIFEST}: names no files or no model")
+    for name, expected in manifest["files"].items() if verify else ():
         path = folder / name
         if not path.is_file():
             raise DamagedError(f"{name} is missing")

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hjepa_train.errors import CheckpointError
 from hjepa_train.parallel import World
+from hjepa_train.sharded import placed_like, whole
 
 MODEL, OPTIMIZER, GENERATOR = "model", "optimizer", "generator"
 
@@ -25,9 +25,9 @@ def collect(module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in _named_state(module, optimizer):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        value = whole(tensor)
         if world.is_main:
-            copy = whole.detach().cpu().contiguous()
+            copy = value.detach().cpu().contiguous()
             # A tied tensor has two names and one storage, which safetensors refuses.
             tensors[name] = copy.clone() if copy.data_ptr() in seen else copy
             seen.add(copy.data_ptr())
@@ -45,7 +45,7 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, world: World, s
     """
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
-            tensor.copy_(_like(tensor, saved[f"{MODEL}/{name}"]))
+            tensor.copy_(placed_like(tensor, saved[f"{MODEL}/{name}"]))
     _restore_optimizer(module, optimizer, saved)
     _restore_generators(world, saved)
 
@@ -70,18 +70,17 @@ def _restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, save
     for index, parameter in enumerate(parameters):
         # A parameter that has had no gradient yet (a level that a curriculum adds later) has no state.
         values = by_parameter.pop(names[parameter], {})
-        states[index] = {key: _like(parameter, v) if v.shape == parameter.shape else v.clone() for key, v in values.items()}
+        if values:
+            states[index] = {key: _moment(parameter, value) for key, value in values.items()}
     if by_parameter:
         first = ", ".join(sorted(by_parameter)[:3])
         raise CheckpointError(f"optimizer state of {len(by_parameter)} frozen or unknown parameters: {first}")
-    empty = optimizer.state_dict()
-    optimizer.load_state_dict({"state": {i: s for i, s in states.items() if s}, "param_groups": empty["param_groups"]})
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _like(here: Tensor, saved: Tensor) -> Tensor:
-    if isinstance(here, DTensor):
-        return distribute_tensor(saved.to(here.device), here.device_mesh, here.placements, src_data_rank=None)
-    return saved.to(here.device, copy=True)
+def _moment(parameter: Tensor, saved: Tensor) -> Tensor:
+    # Running means have the shape of their parameter; the step count is a scalar that is never sharded.
+    return placed_like(parameter, saved) if saved.shape == parameter.shape else saved.clone()
 
 
 def _generator_states(world: World) -> dict[str, Tensor]:

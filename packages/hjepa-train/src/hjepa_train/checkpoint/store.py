@@ -66,9 +66,9 @@ class Checkpoint:
     """Step, stream, callbacks: what is no tensor."""
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, path: Path, *, verify: bool = True) -> Checkpoint:
         """Verify a checkpoint directory and read what is small; raise DamagedError where it is not whole."""
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, verify=verify)
         return cls(path=path, model=manifest["model"], state=read_json(path / STATE))
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -124,18 +124,22 @@ class CheckpointStore:
             except DamagedError as error:
                 logger.warning("%s is damaged (%s); trying the checkpoint before it", path, error)
         if paths:
-            raise CheckpointError(f"{self.folder}: all {len(paths)} checkpoints are damaged; remove it to start from step 0")
+            raise CheckpointError(
+                f"{self.folder}: all {len(paths)} checkpoints are damaged; remove the folder to start from step 0"
+            )
         return None
 
     def at(self, step: int) -> Checkpoint:
         """Return the checkpoint of a step that another rank has verified."""
         path = self.folder / _name(step)
         try:
-            return Checkpoint.open(path)
+            return Checkpoint.open(path, verify=False)
         except DamagedError as error:
             raise CheckpointError(f"{path}: {error}; the run directory must be shared by all ranks") from error
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], model: dict[str, list[int]]) -> Path:
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], model: dict[str, list[int]]
+    ) -> Path:
         """Write the checkpoint of a step, or leave everything as it was.
 
         Raises:
@@ -190,12 +194,12 @@ class CheckpointStore:
 class _LazyTensors(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, framework="pt", device="cpu")
-        self._names = frozenset(self._file.keys())
+        self._names = frozenset(self._file.keys())  # type: ignore[no-untyped-call]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
+        tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
         return tensor
 
     def __iter__(self) -> Iterator[str]:
