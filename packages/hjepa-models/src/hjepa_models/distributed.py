@@ -32,7 +32,7 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     r"""Return the mean of a tensor over all processes, differentiable.
 
     The gradient is averaged over the processes too. With a loss that every process computes from the mean, the average
-    of the parameters' gradients over processes (what DDP takes) is then the gradient of one process that holds all rows.
+    of the parameters' gradients over processes (what DDP takes) is then the gradient of one process with all rows.
 
     Args:
         tensor: a statistic of this process's rows, of equal shape everywhere.
@@ -42,5 +42,5 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return tensor
-    out: Tensor = _AllReduceMean.apply(tensor)  # type: ignore[no-untyped-call]
+    out: Tensor = _AllReduceMean.apply(tensor)
     return out

@@ -87,7 +87,7 @@ class EncoderConfig:
             raise ValueError(f"drop_path={self.drop_path}: drops everything; allowed: 0 to below 1; use e.g. 0.1")
         if self.stem is Stem.conv and len(self.patch_size) not in CONVOLUTIONS:
             raise ValueError(
-                f"stem=conv: there is no convolution over {len(self.patch_size)} axes; allowed: 1 to 3 axes; use stem=linear"
+                f"stem=conv: no convolution has {len(self.patch_size)} axes; allowed: 1 to 3 axes; use stem=linear"
             )
 
     @property
@@ -180,8 +180,9 @@ class Encoder(nn.Module):
         config = self.config
         if images.ndim != 2 + len(config.patch_size) or images.shape[1] != config.in_channels:
             raise ValueError(
-                f"images of shape {tuple(images.shape)}: do not fit the encoder; allowed: "
-                f"[batch, {config.in_channels}, {', '.join(['size'] * len(config.patch_size))}]; check axes and channels"
+                f"images of shape {tuple(images.shape)}: do not fit the encoder; "
+                f"allowed: [batch, {config.in_channels}, {', '.join(['size'] * len(config.patch_size))}]; "
+                f"check axes and channels"
             )
         check_image_size("images", tuple(images.shape[2:]), config.patch_size)
         return tuple(size // patch for size, patch in zip(images.shape[2:], config.patch_size, strict=True))

@@ -110,7 +110,7 @@ class GlobalLevel(nn.Module):
     def forward(self, pooled: Float[Tensor, "*V B D"]) -> Float[Tensor, "*V B P"]:
         """Return the projected embeddings; batch norm takes all rows together."""
         out: Tensor = self.projector(pooled.flatten(0, -2))
-        return out.unflatten(0, pooled.shape[:-1])
+        return out.reshape(*pooled.shape[:-1], -1)
 
     def loss(self, z: Float[Tensor, "V B P"], step: int) -> Float[Tensor, ""]:
         r"""Return the global term.
@@ -126,7 +126,7 @@ class GlobalLevel(nn.Module):
             The unweighted term.
 
         Source:
-            LeJEPA (arXiv 2511.08544), section 5, the invariance averaged over the P channels as in their listing; VICReg
+            LeJEPA (arXiv 2511.08544), section 5, with the invariance averaged over the P channels; VICReg
             (arXiv 2105.04906), equation 6.
         """
         config = self.config

@@ -20,7 +20,7 @@ def num_tokens(grid: Grid) -> int:
 
 
 def coarsen(grid: Grid, level: int) -> Grid:
-    """Return the grid of hierarchy level `level`: every axis divided by 2^level, rounded up so that no token is dropped.
+    """Return the grid of level `level`: every axis divided by 2^level, rounded up so that no token is dropped.
 
     >>> coarsen((37, 37), 2)
     (10, 10)
@@ -54,8 +54,8 @@ def grid_coordinates(
 def sincos_positions(coordinates: Float[Tensor, "N A"], dim: int, theta: float = 10_000.0) -> Float[Tensor, "N D"]:
     r"""Return fixed sine-cosine position embeddings of coordinates on any number of axes.
 
-    Every axis fills an equal share of the width with $\sin(x\,\theta^{-i/n}), \cos(x\,\theta^{-i/n})$, $i < n = \lfloor D / 2A \rfloor$;
-    a remainder of the width that the axes cannot share stays zero.
+    Every axis fills an equal share of the width with $\sin(x\,\theta^{-i/n}), \cos(x\,\theta^{-i/n})$ for
+    $i < n = \lfloor D / 2A \rfloor$; a remainder of the width that the axes cannot share stays zero.
 
     Args:
         coordinates: position in tokens, one column per axis.
@@ -84,7 +84,7 @@ def gather_tokens(values: Float[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> 
 
 
 def axis_upsampling(size: int, coarse: int, factor: int, device: torch.device) -> Float[Tensor, "n m"]:
-    r"""Return the matrix of linear interpolation along one axis, from `coarse` cells of `factor` tokens to `size` tokens.
+    r"""Return the linear interpolation along one axis, from `coarse` cells of `factor` tokens to `size` tokens.
 
     Token $i$ reads the coarse axis at $(i + 1/2) / factor - 1/2$ (`align_corners=False`), clamped at the ends. The
     factor is the true size of a cell, so an axis that was rounded up keeps its cells in place.
@@ -95,6 +95,6 @@ def axis_upsampling(size: int, coarse: int, factor: int, device: torch.device) -
 
 
 def upsampling_matrix(grid: Grid, coarse: Grid, factor: int, device: torch.device) -> Float[Tensor, "N M"]:
-    """Return the (multi)linear interpolation from every token of `coarse` to every token of `grid`, any number of axes."""
+    """Return the multilinear interpolation from the tokens of `coarse` to those of `grid`, any number of axes."""
     axes = [axis_upsampling(size, small, factor, device) for size, small in zip(grid, coarse, strict=True)]
     return reduce(torch.kron, axes)

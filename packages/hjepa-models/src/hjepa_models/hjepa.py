@@ -114,10 +114,11 @@ class HJEPAOutput:
 
     Attributes:
         loss: weighted sum of all terms.
-        level_losses: the unweighted, detached loss of each level computed at this step, keys "0", "1", ..., "global", and
-            "vicreg" where that term is on. A level of weight 0 is not computed and has no key.
-        embeddings: detached mean features of the target side, one row per image: "encoder" (all tokens), one per masked
-            level ("0", ...: the hidden tokens) and "global" (the projected first view).
+        level_losses: the unweighted, detached loss of each level computed at this step: "0", "1", ..., "global", and
+            "vicreg" where that term is on. A level whose weight is 0 at this step has no key.
+        embeddings: detached mean features, one row per image: "encoder" (all tokens of the first view: of the online
+            encoder where there is a global level, else of the target's), each masked level ("0", ...: its hidden
+            tokens on the target side, at steps with a masked term) and "global" (the projected first view).
     """
 
     loss: Float[Tensor, ""]
@@ -229,8 +230,8 @@ class HJEPA(nn.Module):
         needed = max(self.config.masked_views, 1 if self.global_level is None else 2)
         if len(views) < needed:
             raise ValueError(
-                f"views: {len(views)} given; allowed: at least {needed} for masked_views={self.config.masked_views} and "
-                f"{'a' if self.global_level is not None else 'no'} global level; give more views or change the model"
+                f"views: {len(views)} given; allowed: at least {needed}, for masked_views={self.config.masked_views} and "
+                f"{'a' if self.global_level is not None else 'no'} global level; give more or change the model"
             )
 
     def _encode_full(self, views: Sequence[Tensor]) -> list[Float[Tensor, "B N D"]]:
@@ -290,7 +291,7 @@ class HJEPA(nn.Module):
         return context_index.repeat(views, 1), target_index.repeat(views, 1, 1), given
 
     def target_levels(self, tokens: Float[Tensor, "B K D"], index: Int[Tensor, "B K"], grid: Grid) -> list[Canvas]:
-        """Return the target side of every level from layer-normed tokens at `index`: the same path as the predictions."""
+        """Return the target side of every level from layer-normed tokens at `index`, by the path of predictions."""
         canvas = scatter_to_canvas(tokens, index, grid)
         levels: list[Canvas] = self.pyramid.pool(canvas) if self.target_pyramid is None else self.target_pyramid(canvas)
         return levels
@@ -298,7 +299,7 @@ class HJEPA(nn.Module):
     def level_loss(
         self, prediction: Canvas, target: Canvas, index: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, ""]:
-        """Return the loss of one level: on the canvas with its weights, or on the tokens at `index` where one is given."""
+        """Return the loss of one level: on the weighted canvas, or on the tokens at `index` where one is given."""
         objective, beta = self.config.objective, self.config.beta
         if index is None:
             return prediction_loss(objective, prediction.values, target.values, target.weight, beta)
@@ -340,17 +341,49 @@ class HJEPA(nn.Module):
         if isinstance(level, bool) or level not in self.feature_levels:
             allowed = ", ".join(map(str, self.feature_levels))
             raise ValueError(f"level={level!r}: the model has no such level; allowed: {allowed}; choose one of them")
-        average = {id(online): target for online, target in self.ema_pairs()} if branch is Branch.target else {}
-        tokens: Tensor = average.get(id(self.encoder), self.encoder)(images)
-        if level == "global":
-            projected: Tensor = average.get(id(self.global_level), self.global_level)(tokens.mean(1))
+        encoder, pyramid, head = self._branch(branch)
+        tokens: Tensor = encoder(images)
+        if level == "global" and head is not None:
+            projected: Tensor = head(tokens.mean(1))
             return projected
         if isinstance(level, int):
             canvas = dense_canvas(normalize(tokens), self.encoder.grid_of(images))
-            tokens = average.get(id(self.pyramid), self.pyramid)(canvas)[level].values
-        if pool is FeaturePool.none:
-            return tokens
-        return tokens.mean(1) if pool is FeaturePool.mean else tokens.flatten(1)
+            tokens = pyramid(canvas)[level].values
+        return _pooled(tokens, pool)
+
+    @torch.no_grad()
+    def all_features(
+        self,
+        images: Float[Tensor, "B C *S"],
+        pool: FeaturePool | str = FeaturePool.mean,
+        branch: Branch | str = Branch.target,
+    ) -> dict[str | int, Tensor]:
+        """Return what `features` returns, for every level of `feature_levels`; the images are encoded once."""
+        pool, branch = coerce_choice(FeaturePool, "pool", pool), coerce_choice(Branch, "branch", branch)
+        encoder, pyramid, head = self._branch(branch)
+        tokens: Tensor = encoder(images)
+        levels = pyramid(dense_canvas(normalize(tokens), self.encoder.grid_of(images)))
+        found: dict[str | int, Tensor] = {"encoder": _pooled(tokens, pool)}
+        found |= {level: _pooled(canvas.values, pool) for level, canvas in enumerate(levels)}
+        if head is not None:
+            found["global"] = head(tokens.mean(1))
+        return found
+
+    def _branch(self, branch: Branch) -> tuple[Encoder, Pyramid, GlobalLevel | None]:
+        """Return the parts of a branch; a part without a moving average serves both."""
+        if branch is Branch.online:
+            return self.encoder, self.pyramid, self.global_level
+        return (
+            self.encoder if self.target_encoder is None else self.target_encoder,
+            self.pyramid if self.target_pyramid is None else self.target_pyramid,
+            self.global_level if self.target_global_level is None else self.target_global_level,
+        )
+
+
+def _pooled(tokens: Float[Tensor, "B N D"], pool: FeaturePool) -> Tensor:
+    if pool is FeaturePool.none:
+        return tokens
+    return tokens.mean(1) if pool is FeaturePool.mean else tokens.flatten(1)
 
 
 def normalize(tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:

@@ -28,8 +28,8 @@ def construct(make: Callable[[], M], seed: int, device: torch.device | str | Non
     Args:
         make: builds the module; must define `init_weights(generator)`.
         seed: seed of the weights; the same weights on every device.
-        device: where the module goes; "meta" leaves it without storage, to be sharded, filled by `to_empty` and initialised
-            by `init_weights`; None means the CPU.
+        device: where the module goes; "meta" leaves it without storage, to be given some by `to_empty` and filled by
+            `init_weights`; None means the CPU.
 
     Returns:
         The module.

@@ -1,4 +1,4 @@
-"""Coarser and finer canvases: weighted pooling by 2^l on every axis, and linear upsampling with weights carried along."""
+"""Coarser and finer canvases: weighted pooling by 2^l on every axis, and linear upsampling with weights."""
 
 import itertools
 from enum import StrEnum
@@ -122,14 +122,15 @@ def upsample_canvas(canvas: Canvas, grid: Grid, factor: int = 2) -> Canvas:
 def _cells(values: Float[Tensor, "B N D"], grid: Grid, stride: int) -> Float[Tensor, "B M S D"]:
     """Return the tokens cell by cell, zeros where a cell reaches over the border."""
     axes = range(len(grid))
-    dense = values.unflatten(1, grid)
+    dense = values.reshape(len(values), *grid, -1)
     padding = [(0, -size % stride) for size in reversed(grid)]
     if any(after for _, after in padding):
         dense = torch.nn.functional.pad(dense, (0, 0, *itertools.chain.from_iterable(padding)))
     whole = " ".join(f"(g{axis} s{axis})" for axis in axes)
     cells, places = (" ".join(f"{letter}{axis}" for axis in axes) for letter in "gs")
     pattern = f"b {whole} d -> b ({cells}) ({places}) d"
-    return rearrange(dense, pattern, **{f"s{axis}": stride for axis in axes})
+    cut: Tensor = rearrange(dense, pattern, **{f"s{axis}": stride for axis in axes})
+    return cut
 
 
 def _cell_sizes(grid: Grid, stride: int, device: torch.device) -> Float[Tensor, " M"]:

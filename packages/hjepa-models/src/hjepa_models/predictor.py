@@ -30,7 +30,7 @@ class PredictorConfig:
         depth: number of blocks.
         embed_dim: width inside the predictor.
         num_heads: attention heads; must divide `embed_dim`.
-        mode: `joint` (context and all mask tokens in one sequence) or `per_block` (the context repeated for each block).
+        mode: `joint` (context and all mask tokens in one sequence) or `per_block` (the context repeated per block).
         mlp_ratio: hidden width of the feed-forward part over `embed_dim`.
         drop_path: as in the encoder.
     """

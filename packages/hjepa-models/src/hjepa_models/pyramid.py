@@ -28,8 +28,8 @@ class PyramidConfig:
 
     Attributes:
         levels: number of levels L, the finest included.
-        pooling: `grid` (cells of 2^l per axis), `sequence` (2^l neighbours of the flat order) or `learned` (cells on the
-            grid with a learned positive weight per place and channel, equal at first).
+        pooling: `grid` (cells of 2^l per axis), `sequence` (2^l neighbours of the flat order) or `learned` (cells on
+            the grid with a learned positive weight per place and channel, equal at first).
         fpn: top-down path: `none`, `add` or `concat`.
         fpn_dim: width inside the top-down path.
         projection: a linear map per level back to the encoder's width.

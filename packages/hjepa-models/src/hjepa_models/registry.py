@@ -44,7 +44,8 @@ def encoder_config(name: str, **overrides: object) -> EncoderConfig:
     match = re.fullmatch(r"vit_([a-z]+)_patch([1-9]\d*)", name)
     if match is None or match[1] not in SIZES:
         raise ValueError(
-            f"model={name!r}: unknown encoder; allowed: vit_{{{','.join(SIZES)}}}_patch<pixels>{suggestion(name, list_models())}"
+            f"model={name!r}: unknown encoder; allowed: vit_{{{','.join(SIZES)}}}_patch<pixels>"
+            f"{suggestion(name, list_models())}"
         )
     known = [field.name for field in fields(EncoderConfig)]
     for key in overrides:

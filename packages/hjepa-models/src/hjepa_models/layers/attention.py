@@ -22,7 +22,8 @@ def explicit_attention(
 ) -> Float[Tensor, "B H Q d"]:
     r"""Return $\mathrm{softmax}(QK^T/\sqrt d)\,V$ by plain products: a faster backward for short sequences on a CPU."""
     logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    return logits.softmax(dim=-1).to(value.dtype) @ value
+    mixed: Tensor = logits.softmax(dim=-1).to(value.dtype) @ value
+    return mixed
 
 
 class Attention(nn.Module):

@@ -8,7 +8,7 @@ from hjepa_models.distributed import all_reduce_mean
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch norm over rows with the statistics of every process, so that the split of a batch does not change the result.
+    """Batch norm over the rows of every process, so that the split of a batch does not change the result.
 
     The statistics go through a differentiable mean over processes that hold equally many rows; the running ones, used
     in evaluation, follow with `momentum`.

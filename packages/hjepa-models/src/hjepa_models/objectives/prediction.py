@@ -33,7 +33,9 @@ def smooth_l1(
     weight: Float[Tensor, "B N"] | None = None,
     beta: float = 1.0,
 ) -> Float[Tensor, ""]:
-    r"""Smooth L1 distance: $e^2 / 2\beta$ where $|e| < \beta$, else $|e| - \beta/2$, averaged over channels, then tokens.
+    r"""Smooth L1 distance, averaged over channels, then tokens.
+
+    $e^2 / 2\beta$ where $|e| < \beta$, else $|e| - \beta/2$.
 
     Args:
         prediction: predicted tokens.

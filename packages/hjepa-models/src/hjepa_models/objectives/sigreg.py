@@ -1,6 +1,8 @@
 """SIGReg: how far random one-dimensional projections of embeddings are from the standard normal law."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +27,7 @@ def _mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 
 
 def random_directions(seed: int, dim: int, count: int, device: torch.device | None = None) -> Float[Tensor, "D M"]:
-    """Return unit vectors drawn uniformly from the sphere: a pure function of the seed, equal on every process and device.
+    """Return unit vectors uniform on the sphere, a pure function of the seed: equal on every process and device.
 
     A counter is hashed (splitmix64) into uniform numbers and those into normal ones (Box-Muller): no generator, no host
     synchronisation.
@@ -45,7 +47,43 @@ def random_directions(seed: int, dim: int, count: int, device: torch.device | No
     uniform = (_shift(_mix(counter), 40).to(torch.float32) + 0.5) * 2.0**-24
     radius, angle = uniform.chunk(2)
     normal = ((-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()).view(dim, count)
-    return normal / normal.norm(dim=0, keepdim=True)
+    return torch.nn.functional.normalize(normal, dim=0)
+
+
+class _CharacteristicFunction(torch.autograd.Function):
+    """Mean of cos and sin of k times an angle over the rows, for k = 0 ... knots - 1.
+
+    The multiples follow from the first by rotation and are made anew in the backward pass: one cosine and one sine for
+    each angle, and memory for one knot instead of all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, angle: Float[Tensor, "*V n M"], knots: int) -> Float[Tensor, "2 *V K M"]:  # noqa: ANN401
+        cos, sin = angle.cos(), angle.sin()
+        ctx.save_for_backward(cos, sin)
+        real, imaginary = [], []
+        for c, s in _multiples(cos, sin, knots):
+            real.append(c.mean(-2))
+            imaginary.append(s.mean(-2))
+        return torch.stack([torch.stack(real, dim=-2), torch.stack(imaginary, dim=-2)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        cos, sin = ctx.saved_tensors
+        real, imaginary = gradients[0] / cos.shape[-2]
+        total = torch.zeros_like(cos)
+        for k, (c, s) in enumerate(_multiples(cos, sin, real.shape[-2])):
+            total.addcmul_(c, k * imaginary[..., k, :].unsqueeze(-2))
+            total.addcmul_(s, k * real[..., k, :].unsqueeze(-2), value=-1)
+        return total, None
+
+
+def _multiples(cos: Tensor, sin: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield cos and sin of 0, 1, 2, ... times an angle."""
+    c, s = torch.ones_like(cos), torch.zeros_like(sin)
+    for _ in range(count):
+        yield c, s
+        c, s = c * cos - s * sin, s * cos + c * sin
 
 
 def sigreg(
@@ -57,11 +95,11 @@ def sigreg(
 ) -> Float[Tensor, ""]:
     r"""Epps-Pulley statistic of random projections against the standard normal law, averaged over directions.
 
-    $$T = N \int w(t)\,|\hat\varphi(t) - e^{-t^2/2}|^2\,dt, \qquad \hat\varphi(t) = \frac1N \sum_n e^{i t a^T z_n}, \quad
+    $$T = N \int w(t)\,|\hat\varphi(t) - e^{-t^2/2}|^2\,dt, \quad \hat\varphi(t) = \frac1N \sum_n e^{i t a^T z_n}, \quad
     w(t) = e^{-t^2/2}$$
 
-    by the trapezoid rule on [0, t_max], doubled for the negative half. Projections are *not* standardised: scale and place
-    of the embeddings are part of what is tested. The mean over n runs over all processes.
+    by the trapezoid rule on [0, t_max], doubled for the negative half. Projections are *not* standardised: scale and
+    place of the embeddings are part of what is tested. The mean over n runs over all processes.
 
     Args:
         z: embeddings; leading axes are separate samples (views), whose statistics are averaged.
@@ -84,8 +122,8 @@ def sigreg(
         step = t_max / (knots - 1)
         quadrature = torch.full_like(t, 2 * step)
         quadrature[0] = quadrature[-1] = step
-        angle = (z @ directions).unsqueeze(-1) * t
-        real, imaginary = all_reduce_mean(torch.stack([angle.cos().mean(-3), angle.sin().mean(-3)]))
-        error = (real - normal).square() + imaginary.square()
-        statistic = error @ (quadrature * normal) * (z.shape[-2] * world_size())
-        return statistic.mean()
+        both: Tensor = _CharacteristicFunction.apply((z @ directions) * step, knots)
+        real, imaginary = all_reduce_mean(both)
+        error = (real - normal.unsqueeze(-1)).square() + imaginary.square()
+        statistic = (error * (quadrature * normal).unsqueeze(-1)).sum(-2)
+        return statistic.mean() * (z.shape[-2] * world_size())

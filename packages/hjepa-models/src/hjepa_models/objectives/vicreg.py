@@ -65,7 +65,7 @@ def vicreg_loss(
         The loss. The invariance term is the mean over this process's rows.
 
     Source:
-        Bardes et al. 2022 (arXiv 2105.04906), equation 6 and section 4.2; s is averaged over channels as in their program.
+        Bardes et al. 2022 (arXiv 2105.04906), equation 6, with s averaged over channels as well.
     """
     dtype = torch.promote_types(first.dtype, torch.float32)
     similarity = (first.to(dtype) - second.to(dtype)).square().mean()
