@@ -120,7 +120,9 @@ class MultiBlockMasks:
         row = torch.arange(len(first), device=first.device)
         chosen, free = self._rescue(blocks.take(first), free[row, first], failed)
         return Masks(
-            context=self._repeat(_keep(bits(key, _CONTEXT_CELLS, sample, n=free.shape[1]), free, self.config.context_cells)),
+            context=self._repeat(
+                _keep(bits(key, _CONTEXT_CELLS, sample, n=free.shape[1]), free, self.config.context_cells)
+            ),
             targets=self._repeat(self._target_cells(key, sample, chosen)),
         )
 
@@ -206,13 +208,15 @@ class MultiBlockMasks:
         if rate < _MIN_SUCCESS or config.context_cells > outside:
             usual = max(1, min(int(free.float().quantile(0.05)), outside))
             field = "context_ratio" if config.context_tokens is None else "context_tokens"
+            height, width = config.spatial
             refuse(
                 field,
                 getattr(config, field),
-                f"{config.context_cells} context cells beside {config.num_targets} targets of scale {config.target_scale} on "
-                f"a {config.spatial[0]}x{config.spatial[1]} grid: {rate:.1%} of the draws leave that many, on average "
-                f"{float(free.float().mean()):.0f} of {config.num_cells} are left",
-                f"allowed: up to about {usual} cells ({usual / config.num_cells:.2f} of the grid), or take fewer or smaller targets",
+                f"{config.context_cells} context cells beside {config.num_targets} targets of scale {config.target_scale}"
+                f" on a {height}x{width} grid: {rate:.1%} of the draws leave that many, on average"
+                f" {float(free.float().mean()):.0f} of {config.num_cells} are left",
+                f"allowed: up to about {usual} cells ({usual / config.num_cells:.2f} of the grid), or take fewer or"
+                " smaller targets",
             )
         if rate == 1.0:
             # None of so many trials failed: what fails yet is rarer than one in a thousand, and a few draws mend it.

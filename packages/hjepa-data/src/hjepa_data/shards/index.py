@@ -103,12 +103,16 @@ def _read_index(shard: Path) -> ShardIndex | None:
         if (raw["format"], raw["size"], raw["mtime"]) != (_FORMAT, stat.st_size, int(stat.st_mtime)):
             return None
         columns = [np.asarray(raw[name], dtype=np.int64) for name in ("offsets", "sizes", "labels")]
-        index = ShardIndex(keys=[str(key) for key in raw["keys"]], offsets=columns[0], sizes=columns[1], labels=columns[2])
+        index = ShardIndex(
+            keys=[str(key) for key in raw["keys"]], offsets=columns[0], sizes=columns[1], labels=columns[2]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         # An index only saves time: whatever is wrong with it, the shard itself knows better.
         return None
     lengths = {len(index.keys), *(column.shape for column in columns)} - {(len(index.keys),)}
-    inside = len(index) > 0 and int(index.offsets.min()) >= _BLOCK and int((columns[0] + columns[1]).max()) <= stat.st_size
+    inside = (
+        len(index) > 0 and int(index.offsets.min()) >= _BLOCK and int((columns[0] + columns[1]).max()) <= stat.st_size
+    )
     return index if lengths == {len(index.keys)} and inside else None
 
 
@@ -167,8 +171,8 @@ def scan_shard(shard: Path, *, allow_truncated: bool = False) -> ShardIndex:
     found = {key: sample for key, sample in samples.items() if sample.offset >= 0}
     if problem and not allow_truncated:
         raise DataError(
-            f"shard '{shard}' {problem}; {len(found)} complete samples precede it; copy or make it again, or allow truncated "
-            "shards to use those"
+            f"shard '{shard}' {problem}; {len(found)} complete samples precede it; copy or make it again, or allow "
+            "truncated shards to use those"
         )
     if not found:
         raise DataError(

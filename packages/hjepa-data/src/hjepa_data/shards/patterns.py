@@ -24,9 +24,9 @@ def expand_shards(pattern: Pattern) -> list[Path]:
     """Expand a shard pattern into the shards that it names.
 
     Args:
-        pattern: ``dir/train-{000000..000099}.tar`` (braces), ``dir/*.tar`` (a glob), a directory (its ``*.tar``), a text
-            file with one pattern a line (``.txt`` or ``.list``; relative lines are taken from its folder), one
-            tar file, or a list of those.
+        pattern: ``dir/train-{000000..000099}.tar`` (braces), ``dir/*.tar`` (a glob), a directory (its ``*.tar``), a
+            text file with one pattern a line (``.txt`` or ``.list``; relative lines are taken from its folder), one tar
+            file, or a list of those.
 
     Returns:
         Paths of tar files in the order of the pattern; globs and directories are sorted.
@@ -115,7 +115,9 @@ def _expand_list(path: Path) -> list[Path]:
 
 def _checked(path: Path) -> Path:
     if not path.is_file():
-        raise DataError(f"'{path}' is a directory, not a shard; '{path}/*.tar' or '{path}' alone names the shards in it")
+        raise DataError(
+            f"'{path}' is a directory, not a shard; '{path}/*.tar' or '{path}' alone names the shards in it"
+        )
     if path.suffix in _COMPRESSED:
         raise DataError(f"'{path}' is compressed: samples are read at their offset; unpack it to a plain .tar first")
     return path

@@ -96,7 +96,7 @@ class ShardSource:
             raise DataError(f"shard '{self.shards[shard]}' cannot be read: {error.strerror}") from None
         if len(image) != size:
             raise DataError(
-                f"shard '{self.shards[shard]}' changed while it was in use: {len(image)} of {size} bytes at byte {offset}"
+                f"shard '{self.shards[shard]}' changed while in use: {len(image)} of {size} bytes at byte {offset}"
             )
         return RawSample(image=image, label=int(self._labels[index]))
 

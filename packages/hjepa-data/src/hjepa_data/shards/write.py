@@ -129,7 +129,7 @@ class ShardWriter:
             Path(self._file.name).unlink(missing_ok=True)
             self._file = self._tar = None
 
-    def _tar_for_next(self) -> Any:
+    def _tar_for_next(self) -> Any:  # noqa: ANN401 (webdataset has no types)
         if self._file is None:
             # webdataset takes a while to import, and only writers need it.
             from webdataset import TarWriter
@@ -137,7 +137,14 @@ class ShardWriter:
             name = f"{self.prefix}-{self._next:06d}.tar"
             self._file = open(self.folder / f".{name}.tmp", "wb")  # noqa: SIM115 (closed with the shard)
             self._tar = TarWriter(
-                self._file, user="hjepa", group="hjepa", mode=0o644, mtime=0, encoder=False, compress=False, format="PAX_FORMAT"
+                self._file,
+                user="hjepa",
+                group="hjepa",
+                mode=0o644,
+                mtime=0,
+                encoder=False,
+                compress=False,
+                format="PAX_FORMAT",
             )
         return self._tar
 

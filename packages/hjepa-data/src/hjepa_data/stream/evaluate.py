@@ -25,6 +25,7 @@ class EvalConfig:
         size: height and width of the images, pixels.
         crop_fraction: part of the largest centred box that is kept; 0.875 is 224 of 256, 1 keeps all.
         interpolation: bilinear or bicubic.
+        max_samples: use this many samples, evenly spaced over the source; None uses all.
         workers: who loads them.
         max_skipped_fraction: share of damaged images above which the stream stops (ten are always allowed).
         max_pixels: images with more pixels are left out, undecoded.
@@ -34,6 +35,7 @@ class EvalConfig:
     size: tuple[int, ...] = (224, 224)
     crop_fraction: float = 0.875
     interpolation: Interpolation = Interpolation.BICUBIC
+    max_samples: int | None = None
     workers: WorkerConfig = field(default_factory=WorkerConfig)
     max_skipped_fraction: float = 0.01
     max_pixels: int = DEFAULT_MAX_PIXELS
@@ -43,6 +45,8 @@ class EvalConfig:
         self.interpolation = interpolation_of(self.interpolation)
         if self.batch_size < 1:
             refuse("batch_size", self.batch_size, "a batch holds images", "allowed: 1 and more")
+        if self.max_samples is not None and self.max_samples < 1:
+            refuse("max_samples", self.max_samples, "nothing to evaluate", "allowed: 1 and more, or None for all")
         if not 0 < self.crop_fraction <= 1:
             refuse("crop_fraction", self.crop_fraction, "no part of an image", "allowed: above 0, up to 1")
         if not 0 <= self.max_skipped_fraction <= 1:
@@ -65,7 +69,7 @@ class EvalConfig:
 class EvalStream:
     """A finite iterable of batches of centre crops, in the order of the source; each ``iter`` starts anew.
 
-    Rank r of W gets the samples [rN // W, (r+1)N // W): each sample exactly once over all ranks. A damaged image is
+    Rank r of W gets the samples [rN // W, (r+1)N // W) of the N that are used: each exactly once over all ranks. A damaged image is
     counted and missing.
 
     Args:
@@ -80,14 +84,15 @@ class EvalStream:
             refuse("rank", rank, f"no rank of world_size={world_size}", "allowed: 0 to world_size - 1")
         self.config = config
         self.source = source
-        self._first = rank * len(source) // world_size
-        self._end = (rank + 1) * len(source) // world_size
+        total = len(source) if config.max_samples is None else min(config.max_samples, len(source))
+        share = range(rank * total // world_size, (rank + 1) * total // world_size)
+        self._samples = [number * len(source) // total for number in share]
         self._skips = SkipCount(config.max_skipped_fraction)
 
     @property
     def num_samples(self) -> int:
         """Samples of this rank, damaged ones included."""
-        return self._end - self._first
+        return len(self._samples)
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -95,17 +100,15 @@ class EvalStream:
         return dict(self._skips.reasons)
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.config.batch_size)
+        return (self.num_samples + self.config.batch_size - 1) // self.config.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         config = self.config
         tasks = EvalTasks(self.source, config.size, config.crop_fraction, config.interpolation, config.max_pixels)
-        spans = [
-            (first, min(first + config.batch_size, self._end))
-            for first in range(self._first, self._end, config.batch_size)
-        ]
+        starts = range(0, self.num_samples, config.batch_size)
+        parts = [self._samples[start : start + config.batch_size] for start in starts]
         self._skips = SkipCount(config.max_skipped_fraction)
-        for loaded in load(tasks, spans, config.workers):
+        for loaded in load(tasks, parts, config.workers):
             batch = self._skips.add(loaded)
             if len(batch):
                 yield batch

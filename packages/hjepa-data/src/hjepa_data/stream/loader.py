@@ -128,7 +128,7 @@ def load(tasks: Dataset[Loaded], items: Iterable[Any], config: WorkerConfig) -> 
             # Else the loader would draw its seed from torch's global generator.
             generator=torch.Generator(),
         )
-        # Workers only decode: the threads of this process, against which Python 3.12 warns, hold no lock that they need.
+        # Python 3.12 warns of threads in the forking process; workers only decode and need no lock that these hold.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         batches = iter(loader)
     return _guarded(batches)
@@ -161,7 +161,7 @@ def _can_fork() -> bool:
     return sys.platform == "linux"
 
 
-def _as_it_is(loaded: Loaded) -> Loaded:
+def _as_it_is(loaded: Any) -> Any:  # noqa: ANN401 (the loader's types are for lists of samples)
     return loaded
 
 

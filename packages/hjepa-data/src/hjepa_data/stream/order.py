@@ -1,8 +1,8 @@
 """The order of an endless stream, as arithmetic: global position -> (epoch, sample).
 
 Epoch e holds the positions [eN, (e+1)N). In an epoch the shards are put in a random order and cut into windows of
-``window_shards`` shards; the windows follow one another, and the samples of a window are put in a random order. A random
-order is the order of the hashes of (seed, what is ordered), so that it is a pure function and needs no state.
+``window_shards`` shards; the windows follow one another, and the samples of a window are put in a random order. A
+random order is the order of the hashes of (seed, what is ordered), so that it is a pure function and needs no state.
 """
 
 from __future__ import annotations

@@ -90,7 +90,9 @@ class TrainStream(Iterator[Batch]):
         world_size: parts of a batch.
     """
 
-    def __init__(self, config: StreamConfig, source: ShardSource, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, config: StreamConfig, source: ShardSource, *, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         if not 0 <= rank < world_size:
             refuse("rank", rank, f"no rank of world_size={world_size}", "allowed: 0 to world_size - 1")
         if config.global_batch_size % world_size:
@@ -156,8 +158,8 @@ class TrainStream(Iterator[Batch]):
         """
         if int(state["samples"]) != self.samples_per_epoch:
             raise DataError(
-                f"the saved stream had {state['samples']} samples, these shards have {self.samples_per_epoch}: its order "
-                "cannot be continued; give the same shards, or start anew"
+                f"the saved stream had {state['samples']} samples, these shards have {self.samples_per_epoch}: its "
+                "order cannot be continued; give the same shards, or start anew"
             )
         if int(state["order"]) != self._order.fingerprint:
             raise DataError(

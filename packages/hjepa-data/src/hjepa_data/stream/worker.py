@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from hjepa_data.errors import DataError
+from hjepa_data.shards.index import Int64Array
 from hjepa_data.shards.source import RawSample, ShardSource
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.order import StreamOrder
@@ -60,7 +62,13 @@ class TrainTasks(Dataset[Loaded]):
     """
 
     def __init__(
-        self, source: ShardSource, order: StreamOrder, groups: tuple[ViewGroup, ...], count: int, seed: int, max_pixels: int
+        self,
+        source: ShardSource,
+        order: StreamOrder,
+        groups: tuple[ViewGroup, ...],
+        count: int,
+        seed: int,
+        max_pixels: int,
     ) -> None:
         self._source = source
         self._order = order
@@ -78,7 +86,9 @@ class TrainTasks(Dataset[Loaded]):
 
     def _load(self, start: int) -> Loaded:
         epochs, samples = self._order.span(start, self._count)
-        views = [torch.empty((self._count, 3, *g.size), dtype=torch.uint8) for g in self._groups for _ in range(g.count)]
+        views = [
+            torch.empty((self._count, 3, *g.size), dtype=torch.uint8) for g in self._groups for _ in range(g.count)
+        ]
         pixels = [view.numpy() for view in views]
         labels = np.empty(self._count, dtype=np.int64)
         skipped: dict[str, int] = {}
@@ -96,9 +106,8 @@ class TrainTasks(Dataset[Loaded]):
                 labels[row] = raw.label
                 break
             else:
-                raise DataError(
-                    f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last at {self._source.locate(int(samples[row]))}"
-                )
+                where = self._source.locate(int(samples[row]))
+                raise DataError(f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last at {where}")
         return Loaded(batch=_batch(views, labels, samples, epochs), skipped=skipped)
 
     def _write(self, raw: RawSample, epoch: int, sample: int, pixels: list[Any], row: int) -> None:
@@ -107,7 +116,7 @@ class TrainTasks(Dataset[Loaded]):
 
 
 class EvalTasks(Dataset[Loaded]):
-    """Batches of centre crops by (first, end) sample; damaged images are counted and missing.
+    """Batches of centre crops by the numbers of their samples; damaged images are counted and missing.
 
     Args:
         source: the samples.
@@ -118,7 +127,12 @@ class EvalTasks(Dataset[Loaded]):
     """
 
     def __init__(
-        self, source: ShardSource, size: tuple[int, ...], crop_fraction: float, interpolation: Interpolation, max_pixels: int
+        self,
+        source: ShardSource,
+        size: tuple[int, ...],
+        crop_fraction: float,
+        interpolation: Interpolation,
+        max_pixels: int,
     ) -> None:
         self._source = source
         self._size = size
@@ -126,19 +140,19 @@ class EvalTasks(Dataset[Loaded]):
         self._interpolation = interpolation
         self._max_pixels = max_pixels
 
-    def __getitem__(self, span: tuple[int, int]) -> Loaded:
-        """Load the samples first..end-1."""
+    def __getitem__(self, samples: Sequence[int]) -> Loaded:
+        """Load these samples."""
         try:
-            return self._load(*span)
+            return self._load(samples)
         except DataError as error:
             return Loaded(batch=None, error=str(error))
 
-    def _load(self, first: int, end: int) -> Loaded:
-        view = torch.empty((end - first, 3, *self._size), dtype=torch.uint8)
+    def _load(self, samples: Sequence[int]) -> Loaded:
+        view = torch.empty((len(samples), 3, *self._size), dtype=torch.uint8)
         pixels = view.numpy()
         kept: list[tuple[int, int]] = []
         skipped: dict[str, int] = {}
-        for sample in range(first, end):
+        for sample in samples:
             raw = self._source.read(sample)
             try:
                 upright = open_image(raw.image, max_pixels=self._max_pixels)
@@ -152,7 +166,7 @@ class EvalTasks(Dataset[Loaded]):
         return Loaded(batch=batch, skipped=skipped)
 
 
-def _batch(views: list[torch.Tensor], labels: Any, samples: Any, epochs: Any) -> Batch:
+def _batch(views: list[torch.Tensor], labels: Int64Array, samples: Int64Array, epochs: Int64Array) -> Batch:
     return Batch(
         views=tuple(views),
         labels=torch.from_numpy(labels),

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -25,7 +27,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _COLOR = 5
 _LUMA = (0.299, 0.587, 0.114)
-_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+_TO_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+_FROM_YIQ = tuple(map(tuple, torch.linalg.inv(torch.tensor(_TO_YIQ, dtype=torch.float64)).tolist()))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -150,14 +153,22 @@ def normalize(
     """
     channels = images.shape[1]
     if len(mean) != channels or len(std) != channels:
-        refuse("mean", tuple(mean), f"images have {channels} channels", f"allowed: {channels} numbers in mean and in std")
+        refuse(
+            "mean", tuple(mean), f"images have {channels} channels", f"allowed: {channels} numbers in mean and in std"
+        )
     scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
     shape = (1, channels) + (1,) * (images.ndim - 2)
     # x * (scale / std) - mean / std: one multiplication and one addition a pixel.
-    factor = torch.tensor([scale / s for s in std], device=images.device).view(shape)
-    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(shape)
+    factor = _constant(tuple(scale / s for s in std), images.device).view(shape)
+    offset = _constant(tuple(-m / s for m, s in zip(mean, std, strict=True)), images.device).view(shape)
     pixels = images.float() if images.dtype == torch.uint8 else images
     return torch.addcmul(offset.to(pixels.dtype), pixels, factor.to(pixels.dtype))
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
+    """Keep a constant on its device: making it anew would wait for the device in every step."""
+    return torch.tensor(values, device=device, dtype=torch.float32)
 
 
 def to_unit(images: Num[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
@@ -170,11 +181,11 @@ def _color_affine(
 ) -> tuple[Float[Tensor, "B 3 3"], Float[Tensor, "B 3 1"]]:
     """Matrix and offset of brightness, contrast, saturation, hue and greyscale, in this order."""
     changed = draws[:, 0] < config.probability
-    ranges = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue], device=draws.device)
+    ranges = _constant((config.brightness, config.contrast, config.saturation, config.hue), draws.device)
     change = (2 * draws[:, 1:5] - 1) * ranges * changed[:, None]
     brightness, contrast, saturation = (1 + change[:, :3]).unbind(1)
     angle = 2 * math.pi * change[:, 3]
-    luma = torch.tensor(_LUMA, device=draws.device)
+    luma = _constant(_LUMA, draws.device)
     eye = torch.eye(3, device=draws.device)
     grey = luma.expand(3, 3)
     scale = brightness * contrast
@@ -188,18 +199,19 @@ def _color_affine(
 
 
 def _hue_rotation(angle: Float[Tensor, " B"]) -> Float[Tensor, "B 3 3"]:
-    to_yiq = torch.tensor(_YIQ, device=angle.device)
     cos, sin = angle.cos(), angle.sin()
     zero, one = torch.zeros_like(angle), torch.ones_like(angle)
     turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1).view(-1, 3, 3)
-    return torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    return _constant(_FROM_YIQ, angle.device) @ turn @ _constant(_TO_YIQ, angle.device)
 
 
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (images.ndim - 1))
 
 
-def _gaussian_blur(images: Float[Tensor, "B C *S"], sigma: Float[Tensor, " B"], largest: float) -> Float[Tensor, "B C *S"]:
+def _gaussian_blur(
+    images: Float[Tensor, "B C *S"], sigma: Float[Tensor, " B"], largest: float
+) -> Float[Tensor, "B C *S"]:
     radius = max(1, min(math.ceil(2 * largest), min(images.shape[-2:]) - 1))
     place = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-(place**2) / (2 * sigma[:, None] ** 2))

@@ -176,9 +176,7 @@ def _resize(image: Image.Image, box: Box, size: tuple[int, ...], interpolation: 
     # Rounding may carry a corner past the border by less than a pixel's millionth.
     inside = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(image.width)), min(box[3], float(image.height)))
     try:
-        return image.resize(
-            (size[1], size[0]), _RESAMPLING[interpolation], box=inside, reducing_gap=_REDUCING_GAP
-        )
+        return image.resize((size[1], size[0]), _RESAMPLING[interpolation], box=inside, reducing_gap=_REDUCING_GAP)
     except (ValueError, MemoryError):
         raise SkipImageError(SkipReason.UNDECODABLE) from None
 

@@ -100,12 +100,13 @@ class Upright:
         return image if self.turn is None else image.transpose(self.turn)
 
 
-def open_image(data: bytes, *, max_pixels: int) -> Upright:
+def open_image(data: bytes, *, max_pixels: int, any_format: bool = False) -> Upright:
     """Read the header of an encoded image.
 
     Args:
         data: bytes of a JPEG, PNG or WebP file.
         max_pixels: images with more pixels are refused before they are decoded.
+        any_format: read whatever Pillow reads, not only the three.
 
     Returns:
         The image, with its pixels not decoded yet.
@@ -116,7 +117,7 @@ def open_image(data: bytes, *, max_pixels: int) -> Upright:
     if not data:
         raise SkipImageError(SkipReason.EMPTY)
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=None if any_format else _FORMATS)
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise SkipImageError(SkipReason.TOO_LARGE) from None

@@ -1,0 +1,361 @@
+"""Make shards from a folder of images: plan which file goes where, then write shards in parallel.
+
+The plan depends on names and sizes only, so that any number of workers writes the same shards. Files are ordered by the
+hash of their path: each shard is a fair mixture of the folder.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+
+from PIL import Image
+
+from hjepa_data.errors import DataError, refuse
+from hjepa_data.shards.index import index_path
+from hjepa_data.shards.write import ShardWriter, encode_png, image_extension
+from hjepa_data.transforms.decode import SkipImageError, open_image
+
+__all__ = ["FolderConfig", "FolderPlan", "FolderResult", "make_shards", "plan_folder"]
+
+_COPIED = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp"})
+_CONVERTED = frozenset({".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "eval", "test"})
+_CLASS_LIST = "classes.json"
+_JPEG_QUALITY = 92
+_TAR_BLOCK = 512
+_SIZE_UNKNOWN = 1 << 62
+
+
+@dataclass(kw_only=True, slots=True)
+class FolderConfig:
+    """How a folder becomes shards.
+
+    Attributes:
+        shard_bytes: size of a shard, bytes (of the source files, if they are resized).
+        samples_per_shard: samples of a shard; overrides ``shard_bytes``.
+        workers: processes that write.
+        resize: longest allowed shorter side, pixels; larger images are re-encoded. None copies every byte.
+        val_fraction: part of the images that goes to ``val-*.tar``, chosen by the hash of the path.
+        labels: whether the first folder level names the class; None finds out.
+        check: decode every image, so that damaged ones are left out now and not in each epoch.
+        overwrite: replace shards of the same names.
+        max_pixels: images with more pixels are left out.
+    """
+
+    shard_bytes: int = 256 << 20
+    samples_per_shard: int | None = None
+    workers: int = 1
+    resize: int | None = None
+    val_fraction: float = 0.0
+    labels: bool | None = None
+    check: bool = True
+    overwrite: bool = False
+    max_pixels: int = 89_478_485
+
+    def __post_init__(self) -> None:
+        for name in ("shard_bytes", "workers", "max_pixels"):
+            if getattr(self, name) < 1:
+                refuse(name, getattr(self, name), "too small", "allowed: 1 and more")
+        for name in ("samples_per_shard", "resize"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                refuse(name, getattr(self, name), "too small", "allowed: 1 and more")
+        if not 0 <= self.val_fraction < 1:
+            refuse("val_fraction", self.val_fraction, "no fraction", "allowed: 0 up to, but not, 1")
+
+
+@dataclass(slots=True)
+class _Image:
+    path: str
+    key: str
+    label: int | None
+    size: int
+
+
+@dataclass(slots=True)
+class _Shard:
+    split: str
+    number: int
+    images: list[_Image]
+
+
+@dataclass(slots=True)
+class FolderPlan:
+    """Which file goes where.
+
+    Attributes:
+        shards: what each shard is to hold.
+        classes: names of the classes by number; empty without labels.
+        left_out: files that are left out already, by reason.
+        splits: names of the splits.
+    """
+
+    shards: list[_Shard]
+    classes: list[str]
+    left_out: Counter[str]
+    splits: list[str]
+
+    @property
+    def num_images(self) -> int:
+        """Files that will be read."""
+        return sum(len(shard.images) for shard in self.shards)
+
+
+@dataclass(slots=True)
+class FolderResult:
+    """What was written.
+
+    Attributes:
+        shards: paths by split.
+        images: images by split.
+        num_bytes: size of the shards by split.
+        left_out: files that were left out, by reason.
+        examples: one file for each of these reasons.
+        classes: names of the classes.
+    """
+
+    shards: dict[str, list[Path]] = field(default_factory=dict)
+    images: Counter[str] = field(default_factory=Counter)
+    num_bytes: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+
+
+def plan_folder(folder: Path, config: FolderConfig) -> FolderPlan:
+    """Decide which file goes where.
+
+    Args:
+        folder: flat, one folder a class, or either of them below ``train`` and ``test``.
+        config: how.
+
+    Returns:
+        The plan.
+
+    Raises:
+        DataError: no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"no such folder '{folder}'" + (": it is a file" if folder.exists() else ""))
+    left_out: Counter[str] = Counter()
+    found = list(_find(folder, left_out))
+    if not found:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common()) or "it is empty"
+        raise DataError(
+            f"no image in '{folder}' ({reasons}); images are {', '.join(sorted(_COPIED | _CONVERTED))} files"
+        )
+    tops = {relative.parts[0] for relative, _ in found}
+    split_by_folder = tops <= _SPLITS and all(len(relative.parts) > 1 for relative, _ in found)
+    inner = [Path(*relative.parts[1:]) if split_by_folder else relative for relative, _ in found]
+    labels = all(len(path.parts) > 1 for path in inner) if config.labels is None else config.labels
+    if labels and not all(len(path.parts) > 1 for path in inner):
+        raise DataError(
+            f"'{folder}' has images outside of class folders; move them into one, or make shards without labels"
+        )
+    classes = sorted({path.parts[0] for path in inner}) if labels else []
+    number = {name: place for place, name in enumerate(classes)}
+    by_split: dict[str, list[tuple[bytes, _Image]]] = {}
+    keys: Counter[str] = Counter()
+    for (relative, size), path in zip(found, inner, strict=True):
+        digest = blake2b(relative.as_posix().encode("utf-8", "surrogateescape"), digest_size=16).digest()
+        split = relative.parts[0] if split_by_folder else _split_of(digest, config.val_fraction)
+        key = _key(path)
+        keys[f"{split}/{key}"] += 1
+        if keys[f"{split}/{key}"] > 1:
+            key = f"{key}_{digest.hex()[:8]}"
+        image = _Image(str(folder / relative), key, number[path.parts[0]] if labels else None, size)
+        by_split.setdefault(split, []).append((digest, image))
+    shards = [
+        _Shard(split, place, images)
+        for split in sorted(by_split, key=lambda name: (not name.startswith("train"), name))
+        for place, images in enumerate(
+            _cut([image for _, image in sorted(by_split[split], key=lambda e: e[0])], config)
+        )
+    ]
+    return FolderPlan(shards, classes, left_out, list(dict.fromkeys(shard.split for shard in shards)))
+
+
+def make_shards(
+    plan: FolderPlan, out: Path, config: FolderConfig, progress: Callable[[int], None] = lambda _: None
+) -> FolderResult:
+    """Write the shards of a plan.
+
+    Args:
+        plan: what goes where.
+        out: folder of the shards; made if missing.
+        config: how.
+        progress: called with the number of files dealt with since the last call; first with 0, once the workers run.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: there are such shards already, or every image is damaged.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _clear(plan, out, config.overwrite)
+    result = FolderResult(classes=plan.classes, left_out=plan.left_out.copy())
+    if plan.classes:
+        (out / _CLASS_LIST).write_text(json.dumps(plan.classes, indent=1, ensure_ascii=False) + "\n")
+    for shard, path, written, left_out in _written(plan.shards, out, config, progress):
+        for file, reason in left_out:
+            result.left_out[reason] += 1
+            result.examples.setdefault(reason, file)
+        if written:
+            result.shards.setdefault(shard.split, []).append(path)
+            result.images[shard.split] += written
+            result.num_bytes[shard.split] += path.stat().st_size
+        progress(len(shard.images))
+    for paths in result.shards.values():
+        paths.sort()
+    if not result.images:
+        raise DataError(
+            "every image is damaged: " + ", ".join(f"{n} {reason}" for reason, n in result.left_out.most_common())
+        )
+    return result
+
+
+_Written = tuple[_Shard, Path, int, list[tuple[str, str]]]
+
+
+def _written(
+    shards: list[_Shard], out: Path, config: FolderConfig, progress: Callable[[int], None]
+) -> Iterator[_Written]:
+    if config.workers == 1 or len(shards) == 1:
+        progress(0)
+        for shard in shards:
+            yield _write_shard(shard, out, config)
+        return
+    # Forked at the first task, before anyone here has started a thread.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(min(config.workers, len(shards)), mp_context=context) as pool:
+        waiting: set[Future[_Written]] = set()
+        try:
+            for shard in shards:
+                waiting.add(pool.submit(_write_shard, shard, out, config))
+                progress(0)
+                # A plan of millions of files is handed out as it is worked off.
+                if len(waiting) >= 4 * config.workers:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _write_shard(shard: _Shard, out: Path, config: FolderConfig) -> _Written:
+    left_out: list[tuple[str, str]] = []
+    written = 0
+    with ShardWriter(out, prefix=shard.split, max_bytes=_SIZE_UNKNOWN, first=shard.number) as writer:
+        for image in shard.images:
+            try:
+                data = _encoded(Path(image.path), config)
+            except SkipImageError as skip:
+                left_out.append((image.path, str(skip.reason)))
+            except OSError as error:
+                left_out.append((image.path, f"unreadable ({error.strerror})"))
+            else:
+                writer.write(data, label=image.label, key=image.key)
+                written += 1
+    return shard, out / f"{shard.split}-{shard.number:06d}.tar", written, left_out
+
+
+def _encoded(path: Path, config: FolderConfig) -> bytes:
+    """Read an image as it goes into the shard: its own bytes, unless it must be resized or its format is not read."""
+    data = path.read_bytes()
+    upright = open_image(data, max_pixels=config.max_pixels, any_format=True)
+    if image_extension(data) is None:
+        data = encode_png(upright.decode(1.0))
+        upright = open_image(data, max_pixels=config.max_pixels)
+    shorter = min(upright.width, upright.height)
+    if config.resize is not None and shorter > config.resize:
+        factor = shorter / config.resize
+        size = (max(1, round(upright.width / factor)), max(1, round(upright.height / factor)))
+        image = upright.decode(factor / 2).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        if upright.image.format == "PNG":
+            return encode_png(image)
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
+        return buffer.getvalue()
+    if config.check:
+        # The smallest scale still reads all of the file.
+        upright.decode(8.0)
+    return data
+
+
+def _find(folder: Path, left_out: Counter[str]) -> Iterator[tuple[Path, int]]:
+    seen: set[str] = set()
+    for base, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(base)
+        if real in seen:
+            # A link leads back to a folder that was read already.
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(base, name)
+            if name.startswith("."):
+                left_out["hidden"] += 1
+            elif path.suffix.lower() not in _COPIED | _CONVERTED:
+                left_out["not an image"] += 1
+            elif not path.exists():
+                left_out["broken link"] += 1
+            else:
+                yield path.relative_to(folder), path.stat().st_size
+
+
+def _key(path: Path) -> str:
+    return path.with_suffix("").as_posix().replace(".", "_").replace(" ", "_")
+
+
+def _split_of(digest: bytes, val_fraction: float) -> str:
+    # The last bytes, since the first ones order the files.
+    return "val" if int.from_bytes(digest[8:], "big") < val_fraction * 2.0**64 else "train"
+
+
+def _cut(images: list[_Image], config: FolderConfig) -> Iterator[list[_Image]]:
+    if config.samples_per_shard is not None:
+        for first in range(0, len(images), config.samples_per_shard):
+            yield images[first : first + config.samples_per_shard]
+        return
+    sizes = [_size_in_tar(image) for image in images]
+    total = sum(sizes)
+    # Equal shards, none above the size, rather than full ones and a small last one.
+    limit = total / -(-total // config.shard_bytes)
+    shard: list[_Image] = []
+    number, size = 1, 0
+    for image, more in zip(images, sizes, strict=True):
+        shard.append(image)
+        size += more
+        if size >= limit * number:
+            yield shard
+            shard, number = [], number + 1
+    if shard:
+        yield shard
+
+
+def _size_in_tar(image: _Image) -> int:
+    blocks = -(-image.size // _TAR_BLOCK) + 1 + (0 if image.label is None else 2)
+    return blocks * _TAR_BLOCK
+
+
+def _clear(plan: FolderPlan, out: Path, overwrite: bool) -> None:
+    old = [path for split in plan.splits for path in sorted(out.glob(f"{split}-[0-9]*.tar"))]
+    if old and not overwrite:
+        raise DataError(f"'{out}' holds shards already, such as '{old[0].name}'; give another folder, or --overwrite")
+    for path in old:
+        index_path(path).unlink(missing_ok=True)
+        path.unlink()
