@@ -212,8 +212,8 @@ class MultiBlockMasks:
             refuse(
                 field,
                 getattr(config, field),
-                f"{config.context_cells} context cells beside {config.num_targets} targets of scale {config.target_scale}"
-                f" on a {height}x{width} grid: {rate:.1%} of the draws leave that many, on average"
+                f"{config.context_cells} context cells beside {config.num_targets} targets of scale "
+                f"{config.target_scale} on a {height}x{width} grid: {rate:.1%} of the draws leave that many, on average"
                 f" {float(free.float().mean()):.0f} of {config.num_cells} are left",
                 f"allowed: up to about {usual} cells ({usual / config.num_cells:.2f} of the grid), or take fewer or"
                 " smaller targets",

@@ -69,8 +69,8 @@ class EvalConfig:
 class EvalStream:
     """A finite iterable of batches of centre crops, in the order of the source; each ``iter`` starts anew.
 
-    Rank r of W gets the samples [rN // W, (r+1)N // W) of the N that are used: each exactly once over all ranks. A damaged image is
-    counted and missing.
+    Rank r of W gets the samples [rN // W, (r+1)N // W) of the N that are used: each exactly once over all ranks. A
+    damaged image is counted and missing.
 
     Args:
         config: what is streamed.
