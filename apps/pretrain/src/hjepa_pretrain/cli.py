@@ -1,0 +1,73 @@
+"""`hjepa-pretrain key=value ...`, also `python -m hjepa_pretrain` under torchrun."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+USAGE = """\
+hjepa-pretrain [key=value ...]
+
+Pretrains a hierarchical JEPA. Without a setting it makes a small demo data set, learns from it for about three minutes
+and shows what was learned.
+
+  hjepa-pretrain                                             the demo
+  hjepa-pretrain recipe=ijepa                                the demo, another recipe: ijepa, hjepa, hjepa_global
+  hjepa-pretrain data.train='/data/shards/train-{000000..000099}.tar' data.eval='/data/shards/eval-*.tar' \\
+      model=vit_small_patch16 run.steps=100000               your own shards (hjepa-shards makes them from a folder)
+  hjepa-pretrain run.dir=runs/NAME                           go on with a run that was stopped
+  torchrun --nproc-per-node=8 -m hjepa_pretrain ...          several processes: parallel=ddp or parallel=fsdp
+
+Often set: run.dir run.steps run.seed run.time_limit (90s, 30m, 11h30m) data.batch_size data.image_size data.workers
+checkpoint.every_steps checkpoint.every_minutes eval.every_steps trainer.learning_rate.value
+
+  hjepa-pretrain --settings [key=value ...]                  print every setting with its value, and stop
+  hjepa-pretrain --help
+
+Exit codes: 0 done; 2 wrong input (one line says what); 75 stopped early with everything saved, start the same command
+again to go on; 1 anything else.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program and returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if any(word in ("-h", "--help") for word in words):
+        print(USAGE, end="")
+        return 0
+    show = "--settings" in words
+    words = [word for word in words if word != "--settings"]
+    main_rank = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(level=logging.INFO if main_rank else logging.ERROR, format="%(message)s", stream=sys.stderr)
+
+    # torch takes seconds to import: --help should not.
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from hjepa_pretrain import settings
+    from hjepa_pretrain.run import pretrain
+    from hjepa_train import EXIT_ERROR, EXIT_WRONG_INPUT, TrainingError
+
+    try:
+        config, plain = settings.load(words)
+        if show:
+            print(OmegaConf.to_yaml(plain, resolve=True), end="")
+            return 0
+        outcome = pretrain(config, plain, words, Console(soft_wrap=True))
+    except ValueError as error:
+        return _fail(str(error), EXIT_WRONG_INPUT, shown=main_rank)
+    except (TrainingError, OSError) as error:
+        return _fail(str(error), EXIT_ERROR, shown=True)
+    except KeyboardInterrupt:
+        return _fail("interrupted before the step could be finished; the last checkpoint stands", 130, shown=main_rank)
+    if outcome.exit_code and main_rank:
+        print(
+            f"stopped early, everything is saved; go on with: hjepa-pretrain run.dir={plain.run.dir}", file=sys.stderr
+        )
+    return outcome.exit_code
+
+
+def _fail(message: str, code: int, *, shown: bool) -> int:
+    if shown:
+        print(f"hjepa-pretrain: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,185 @@
+"""The whole configuration of a run, typed: what `conf/` fills, the command line overrides and `config.yaml` keeps."""
+
+from dataclasses import dataclass, field
+
+from hjepa_data.masks import MultiBlockConfig
+from hjepa_data.stream import EvalConfig, StreamConfig, WorkerConfig
+from hjepa_data.transforms import IMAGENET_MEAN, IMAGENET_STD, ColorConfig, ViewGroup
+from hjepa_models import HJEPAConfig
+from hjepa_pretrain.duration import seconds
+from hjepa_train import CheckpointConfig, MonitorConfig, ParallelKind, ProfilerConfig, TrainerConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Where a run lives and how long it goes on."""
+
+    dir: str | None = None
+    """Its folder; null makes `runs/<recipe>-<time>`. A folder that holds a run is resumed."""
+    steps: int = 100_000
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Of weights, order, crops, colours and masks."""
+    time_limit: str | None = None
+    """Stop, save and exit with code 75 after this long, as in 90s, 30m or 11h30m; null is no limit."""
+    device: str = "auto"
+    """`auto` takes a GPU if there is one; `cpu`, `cuda`."""
+    threads: int | None = None
+    """CPU threads of torch; null leaves torch's own choice, one a core."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.steps < 1:
+            raise ValueError(f"run.steps={self.steps}: nothing to train; allowed: 1 and more")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"run.threads={self.threads}: too few; allowed: 1 and more, or null")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"run.device={self.device}: unknown; allowed: auto, cpu, cuda")
+        if self.time_limit is not None:
+            self.time_limit = str(self.time_limit)
+            seconds(self.time_limit)
+
+    @property
+    def time_limit_seconds(self) -> float | None:
+        """The time limit in seconds, or None."""
+        return None if self.time_limit is None else seconds(self.time_limit)
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which images, in which batches and crops."""
+
+    train: str | None = None
+    """Shards to learn from: braces, a glob, a directory, a list file or one tar."""
+    eval: str | None = None
+    """Shards to measure on; null measures nothing but the ranks."""
+    cache: str | None = None
+    """Where the demo's shards are kept; null is `~/.cache/hjepa`."""
+    image_size: tuple[int, ...] = (224, 224)
+    """Height and width of a view, pixels."""
+    batch_size: int = 256
+    """Images of an optimizer step, over all processes and accumulated micro-batches."""
+    views: int = 1
+    """Views cut out of each image; the `global` level needs two and more."""
+    crop_scale: tuple[float, ...] = (0.3, 1.0)
+    """Area of a view as a part of the image's."""
+    crop_ratio: tuple[float, ...] = (0.75, 4 / 3)
+    """Width over height of a view on the image."""
+    flip: float = 0.5
+    """Probability of a mirror image."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    """Of each channel, pixels from 0 to 1."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Likewise."""
+    workers: int = 2
+    """Processes that load and crop; 0 does it in the training process."""
+    window_shards: int = 16
+    """Shards that are shuffled together."""
+    max_skipped_fraction: float = 0.01
+    """Share of damaged images above which the run stops; ten are always allowed."""
+    eval_crop_fraction: float = 0.875
+    """Part of the largest centred square that evaluation sees."""
+
+    def __post_init__(self) -> None:
+        """Take lists, and refuse what the parts would refuse later."""
+        for name in ("image_size", "crop_scale", "crop_ratio", "mean", "std"):
+            setattr(self, name, tuple(getattr(self, name)))
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size={self.batch_size}: a batch holds images; allowed: 1 and more")
+        if self.workers < 0:
+            raise ValueError(f"data.workers={self.workers}: no number of processes; allowed: 0 and more")
+        if self.train is not None and not self.train:
+            raise ValueError("data.train='': names no shard; give a tar, a glob, braces or a directory")
+
+    def stream(self, accumulate: int) -> StreamConfig:
+        """The training stream of micro-batches."""
+        if self.batch_size % accumulate:
+            raise ValueError(
+                f"data.batch_size={self.batch_size}: trainer.accumulate={accumulate} does not divide it; "
+                f"allowed: multiples of {accumulate}"
+            )
+        height_width = (self.image_size[-2], self.image_size[-1])
+        view = ViewGroup(
+            count=self.views, size=height_width, scale=self.crop_scale, ratio=self.crop_ratio, flip=self.flip
+        )
+        return StreamConfig(
+            global_batch_size=self.batch_size // accumulate,
+            window_shards=self.window_shards,
+            views=(view,),
+            workers=WorkerConfig(count=self.workers, pin_memory=True),
+            max_skipped_fraction=self.max_skipped_fraction,
+        )
+
+    def evaluation(self) -> EvalConfig:
+        """The finite stream of centre crops."""
+        return EvalConfig(
+            size=(self.image_size[-2], self.image_size[-1]),
+            crop_fraction=self.eval_crop_fraction,
+            workers=WorkerConfig(count=self.workers),
+            max_skipped_fraction=self.max_skipped_fraction,
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    """What is measured, and how often."""
+
+    every_steps: int | None = 1000
+    """Optimizer steps between kNN measurements of the encoder; null never measures before the end."""
+    train_samples: int = 10_000
+    """Training images that make the bank of the kNN and fit the linear probe."""
+    eval_samples: int = 10_000
+    """Held-out images that are classified."""
+    online_samples: int = 2_000
+    """Images of each kind for the measurements on the way."""
+    k: int = 20
+    """Neighbours that vote."""
+    at_end: bool = True
+    """Measure every level at the end, beside the untrained encoder and raw pixels."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        for name in ("train_samples", "eval_samples", "online_samples", "k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval.{name}={getattr(self, name)}: too few; allowed: 1 and more")
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(f"eval.every_steps={self.every_steps}: too small; allowed: 1 and more, or null")
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainConfig:
+    """A run: `recipe` says how it learns, `model` what learns, `data` from what."""
+
+    recipe: str = "hjepa_global"
+    """`ijepa`, `hjepa` or `hjepa_global`: a file of conf/recipe."""
+    preset: str = "none"
+    """`demo` fits a recipe to the embedded demo; taken where no `data.train` is given."""
+    model: str = "vit_small_patch16"
+    """Size and patch of the encoder by name; `hjepa.encoder` has its other fields."""
+    parallel: ParallelKind = ParallelKind.single
+    """`single`, `ddp` or `fsdp`; under torchrun `ddp` unless said otherwise."""
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    color: ColorConfig | None = None
+    """Colour augmentation on the device; null leaves colours as they are."""
+    masks: MultiBlockConfig = field(default_factory=MultiBlockConfig)
+    hjepa: HJEPAConfig = field(default_factory=HJEPAConfig)
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=100_000))
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    profiler: ProfilerConfig | None = None
+    """Trace some steps into `<run.dir>/profile`; null traces none."""
+    eval: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit one another."""
+        if self.hjepa.global_level is not None and self.data.views < 2:
+            raise ValueError(
+                f"data.views={self.data.views}: the global level compares views of one image; allowed: 2 and more, "
+                "or hjepa.global_level=null"
+            )
+        if self.data.views < self.hjepa.masked_views:
+            raise ValueError(
+                f"data.views={self.data.views}: hjepa.masked_views={self.hjepa.masked_views} of them are to be masked; "
+                "raise data.views"
+            )

@@ -1,0 +1,207 @@
+"""What was learned: every level of the trained model beside the untrained one and beside raw pixels."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int, UInt8
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+from hjepa_data import EvalConfig, ShardSource, normalize
+from hjepa_eval import FeatureSet, Scores, evaluate, extract, knn_accuracy
+from hjepa_models import HJEPA
+from hjepa_pretrain.config import PretrainConfig
+from hjepa_train import Callback, StepResult, Trainer
+
+RESULTS_FILE = "results.json"
+_BATCH = 256
+_PIXELS = 32
+
+
+@dataclass(kw_only=True, slots=True)
+class Images:
+    """Centre crops in memory, evenly spaced over a source.
+
+    Attributes:
+        pixels: uint8 [n, C, H, W].
+        labels: class numbers [n], -1 where unknown.
+    """
+
+    pixels: UInt8[Tensor, "n C H W"]
+    labels: Int[Tensor, " n"]
+
+    def batches(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised pixels with their labels."""
+        for start in range(0, len(self.labels), _BATCH):
+            part = slice(start, start + _BATCH)
+            yield normalize(self.pixels[part], mean, std), self.labels[part]
+
+    def head(self, count: int) -> "Images":
+        """Return `count` of them, evenly spaced."""
+        chosen = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).round().long()
+        return Images(pixels=self.pixels[chosen], labels=self.labels[chosen])
+
+
+def load_images(source: ShardSource, config: EvalConfig) -> Images:
+    """Decode the samples that an evaluation stream gives."""
+    batches = list(config.build(source))
+    return Images(
+        pixels=torch.cat([batch.views[0] for batch in batches]), labels=torch.cat([batch.labels for batch in batches])
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """One row of the table of results."""
+
+    features: str
+    """`trained`, `untrained` or `pixels`."""
+    scores: Scores
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, for JSON."""
+        return {"features": self.features, **self.scores.as_dict()}
+
+
+def measure(model: HJEPA, config: PretrainConfig, train: Images, test: Images, device: torch.device) -> list[Row]:
+    """Measure every level of a trained model, of the same model untrained, and raw pixels.
+
+    Args:
+        model: the trained model.
+        config: of the run; its seed makes the untrained model.
+        train: labelled images for the kNN bank and the linear probe.
+        test: held-out images.
+        device: where features are computed.
+    """
+    rows = []
+    for name, one in (("trained", model), ("untrained", config.hjepa.build(seed=config.run.seed))):
+        bank, held_out = (level_features(one.to(device), images, config, device) for images in (train, test))
+        rows += [Row(features=name, scores=_scores(bank[level], held_out[level], config)) for level in bank]
+    bank, held_out = (extract(_pixels, images.batches(config.data.mean, config.data.std), branch="-", level="pixels",
+                              pooling="flatten") for images in (train, test))  # fmt: skip
+    rows.append(Row(features="pixels", scores=_scores(bank["pixels"], held_out["pixels"], config)))
+    return rows
+
+
+def level_features(
+    model: HJEPA, images: Images, config: PretrainConfig, device: torch.device
+) -> Mapping[str, FeatureSet]:
+    """Extract the mean-pooled features of every level of the target branch in one pass."""
+
+    def features(batch: Tensor) -> dict[str, Tensor]:
+        return {str(level): values for level, values in model.all_features(batch).items()}
+
+    model.eval()
+    found = extract(
+        features, images.batches(config.data.mean, config.data.std), device=device, branch="target", pooling="mean"
+    )
+    model.train()
+    return found
+
+
+def _scores(train: FeatureSet, test: FeatureSet, config: PretrainConfig) -> Scores:
+    return evaluate(train, test, ks=(config.eval.k,))
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return functional.interpolate(images, size=(_PIXELS, _PIXELS), mode="area").flatten(1)
+
+
+class OnlineEvaluation(Callback):
+    """kNN accuracy of the encoder on the way: logs `eval/encoder/knn_<k>` every n steps and at the last one.
+
+    Args:
+        config: of the run.
+        train: bank of the kNN.
+        test: held-out images.
+    """
+
+    def __init__(self, config: PretrainConfig, train: Images, test: Images) -> None:
+        self._config = config
+        self._train, self._test = train, test
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Measure the untrained encoder."""
+        if trainer.step == 0:
+            self._measure(trainer)
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Measure, where it is time."""
+        every = self._config.eval.every_steps
+        if every is not None and (trainer.step % every == 0 or trainer.step == trainer.config.steps):
+            self._measure(trainer)
+
+    def _measure(self, trainer: Trainer) -> None:
+        task, config, device = trainer.module, self._config, trainer.world.device
+        model = task.model
+        assert isinstance(model, HJEPA)
+        model.eval()
+        bank, test = (
+            extract(model.features, images.batches(config.data.mean, config.data.std), device=device, branch="target")[
+                "encoder"
+            ].labelled()
+            for images in (self._train, self._test)
+        )
+        model.train()
+        k = config.eval.k
+        if len(bank) >= k and len(test):
+            accuracy = knn_accuracy(bank.values, bank.labels, test.values, test.labels, ks=(k,))[k]
+            trainer.log({f"eval/encoder/knn_{k}": accuracy})
+
+
+def save_results(rows: list[Row], step: int, folder: Path) -> dict[str, Any]:
+    """Write `results.json` and return its content."""
+    content = {"step": step, "rows": [row.as_dict() for row in rows]}
+    temporary = folder / (RESULTS_FILE + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(folder / RESULTS_FILE)
+    return content
+
+
+def read_results(folder: Path, step: int) -> dict[str, Any] | None:
+    """Return the results of this step, if they were measured before."""
+    path = folder / RESULTS_FILE
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content if content.get("step") == step else None
+
+
+COLUMNS = ("features", "branch", "level", "pooling", "D", "kNN", "linear", "RankMe", "eff. rank")
+
+
+def result_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return a row of results as the cells of a table with `COLUMNS`."""
+    knn = next((value for key, value in row.items() if key.startswith("knn_")), None)
+    accuracies = ["-" if value is None else f"{value:.3f}" for value in (knn, row["linear"])]
+    ranks = [f"{row['rankme']:.1f}", f"{row['effective_rank']:.1f}"]
+    return [row["features"], row["branch"], row["level"], row["pooling"], str(row["width"]), *accuracies, *ranks]
+
+
+def results_caption(results: Mapping[str, Any]) -> str:
+    """Say what the numbers of a table were measured on."""
+    row = results["rows"][0]
+    k = next((key.removeprefix("knn_") for key in row if key.startswith("knn_")), "-")
+    return (
+        f"step {results['step']}; kNN: k={k}, cosine, top-1; linear: logistic regression, top-1; {row['n_train']} labelled "
+        f"training and {row['n_test']} held-out images; ranks of {row['n_rank']} training images"
+    )
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """Return the results as a table for the terminal."""
+    table = Table(
+        title="What was learned", caption=results_caption(results), title_justify="left", caption_justify="left"
+    )
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if number < 4 else "right")
+    rows = results["rows"]
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        ends = following is None or following["features"] != row["features"]
+        table.add_row(*result_cells(row), style="bold" if row["features"] == "trained" else None, end_section=ends)
+    return table

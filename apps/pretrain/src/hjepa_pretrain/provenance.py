@@ -1,0 +1,47 @@
+"""Where a run comes from: versions, revision, machine, command."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+_PACKAGES = (
+    "hjepa-pretrain",
+    "hjepa-models",
+    "hjepa-data",
+    "hjepa-train",
+    "hjepa-eval",
+    "torch",
+    "torchvision",
+    "timm",
+)
+
+
+def provenance(words: list[str]) -> dict[str, object]:
+    """Returns what a reader needs to repeat the run: command, versions, git revision, machine, time."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({torch.get_num_threads()} threads)"
+    return {
+        "command": " ".join(["hjepa-pretrain", *words]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "git": git_revision(),
+        "executable": Path(sys.executable).name,
+    }
+
+
+def git_revision() -> str:
+    """Returns the revision of the checkout that this code runs from, `-dirty` if it was changed, or "not a checkout"."""
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "not a checkout"
+    return found.stdout.strip() or "not a checkout"

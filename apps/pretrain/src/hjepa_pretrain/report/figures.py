@@ -1,0 +1,161 @@
+"""Figures of a run, drawn off screen: arrays in, PNG bytes out."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+_COLORS = ("#0b6e99", "#d9730d", "#0f7b6c", "#6940a5", "#ad1a72", "#64473a")
+_CONTEXT, _TARGET = (0.05, 0.45, 0.75), (0.95, 0.45, 0.10)
+
+
+def png(figure: Figure) -> bytes:
+    """Renders a figure to PNG bytes and closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], title: str, *, smooth: int = 1) -> bytes | None:
+    """Draws one line a key over the steps; None if no row has any of the keys.
+
+    Args:
+        rows: rows of `metrics.jsonl`.
+        keys: which entries to draw.
+        title: title of the plot.
+        smooth: length of the running mean in rows; the raw curve stays visible behind it.
+    """
+    lines = {key: [(row["step"], row[key]) for row in rows if key in row] for key in keys}
+    lines = {key: points for key, points in lines.items() if points}
+    if not lines:
+        return None
+    figure, axes = plt.subplots(figsize=(5.2, 3.0))
+    for color, (key, points) in zip(_COLORS * 4, lines.items(), strict=False):
+        steps, values = np.asarray(points, dtype=float).T
+        label = key.split("/", 1)[-1]
+        window = min(smooth, len(values))
+        if window > 1:
+            axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
+            mean = np.convolve(values, np.ones(window) / window, mode="valid")
+            axes.plot(steps[window - 1 :], mean, color=color, linewidth=1.6, label=label)
+        else:
+            marker = "o" if len(values) < 20 else None
+            axes.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=3, label=label)
+    axes.set(title=title, xlabel="step")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return png(figure)
+
+
+def masks(images: Array, grid: tuple[int, int], context: Array, targets: Array) -> bytes:
+    """Draws what the context encoder sees and what the predictor has to predict.
+
+    Args:
+        images: uint8 [n, H, W, 3].
+        grid: rows and columns of patches.
+        context: flat indices of the context patches [n, Kc].
+        targets: flat indices of the target blocks [n, M, Kt].
+    """
+    figure, axes = plt.subplots(3, len(images), figsize=(1.45 * len(images), 4.6), squeeze=False)
+    for column, image in enumerate(images):
+        seen, hidden = _cells(context[column], grid), _cells(targets[column], grid)
+        size = image.shape[:2]
+        gray = np.full_like(image, 235)
+        axes[0, column].imshow(image)
+        axes[1, column].imshow(np.where(_enlarge(seen, size)[..., None], image, gray))
+        axes[2, column].imshow(np.where(_enlarge(hidden, size)[..., None], image, gray))
+        for row, edge in ((1, _CONTEXT), (2, _TARGET)):
+            for spine in axes[row, column].spines.values():
+                spine.set_color(edge)
+    for row, label in enumerate(("image", "context", "targets")):
+        axes[row, 0].set_ylabel(label)
+    _bare(axes)
+    return png(figure)
+
+
+def pca_features(images: Array, levels: Mapping[str, Array]) -> bytes:
+    """Colours every token by the first three principal components of its level.
+
+    Args:
+        images: uint8 [n, H, W, 3].
+        levels: features [n, rows, columns, D] by level.
+    """
+    figure, axes = plt.subplots(
+        1 + len(levels), len(images), figsize=(1.45 * len(images), 1.5 * (1 + len(levels))), squeeze=False
+    )
+    for column, image in enumerate(images):
+        axes[0, column].imshow(image)
+    axes[0, 0].set_ylabel("image")
+    for row, (name, features) in enumerate(levels.items(), start=1):
+        colored = principal_colors(features)
+        for column in range(len(images)):
+            axes[row, column].imshow(colored[column], interpolation="nearest")
+        axes[row, 0].set_ylabel(name)
+    _bare(axes)
+    return png(figure)
+
+
+def principal_colors(features: Array) -> Array:
+    """Maps features [n, rows, columns, D] to colours [n, rows, columns, 3] in [0, 1] by their first principal axes.
+
+    Each axis is scaled between its 2nd and 98th percentile; axes that the data does not span are left grey.
+    """
+    flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
+    flat = flat - flat.mean(0)
+    axes = np.linalg.svd(flat, full_matrices=False)[2][:3]
+    projected = np.full((len(flat), 3), 0.5)
+    projected[:, : len(axes)] = flat @ axes.T
+    low, high = np.percentile(projected, (2, 98), axis=0)
+    span = high - low
+    scaled = np.where(span > 1e-9, (projected - low) / np.where(span > 1e-9, span, 1.0), 0.5)
+    return np.clip(scaled, 0, 1).reshape(*features.shape[:-1], 3)
+
+
+def neighbours(queries: Array, found: Array, labels: Sequence[str] | None, found_labels: Array | None) -> bytes:
+    """Draws each query beside its nearest neighbours; a frame says whether the label agrees.
+
+    Args:
+        queries: uint8 [n, H, W, 3].
+        found: uint8 [n, k, H, W, 3], nearest first.
+        labels: label of each query, or None.
+        found_labels: labels of the neighbours [n, k], or None.
+    """
+    count, k = found.shape[:2]
+    figure, axes = plt.subplots(count, k + 1, figsize=(1.1 * (k + 1), 1.2 * count), squeeze=False)
+    for row in range(count):
+        axes[row, 0].imshow(queries[row])
+        if labels is not None:
+            axes[row, 0].set_ylabel(labels[row], fontsize=7)
+        for column in range(k):
+            axis = axes[row, column + 1]
+            axis.imshow(found[row, column])
+            if labels is not None and found_labels is not None:
+                color = "#0f7b6c" if found_labels[row, column] == labels[row] else "#c4554d"
+                for spine in axis.spines.values():
+                    spine.set(color=color, linewidth=2)
+    axes[0, 0].set_title("query", fontsize=8)
+    axes[0, 1].set_title("nearest", fontsize=8)
+    _bare(axes)
+    return png(figure)
+
+
+def _cells(index: Array, grid: tuple[int, int]) -> Array:
+    cells = np.zeros(grid[0] * grid[1], dtype=bool)
+    cells[np.asarray(index).reshape(-1)] = True
+    return cells.reshape(grid)
+
+
+def _enlarge(cells: Array, size: tuple[int, ...]) -> Array:
+    return np.kron(cells, np.ones((size[0] // cells.shape[0], size[1] // cells.shape[1]), dtype=bool))
+
+
+def _bare(axes: Array) -> None:
+    for axis in axes.reshape(-1):
+        axis.set(xticks=[], yticks=[])

@@ -1,0 +1,165 @@
+"""Gathers what a run left and writes `report.html`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hjepa_data import normalize
+from hjepa_models import HJEPA, Pooling, coarsen
+from hjepa_pretrain.config import PretrainConfig
+from hjepa_pretrain.evaluation import COLUMNS, Images, result_cells, results_caption
+from hjepa_pretrain.report import figures
+from hjepa_pretrain.report.page import Section, code, notice, page, table
+
+_SHOWN = 8
+_QUERIES, _NEIGHBOURS = 6, 7
+
+
+def write_report(
+    folder: Path,
+    config: PretrainConfig,
+    model: HJEPA,
+    images: tuple[Images, Images] | None,
+    results: dict[str, Any] | None,
+) -> Path:
+    """Write the page of a run: one file that opens offline.
+
+    Args:
+        folder: of the run; its `metrics.jsonl` and `config.yaml` are read.
+        config: of the run.
+        model: the trained model.
+        images: training and held-out images, or None without held-out data.
+        results: content of `results.json`, or None.
+
+    Returns:
+        The path of the page.
+    """
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    sections = [_learned(results), _losses(rows), _ranks(rows)]
+    if images is not None:
+        train, test = images
+        sections += [_masks(config, test), _features(config, model, test), _neighbours(config, model, train, test)]
+    sections += [_speed(rows), Section(title="Configuration", body=code((folder / "config.yaml").read_text()))]
+    path = folder / "report.html"
+    subtitle = f"{config.recipe}, {config.model}, {config.run.steps:,} steps of {config.data.batch_size} images"
+    path.write_text(page(f"hjepa run {folder.name}", subtitle, sections))
+    return path
+
+
+def _learned(results: dict[str, Any] | None) -> Section:
+    if results is None:
+        return Section(
+            title="What was learned", note="Nothing was measured: give data.eval, and labels for accuracies."
+        )
+    rows = results["rows"]
+    body = table(COLUMNS, [result_cells(row) for row in rows], own=[row["features"] == "trained" for row in rows])
+    note = f"Frozen features, {results_caption(results)}. The same encoder untrained and raw pixels are what to beat."
+    return Section(title="What was learned", note=note, body=body)
+
+
+def _losses(rows: list[dict[str, Any]]) -> Section:
+    levels = sorted({key for row in rows for key in row if key.startswith("train/loss_level_")})
+    knn = sorted({key for row in rows for key in row if key.startswith("eval/")})
+    window = max(1, len(rows) // 40)
+    drawn = (
+        figures.curves(rows, ["train/loss"], "training loss", smooth=window),
+        figures.curves(rows, levels, "loss of each level, unweighted", smooth=window),
+        figures.curves(rows, knn, "kNN accuracy on the way"),
+    )
+    note = (
+        "The loss of a JEPA is no measure of quality: its targets move. It may rise while the features improve; look at "
+        "kNN, linear accuracy and RankMe."
+    )
+    return Section(title="Loss and accuracy", note=note, pictures=[picture for picture in drawn if picture])
+
+
+def _ranks(rows: list[dict[str, Any]]) -> Section:
+    pictures = []
+    for measure, title in (("rankme", "RankMe"), ("effective_rank", "centred effective rank"), ("spread", "spread")):
+        keys = sorted(
+            {key for row in rows for key in row if key.startswith("monitor/") and key.endswith(f"/{measure}")}
+        )
+        drawn = figures.curves(rows, keys, f"{title} of the embeddings")
+        pictures += [drawn] if drawn else []
+    alarms = [row["step"] for row in rows if row.get("monitor/alarm")]
+    text = f"Collapse alarm at steps {', '.join(map(str, alarms[:10]))}." if alarms else "No collapse alarm."
+    note = "A collapsed level has a rank near 1 and no spread; compare ranks within one run only."
+    return Section(title="RankMe of each level", note=note, pictures=pictures, body=notice(text, alarm=bool(alarms)))
+
+
+def _masks(config: PretrainConfig, test: Images) -> Section:
+    from hjepa_pretrain.task import build_task
+
+    shown = test.head(_SHOWN)
+    context, targets = build_task(config).draw_masks(0, torch.arange(len(shown.labels)))
+    grid = config.hjepa.encoder.grid
+    count = len(shown.labels)
+    picture = figures.masks(
+        _arrays(shown.pixels), (grid[-2], grid[-1]), context[:count].numpy(), targets[:count].numpy()
+    )
+    note = (
+        f"Of {config.hjepa.encoder.num_patches} patches the context encoder sees {context.shape[1]}; the predictor has to "
+        f"predict the features of {targets.shape[1]} blocks of {targets.shape[2]}."
+    )
+    return Section(title="Masks", note=note, pictures=[picture])
+
+
+@torch.no_grad()
+def _features(config: PretrainConfig, model: HJEPA, test: Images) -> Section:
+    shown = test.head(_SHOWN)
+    model.eval()
+    found = model.all_features(_normalized(config, model, shown), pool="none")
+    on_grid = config.hjepa.pyramid.pooling is not Pooling.sequence
+    levels = {}
+    for level in ("encoder", *range(config.hjepa.pyramid.levels if on_grid else 1)):
+        grid = coarsen(config.hjepa.encoder.grid, level if isinstance(level, int) else 0)
+        name = f"level {level}" if isinstance(level, int) else level
+        levels[name] = found[level].float().cpu().unflatten(1, grid).numpy()
+    note = "Each token coloured by the first three principal components of its level over these images."
+    return Section(title="Features", note=note, pictures=[figures.pca_features(_arrays(shown.pixels), levels)])
+
+
+@torch.no_grad()
+def _neighbours(config: PretrainConfig, model: HJEPA, train: Images, test: Images) -> Section:
+    queries = test.head(_QUERIES)
+    bank = train.head(5_000)
+    model.eval()
+    keys = torch.cat([_embed(config, model, bank, part) for part in torch.arange(len(bank.labels)).split(256)])
+    query = _embed(config, model, queries, torch.arange(len(queries.labels)))
+    found = (query @ keys.T).topk(min(_NEIGHBOURS, len(keys))).indices
+    labelled = bool((queries.labels >= 0).all() and (bank.labels >= 0).all())
+    names, known = [str(int(label)) for label in queries.labels], bank.labels[found].numpy().astype(str)
+    picture = figures.neighbours(
+        _arrays(queries.pixels),
+        np.stack([_arrays(bank.pixels[row]) for row in found]),
+        names if labelled else None,
+        known if labelled else None,
+    )
+    note = "Held-out images and the nearest training images by cosine of the pooled encoder features"
+    note += "; green: same class." if labelled else "."
+    return Section(title="Nearest neighbours", note=note, pictures=[picture])
+
+
+def _speed(rows: list[dict[str, Any]]) -> Section:
+    drawn = figures.curves(rows, ["train/images_per_second"], "images per second")
+    rates = figures.curves(rows, ["train/lr"], "learning rate")
+    return Section(title="Speed and rates", pictures=[picture for picture in (drawn, rates) if picture])
+
+
+def _embed(config: PretrainConfig, model: HJEPA, images: Images, chosen: Tensor) -> Tensor:
+    part = Images(pixels=images.pixels[chosen], labels=images.labels[chosen])
+    return functional.normalize(model.features(_normalized(config, model, part)).float().cpu(), dim=-1)
+
+
+def _normalized(config: PretrainConfig, model: HJEPA, images: Images) -> Tensor:
+    device = next(model.parameters()).device
+    return normalize(images.pixels.to(device), config.data.mean, config.data.std)
+
+
+def _arrays(pixels: Tensor) -> figures.Array:
+    return pixels.permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,218 @@
+"""From command-line words to a typed configuration, and back to a file that explains a run.
+
+hydra composes `conf/`; omegaconf checks types against `PretrainConfig`; the dataclasses check values. Whatever is wrong
+leaves here as a `SettingsError` of one line.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hjepa_models import encoder_config
+from hjepa_pretrain.config import PretrainConfig
+from hjepa_train import ParallelKind
+
+CONFIG_FILE = "config.yaml"
+# What a run may change when it goes on; everything else would make it another run.
+CHANGEABLE = (
+    "run.dir", "run.steps", "run.time_limit", "run.device", "run.threads", "checkpoint.", "log.", "eval.", "parallel",
+    "data.workers",
+)  # fmt: skip
+GROUPS = ("recipe", "preset")
+_PATHS = ("run.dir", "data.train", "data.eval", "data.cache")
+# What the name of a model says about its encoder.
+_NAMED = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+
+
+class SettingsError(ValueError):
+    """Wrong words on the command line or in a stored configuration."""
+
+
+def load(words: Sequence[str]) -> tuple[PretrainConfig, DictConfig]:
+    """Returns the typed configuration and its plain form for the overrides in `words`.
+
+    Without `data.train` the demo preset is taken. With a `run.dir` that already holds a run, that run's own
+    configuration is the base, and only what may change between two sittings (`CHANGEABLE`) can differ.
+
+    Raises:
+        SettingsError: an unknown key, a value of the wrong type or range, or a change that a resumed run cannot take.
+    """
+    overrides = _parse(words)
+    given = {override.key_or_group: override for override in overrides}
+    stored = _stored(given)
+    try:
+        plain = _fresh(words, given) if stored is None else _amend(stored, overrides)
+        if (
+            int(os.environ.get("WORLD_SIZE", "1")) > 1
+            and "parallel" not in given
+            and plain.parallel == ParallelKind.single
+        ):
+            plain.parallel = ParallelKind.ddp
+        _derive(plain)
+        config = OmegaConf.to_object(plain)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise SettingsError(_one_line(error, plain_keys())) from error
+    if not isinstance(config, PretrainConfig):
+        raise SettingsError(f"the configuration is a {type(config).__name__}, not a PretrainConfig; check conf/")
+    return config, plain
+
+
+def save(plain: DictConfig, provenance: dict[str, Any], folder: Path) -> None:
+    """Writes `config.yaml`: the resolved configuration, and where it came from under `provenance`."""
+    content = OmegaConf.to_container(plain, resolve=True, enum_to_str=True)
+    text = yaml.safe_dump({**content, "provenance": provenance}, sort_keys=False)  # type: ignore[dict-item]
+    temporary = folder / (CONFIG_FILE + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(folder / CONFIG_FILE)
+
+
+def read_provenance(folder: Path) -> dict[str, Any] | None:
+    """Returns where a stored run came from, or None where there is none."""
+    path = folder / CONFIG_FILE
+    content = yaml.safe_load(path.read_text()) if path.is_file() else None
+    return content.get("provenance") if isinstance(content, dict) else None
+
+
+def plain_keys() -> list[str]:
+    """Returns every key that can be set, dotted."""
+    return sorted(_dotted(OmegaConf.to_container(OmegaConf.structured(PretrainConfig), enum_to_str=True)))
+
+
+def _parse(words: Sequence[str]) -> list[Override]:
+    try:
+        return list(OverridesParser.create().parse_overrides(overrides=[_quoted(word) for word in words]))
+    except HydraException as error:
+        bad = next((word for word in words if "=" not in word), None)
+        if bad is not None:
+            raise SettingsError(f"{bad!r} is not a setting; write key=value, as in run.steps=1000") from error
+        raise SettingsError(_one_line(error, [])) from error
+
+
+def _fresh(words: Sequence[str], given: dict[str, Override]) -> DictConfig:
+    """Compose a new run: the demo preset where no data is named, the named model, then the user's words."""
+    words = [_quoted(word) for word in words]
+    if "data.train" not in given and "preset" not in given:
+        words = ["preset=demo", *words]
+    named = encoder_config(str(_compose(words).model))
+    model = [f"hjepa.encoder.{field}={_plain(getattr(named, field))}" for field in _NAMED]
+    return _compose([*model, *words])
+
+
+def _derive(plain: DictConfig) -> None:
+    """Fill in what follows from something else."""
+    encoder = plain.hjepa.encoder
+    sides = list(zip(encoder.image_size, encoder.patch_size, strict=False))
+    if all(size % patch == 0 for size, patch in sides):
+        plain.masks.grid = [size // patch for size, patch in sides]
+    else:
+        OmegaConf.to_object(encoder)  # says what is wrong with the size
+
+
+def _quoted(word: str) -> str:
+    """Quote a path, whose braces hydra would read as a dictionary."""
+    key, _, value = word.partition("=")
+    if key not in _PATHS or value in ("null", "") or value[0] in "'\"":
+        return word
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def _plain(value: object) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _compose(words: Sequence[str]) -> DictConfig:
+    store = ConfigStore.instance()
+    store.store(name="schema", node=PretrainConfig)
+    try:
+        with initialize_config_module(config_module="hjepa_pretrain.conf", version_base="1.3"):
+            return compose(config_name="config", overrides=list(words))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingsError(_one_line(error, plain_keys())) from error
+
+
+def _stored(given: dict[str, Override]) -> DictConfig | None:
+    if "run.dir" not in given:
+        return None
+    path = Path(str(given["run.dir"].value())) / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_text())
+        content.pop("provenance", None)
+        merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), content)
+    except (yaml.YAMLError, AttributeError, OmegaConfBaseException) as error:
+        detail = str(error).strip().splitlines()[0]
+        raise SettingsError(f"{path} cannot be read as a configuration ({detail}); start another run.dir") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _amend(stored: DictConfig, overrides: Sequence[Override]) -> DictConfig:
+    plain = stored.copy()
+    for override in overrides:
+        key, value = str(override.key_or_group), override.value()
+        if key in GROUPS:
+            _refuse_change(plain, key, str(value))
+            continue
+        before = OmegaConf.select(plain, key, throw_on_missing=False)
+        OmegaConf.update(plain, key, value, merge=True)
+        after = OmegaConf.select(plain, key)
+        if before != after and not any(
+            key == name or (name[-1] == "." and key.startswith(name)) for name in CHANGEABLE
+        ):
+            raise SettingsError(
+                f"{key}={after}: the run in {stored.run.dir} was started with {before}, so its checkpoints belong to "
+                "another model or order; leave this setting out, or start another run.dir"
+            )
+    return plain
+
+
+def _refuse_change(plain: DictConfig, key: str, value: str) -> None:
+    if OmegaConf.select(plain, key) != value:
+        raise SettingsError(
+            f"{key}={value}: the run in {plain.run.dir} was started with {key}={OmegaConf.select(plain, key)}; "
+            "leave this setting out, or start another run.dir"
+        )
+
+
+def _dotted(tree: Any, prefix: str = "") -> Iterator[str]:  # noqa: ANN401
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        yield name
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{name}.")
+
+
+def _one_line(error: Exception, known: Sequence[str]) -> str:
+    """Turns hydra's and omegaconf's paragraphs into a sentence, with the nearest valid name of an unknown key."""
+    text = str(error)
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    missing = "not in struct" in text or "not in 'PretrainConfig'" in text or re.search(r"Key '\w+' (is )?not in", text)
+    if unknown and missing:
+        key = unknown.group(1).split("=")[0]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+            key.rsplit(".", 1)[-1], known, n=1, cutoff=0.5
+        )
+        hint = f"did you mean {near[0]}?" if near else "see hjepa-pretrain --help"
+        return f"{key} is no setting; {hint}"
+    choice = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
+    if choice:
+        options = re.search(r"Available options in '[^']+':\s*((?:\S+\s*)+)", text)
+        names = ", ".join(options.group(1).split()) if options else "see conf/"
+        return f"{choice.group(1)}={choice.group(2)}: there is no such {choice.group(1)}; allowed: {names}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    where = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    return f"{where}: {lines[0]}" if where else (lines[0] if lines else type(error).__name__)

@@ -1,0 +1,71 @@
+"""What the trainer trains: colours, masks and the model, joined."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hjepa_data import Batch, ColorAugment, MultiBlockMasks, normalize
+from hjepa_models import HJEPA
+from hjepa_pretrain.config import PretrainConfig
+from hjepa_train import StepOutput
+
+
+class PretrainTask(nn.Module):
+    """Turns a batch of uint8 views into the loss of the model; everything random is a function of (seed, step, sample).
+
+    Args:
+        model: what learns.
+        masks: one sampler for each masked view.
+        color: colour augmentation, or None.
+        mean: of each channel, pixels from 0 to 1.
+        std: likewise.
+    """
+
+    def __init__(
+        self,
+        model: HJEPA,
+        masks: Sequence[MultiBlockMasks],
+        color: ColorAugment | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._masks = tuple(masks)
+        self._color = color
+        self._mean, self._std = mean, std
+
+    def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The (online, target) modules that the trainer keeps close."""
+        return self.model.ema_pairs()
+
+    def draw_masks(self, step: int, sample: Int[Tensor, " B"]) -> tuple[Int[Tensor, "R Kc"], Int[Tensor, "R M Kt"]]:
+        """Draw the masks of a step, view after view: R = masked views * B rows of flat indices."""
+        drawn = [masks(step, sample) for masks in self._masks]
+        return torch.cat([one.context for one in drawn]), torch.cat([one.targets for one in drawn])
+
+    def forward(self, batch: Batch, step: int) -> StepOutput:
+        """Return loss, losses by level and embeddings of one micro-batch."""
+        views = [self._prepare(view, step, batch.sample, number) for number, view in enumerate(batch.views)]
+        context, targets = self.draw_masks(step, batch.sample)
+        output = self.model(views, context, targets, step)
+        metrics = {f"loss_level_{level}": loss for level, loss in output.level_losses.items()}
+        return StepOutput(loss=output.loss, metrics=metrics, embeddings=output.embeddings)
+
+    def _prepare(self, view: Tensor, step: int, sample: Tensor, number: int) -> Float[Tensor, "B C H W"]:
+        pixels = view if self._color is None else self._color(view, step, sample, number)
+        return normalize(pixels, self._mean, self._std)
+
+
+def build_task(config: PretrainConfig) -> PretrainTask:
+    """Build model, masks and colours from one seed."""
+    seed = config.run.seed
+    return PretrainTask(
+        config.hjepa.build(seed=seed),
+        [config.masks.build(seed + view) for view in range(config.hjepa.masked_views)],
+        None if config.color is None else config.color.build(seed),
+        config.data.mean,
+        config.data.std,
+    )

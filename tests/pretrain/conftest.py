@@ -1,0 +1,128 @@
+"""A small real data set in shards, and the pretrain program run as its users run it: as a command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hjepa_pretrain.demo import CLASS_NAMES, compose_demo
+from hjepa_pretrain.demo.shards import write_demo_shards
+
+TINY = (
+    "model=vit_nano_patch8", "encoder.embed_dim=32", "encoder.num_heads=2", "encoder.depth=2", "data.image_size=[32,32]",
+    "data.batch_size=16", "run.steps=12", "log.every_steps=1", "eval.every_steps=null", "run.threads=1",
+    "hjepa.predictor.embed_dim=16", "hjepa.predictor.num_heads=2", "hjepa.predictor.depth=1", "masks.num_targets=2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def message(self) -> str:
+        """The last line on the error stream: what a user reads."""
+        return self.err.strip().splitlines()[-1] if self.err.strip() else ""
+
+
+class Pretrain:
+    """Runs `python -m hjepa_pretrain` in its own process group."""
+
+    def __init__(self, shards: Path) -> None:
+        self.shards = shards
+        self.data = (f"data.train={shards}/train-*.tar", f"data.eval={shards}/eval-*.tar")
+        self.tiny = TINY
+
+    def start(self, *words: str, ranks: int = 1, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "hjepa_pretrain"]
+        if ranks > 1:
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={ranks}",
+                *command[1:],
+            ]
+        return subprocess.Popen(
+            [*command, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            start_new_session=True,
+            preexec_fn=before,
+        )
+
+    def __call__(
+        self, *words: str, ranks: int = 1, timeout: float = 240, before: Callable[[], None] | None = None
+    ) -> Finished:
+        process = self.start(*words, ranks=ranks, before=before)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return Finished(process.returncode, out, err)
+
+    def kill_after(self, run_dir: Path, rows: int, *words: str) -> None:
+        """Starts a run and kills it, workers and all, once `metrics.jsonl` has this many training rows."""
+        process = self.start(f"run.dir={run_dir}", *words)
+        deadline = time.monotonic() + 120
+        try:
+            while len(losses(run_dir)) < rows:
+                assert process.poll() is None, process.communicate()[1]
+                assert time.monotonic() < deadline, "the run made no progress"
+                time.sleep(0.01)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(int(row["step"]), row["train/loss"]) for row in rows(run_dir) if "train/loss" in row]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    for split, count in (("train", 300), ("eval", 120)):
+        write_demo_shards(compose_demo(split, count, seed=7), folder, split, samples_per_shard=60)
+    assert len(CLASS_NAMES) == 10
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretrain(shards: Path) -> Pretrain:
+    return Pretrain(shards)
+
+
+@pytest.fixture
+def tiny(pretrain: Pretrain) -> tuple[str, ...]:
+    return (*pretrain.data, *TINY)
+
+
+@pytest.fixture
+def read_losses() -> Callable[[Path], list[tuple[int, float]]]:
+    return losses
+
+
+@pytest.fixture
+def read_rows() -> Callable[[Path], list[dict[str, float]]]:
+    return rows

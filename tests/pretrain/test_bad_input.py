@@ -1,0 +1,111 @@
+"""Every mistake a user can make gives one clear line and exit code 2, and loses nothing."""
+
+import io
+import resource
+import shutil
+import tarfile
+
+import pytest
+
+WRONG = 2
+
+
+def refuse(finished, *words):
+    """The run ended with code 2 and one line that holds these words."""
+    assert finished.code == WRONG, (finished.code, finished.err)
+    assert "Traceback" not in finished.err
+    assert len(finished.err.strip().splitlines()) == 1, finished.err
+    for word in words:
+        assert word in finished.message, finished.message
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run.stpes=5"], ["run.stpes", "run.steps"]),
+        (["run.steps=many"], ["run.steps", "many"]),
+        (["recipe=ijpea"], ["recipe=ijpea", "ijepa", "hjepa_global"]),
+        (["steps"], ["steps", "key=value"]),
+        (["model=vit_smal_patch16"], ["vit_smal_patch16", "vit_small_patch16"]),
+        (["encoder.embed_dims=5"], ["embed_dims", "embed_dim"]),
+        (["data.image_size=[36,36]"], ["36", "multiples of 8"]),
+        (["hjepa.pyramid.levels=7"], ["levels=7", "3"]),
+        (["masks.context_ratio=0.95"], ["context"]),
+        (["data.batch_size=0"], ["batch_size=0"]),
+        (["run.time_limit=soon"], ["soon"]),
+        (["parallel=dpp"], ["dpp", "ddp"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_wrong_setting(pretrain, tiny, tmp_path, words, expected):
+    run_dir = tmp_path / "run"
+    refuse(pretrain(f"run.dir={run_dir}", *tiny, *words), *expected)
+    assert not run_dir.exists()
+
+
+def test_no_such_shard(pretrain, tiny, tmp_path):
+    refuse(pretrain(f"run.dir={tmp_path}/run", *tiny, f"data.train={tmp_path}/missing-000.tar"), "missing-000.tar")
+
+
+def test_a_brace_pattern_with_a_missing_shard(pretrain, tiny, tmp_path, shards):
+    pattern = f"data.train='{shards}/train-{{000000..000099}}.tar'"
+    refuse(pretrain(f"run.dir={tmp_path}/run", *tiny, pattern), "train-0000")
+
+
+def test_a_glob_that_matches_nothing(pretrain, tiny, tmp_path, shards):
+    refuse(pretrain(f"run.dir={tmp_path}/run", *tiny, f"data.train={shards}/trian-*.tar"), "trian-*.tar", str(shards))
+
+
+def test_a_truncated_tar(pretrain, tiny, tmp_path, shards):
+    broken = tmp_path / "train-000000.tar"
+    whole = next(shards.glob("train-*.tar")).read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2 + 100])
+    refuse(pretrain(f"run.dir={tmp_path}/run", *tiny, f"data.train={broken}"), "train-000000.tar", "truncated")
+
+
+def test_an_undecodable_image_is_counted_and_the_run_goes_on(pretrain, tiny, tmp_path, shards, read_rows):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in shards.glob("train-*.tar"):
+        shutil.copy(shard, folder)
+    with tarfile.open(folder / "train-000099.tar", "w") as tar:
+        content = b"this is no picture"
+        member = tarfile.TarInfo("broken.jpg")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    run_dir = tmp_path / "run"
+    # 301 samples in batches of 16: 20 steps see every sample at least once.
+    done = pretrain(f"run.dir={run_dir}", *tiny, f"data.train={folder}/train-*.tar", "run.steps=20")
+    assert done.code == 0, done.err
+    assert "undecodable" in done.out + done.err
+    assert any(row.get("data/skipped", 0) >= 1 for row in read_rows(run_dir))
+
+
+def test_a_checkpoint_of_another_model(pretrain, tiny, tmp_path, read_losses):
+    run_dir = tmp_path / "run"
+    assert pretrain(f"run.dir={run_dir}", *tiny, "run.steps=2", "checkpoint.every_steps=1").code == 0
+    before = read_losses(run_dir)
+    refuse(pretrain(f"run.dir={run_dir}", "encoder.embed_dim=64", "run.steps=4"), "embed_dim", "run.dir")
+    other = tmp_path / "other"
+    assert pretrain(f"run.dir={other}", *tiny, "encoder.embed_dim=64", "run.steps=1").code == 0
+    shutil.rmtree(other / "checkpoints")
+    shutil.copytree(run_dir / "checkpoints", other / "checkpoints")
+    refuse(pretrain(f"run.dir={other}", "run.steps=4"), "another model")
+    assert read_losses(run_dir) == before
+
+
+def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(pretrain, tiny, tmp_path, read_losses):
+    run_dir = tmp_path / "run"
+    assert pretrain(f"run.dir={run_dir}", *tiny, "run.steps=2", "checkpoint.every_steps=1").code == 0
+    saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, 64 * 1024))
+
+    stopped = pretrain(f"run.dir={run_dir}", "run.steps=4", before=small_files_only)
+    assert stopped.code == 1, (stopped.code, stopped.err)
+    assert "Traceback" not in stopped.err
+    assert set(saved) <= {path.name for path in (run_dir / "checkpoints").iterdir()}
+    again = pretrain(f"run.dir={run_dir}", "run.steps=4")
+    assert again.code == 0, again.err
+    assert [step for step, _ in read_losses(run_dir)] == [1, 2, 3, 4]

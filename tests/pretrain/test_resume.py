@@ -1,0 +1,56 @@
+"""A run that was killed goes on as if nothing had happened."""
+
+import pytest
+
+RESUMABLE = ("checkpoint.every_steps=1", "run.steps=12")
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["0 workers", "2 workers"])
+def workers(request: pytest.FixtureRequest) -> str:
+    return f"data.workers={request.param}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pretrain, tmp_path_factory, workers):
+    return _run_whole(pretrain, tmp_path_factory.mktemp("whole") / "run", workers)
+
+
+def _run_whole(pretrain, run_dir, workers):
+    done = pretrain(f"run.dir={run_dir}", *pretrain.data, *pretrain.tiny, *RESUMABLE, workers)
+    assert done.code == 0, done.err
+    return run_dir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed_at", [1, 4, 9])
+def test_killed_run_has_the_losses_of_an_undisturbed_one(
+    pretrain, undisturbed, workers, killed_at, tmp_path, read_losses
+):
+    run_dir = tmp_path / "run"
+    pretrain.kill_after(run_dir, killed_at, *pretrain.data, *pretrain.tiny, *RESUMABLE, workers)
+    before = len(read_losses(run_dir))
+    assert before < 12
+    done = pretrain(f"run.dir={run_dir}")
+    assert done.code == 0, done.err
+    assert read_losses(run_dir) == read_losses(undisturbed)
+    assert (run_dir / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+
+
+def test_time_limit_preempts_and_the_run_goes_on(pretrain, tmp_path, tiny, read_losses):
+    run_dir = tmp_path / "run"
+    stopped = pretrain(f"run.dir={run_dir}", *tiny, "run.steps=200000", "run.time_limit=1s")
+    assert stopped.code == 75, stopped.err
+    reached = read_losses(run_dir)[-1][0]
+    assert f"run.dir={run_dir}" in stopped.out + stopped.err
+    again = pretrain(f"run.dir={run_dir}", f"run.steps={reached + 3}", "run.time_limit=null")
+    assert again.code == 0, again.err
+    assert [step for step, _ in read_losses(run_dir)] == list(range(1, reached + 4))
+
+
+def test_a_finished_run_is_not_run_again(pretrain, tmp_path, tiny, read_losses):
+    run_dir = tmp_path / "run"
+    assert pretrain(f"run.dir={run_dir}", *tiny, "run.steps=2").code == 0
+    before = read_losses(run_dir)
+    again = pretrain(f"run.dir={run_dir}")
+    assert again.code == 0
+    assert read_losses(run_dir) == before

@@ -1,0 +1,75 @@
+"""A run leaves a folder that explains itself."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from hjepa_models import load_pretrained
+
+
+@pytest.fixture(scope="module")
+def run_dir(pretrain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    done = pretrain(f"run.dir={folder}", *pretrain.data, *pretrain.tiny, "eval.every_steps=6")
+    assert done.code == 0, done.err
+    (folder / "stdout").write_text(done.out)
+    return folder
+
+
+def test_everything_is_there(run_dir):
+    names = {path.name for path in run_dir.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "config.json", "report.html"} <= names
+    assert any(name.startswith("events.") for name in names)
+    assert (run_dir / "results.json").is_file()
+
+
+def test_rows_have_the_promised_names(run_dir, read_rows):
+    rows = [row for row in read_rows(run_dir) if "train/loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    for row in rows:
+        assert {"train/loss", "train/images_per_second"} <= row.keys()
+    last = rows[-1]
+    assert {"train/loss_level_0", "train/loss_level_1", "train/loss_level_2", "train/loss_level_global"} <= last.keys()
+    assert any("eval/encoder/knn_20" in row for row in read_rows(run_dir))
+    assert any(re.fullmatch(r"monitor/.*rankme", key) for row in read_rows(run_dir) for key in row)
+
+
+def test_the_configuration_says_where_it_comes_from(run_dir):
+    stored = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert stored["recipe"] == "hjepa_global"
+    assert {"command", "versions", "git", "python"} <= stored["provenance"].keys()
+    assert stored["provenance"]["versions"]["torch"]
+
+
+def test_weights_load_elsewhere(run_dir):
+    model = load_pretrained(run_dir)
+    images = torch.zeros(2, 3, 32, 32)
+    assert model.features(images, level="encoder", pool="mean").shape == (2, 32)
+    assert model.features(images, level=1, pool="none").shape == (2, 4, 32)
+
+
+def test_results_name_level_branch_and_pooling(run_dir):
+    results = json.loads((run_dir / "results.json").read_text())
+    rows = results["rows"]
+    assert {row["features"] for row in rows} == {"trained", "untrained", "pixels"}
+    trained = {row["level"]: row for row in rows if row["features"] == "trained"}
+    assert {"encoder", "0", "1", "2", "global"} <= trained.keys()
+    for row in rows:
+        assert row["branch"] and row["pooling"] and row["n_train"] == 300 and row["n_test"] == 120
+        assert 0 <= row["knn_20"] <= 1 and 0 <= row["linear"] <= 1 and row["rankme"] >= 1
+
+
+def test_the_page_shows_pictures_and_opens_offline(run_dir):
+    page = (run_dir / "report.html").read_text()
+    for heading in ("What was learned", "Loss", "RankMe", "Masks", "Features", "Nearest neighbours"):
+        assert heading in page
+    assert page.count("data:image/png;base64,") >= 5
+    assert "http://" not in page and "https://" not in page
+
+
+def test_the_terminal_shows_the_table(run_dir):
+    printed = (run_dir / "stdout").read_text()
+    for word in ("trained", "untrained", "pixels", "kNN", "linear", "RankMe", "images/s"):
+        assert word in printed

@@ -1,0 +1,42 @@
+"""Two processes do what one does."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+COMMON = ("run.steps=5", "trainer.precision=fp32", "data.batch_size=16")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recipe", ["hjepa", "hjepa_global"])
+def test_two_ranks_train_like_one(pretrain, tiny, tmp_path, read_losses, recipe):
+    words = (*tiny, *COMMON, f"recipe={recipe}")
+    one = pretrain(f"run.dir={tmp_path}/one", *words)
+    two = pretrain(f"run.dir={tmp_path}/two", *words, "parallel=ddp", ranks=2)
+    assert one.code == 0, one.err
+    assert two.code == 0, two.err
+    alone, together = (dict(read_losses(tmp_path / name)) for name in ("one", "two"))
+    assert alone.keys() == together.keys() == set(range(1, 6))
+    for step, loss in alone.items():
+        assert together[step] == pytest.approx(loss, rel=2e-5), step
+    weights, shared = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert weights.keys() == shared.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            shared[name], weight, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.distributed
+def test_a_run_of_two_ranks_goes_on_alone(pretrain, tiny, tmp_path, read_losses):
+    words = (*tiny, "trainer.precision=fp32", "checkpoint.every_steps=2")
+    whole = pretrain(f"run.dir={tmp_path}/whole", *words, "run.steps=6")
+    half = pretrain(f"run.dir={tmp_path}/half", *words, "run.steps=6", "run.time_limit=1s", "parallel=ddp", ranks=2)
+    assert whole.code == 0, whole.err
+    assert half.code in (0, 75), half.err
+    rest = pretrain(f"run.dir={tmp_path}/half", "parallel=single", "run.time_limit=null")
+    assert rest.code == 0, rest.err
+    alone, together = (dict(read_losses(tmp_path / name)) for name in ("whole", "half"))
+    assert alone.keys() == together.keys()
+    for step, loss in alone.items():
+        assert together[step] == pytest.approx(loss, rel=5e-5), step
