@@ -230,8 +230,8 @@ class HJEPA(nn.Module):
         needed = max(self.config.masked_views, 1 if self.global_level is None else 2)
         if len(views) < needed:
             raise ValueError(
-                f"views: {len(views)} given; allowed: at least {needed}, for masked_views={self.config.masked_views} and "
-                f"{'a' if self.global_level is not None else 'no'} global level; give more or change the model"
+                f"views: {len(views)} given; allowed: {needed} or more with masked_views={self.config.masked_views} "
+                f"and {'a' if self.global_level is not None else 'no'} global level; give more or change the model"
             )
 
     def _encode_full(self, views: Sequence[Tensor]) -> list[Float[Tensor, "B N D"]]:

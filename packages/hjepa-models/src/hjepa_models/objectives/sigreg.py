@@ -83,7 +83,7 @@ def _multiples(cos: Tensor, sin: Tensor, count: int) -> Iterator[tuple[Tensor, T
     c, s = torch.ones_like(cos), torch.zeros_like(sin)
     for _ in range(count):
         yield c, s
-        c, s = c * cos - s * sin, s * cos + c * sin
+        c, s = (c * cos).addcmul_(s, sin, value=-1), (s * cos).addcmul_(c, sin)
 
 
 def sigreg(
@@ -125,5 +125,5 @@ def sigreg(
         both: Tensor = _CharacteristicFunction.apply((z @ directions) * step, knots)
         real, imaginary = all_reduce_mean(both)
         error = (real - normal.unsqueeze(-1)).square() + imaginary.square()
-        statistic = (error * (quadrature * normal).unsqueeze(-1)).sum(-2)
-        return statistic.mean() * (z.shape[-2] * world_size())
+        statistic: Tensor = (error * (quadrature * normal).unsqueeze(-1)).sum(-2).mean()
+        return statistic * (z.shape[-2] * world_size())
