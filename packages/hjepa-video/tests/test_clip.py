@@ -1,0 +1,156 @@
+import wave
+
+import numpy as np
+import pytest
+import torch
+
+from hjepa_video import ClipError, ClipProblem, clip_start, probe_clip, read_clip
+from hjepa_video.testing import frame_numbers, moving_frames, write_clip
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "pan.mp4"
+    write_clip(path, moving_frames(60), fps=30)
+    return path
+
+
+def test_header_is_read(video):
+    info = probe_clip(video)
+    assert (info.width, info.height) == (128, 96)
+    assert info.fps == pytest.approx(30)
+    assert info.duration == pytest.approx(2.0, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "start", "expected"),
+    [
+        (6, 5.0, 0.0, [0, 6, 12, 18, 24, 30]),
+        (4, None, 0.0, [0, 1, 2, 3]),
+        (4, None, 1.0, [30, 31, 32, 33]),
+        (3, 60.0, 1.5, [45, 45, 46]),
+        (2, 10.0, 1.73, [52, 55]),
+        (1, 1.0, 1.9, [57]),
+    ],
+)
+def test_frames_are_those_at_the_times_asked_for(video, frames, fps, start, expected):
+    clip = read_clip(video, frames=frames, fps=fps, start=start)
+    assert clip.shape == (frames, 96, 128, 3)
+    assert clip.dtype == torch.uint8
+    assert frame_numbers(clip).tolist() == expected
+
+
+def test_pixels_are_those_of_the_frames_encoded(video):
+    original = moving_frames(60)[[10, 20]]
+    difference = (read_clip(video, frames=2, fps=3.0, start=1 / 3).float() - original.float()).abs()
+    assert difference.mean() < 6
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_variable_frame_rate_is_sampled_by_time(tmp_path, suffix):
+    steps = np.random.default_rng(0).integers(1, 9, size=39)
+    stamps = np.concatenate(([0], np.cumsum(steps)))
+    path = tmp_path / f"vfr{suffix}"
+    write_clip(path, moving_frames(40), fps=30, stamps=stamps.tolist())
+    for fps, start in ((4.0, 0.0), (11.0, 2.01)):
+        wanted = start + np.arange(10) / fps
+        found = frame_numbers(read_clip(path, frames=10, fps=fps, start=start)).numpy()
+        distance = np.abs(stamps[None] / 30 - wanted[:, None])
+        # Matroska rounds time stamps to milliseconds.
+        np.testing.assert_allclose(distance[np.arange(10), found], distance.min(1), atol=2e-3)
+
+
+def test_time_stamps_out_of_order_do_not_shuffle_frames(tmp_path):
+    path = tmp_path / "b_frames.avi"
+    write_clip(path, moving_frames(40), fps=25, b_frames=2)
+    numbers = frame_numbers(read_clip(path, frames=30, start=0.2))
+    assert (numbers.diff() >= 0).all()
+    assert (numbers.diff() <= 2).all()
+    assert len(numbers.unique()) >= 28
+
+
+def test_every_clip_of_every_kind_moves_and_is_a_function_of_its_start(clips):
+    for path in clips:
+        info = probe_clip(path)
+        start = info.duration / 3
+        first, again = (read_clip(path, frames=4, fps=8.0, start=start, short_side=64) for _ in range(2))
+        assert torch.equal(first, again)
+        assert min(first.shape[1:3]) == 64
+        change = (first[1:].float() - first[:-1].float()).abs().mean((1, 2, 3))
+        assert change.max() > 0.1
+        # The same frame, reached by decoding from the start instead of seeking.
+        steps = round(start * 8)
+        through = read_clip(path, frames=steps + 1, fps=8.0, short_side=64)[-1]
+        assert torch.equal(through, read_clip(path, frames=1, start=steps / 8, short_side=64)[0])
+
+
+def test_a_short_video_starts_again_or_is_refused(tmp_path):
+    path = tmp_path / "short.mp4"
+    write_clip(path, moving_frames(10), fps=10)
+    assert frame_numbers(read_clip(path, frames=7, fps=5.0)).tolist() == [0, 2, 4, 6, 8, 0, 2]
+    assert frame_numbers(read_clip(path, frames=5, fps=5.0, short="refuse")).tolist() == [0, 2, 4, 6, 8]
+    with pytest.raises(ClipError, match="too short") as raised:
+        read_clip(path, frames=7, fps=5.0, short="refuse")
+    assert raised.value.problem is ClipProblem.too_short
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_cut_off_ends_where_its_frames_end(tmp_path):
+    whole, cut = tmp_path / "whole.mkv", tmp_path / "cut.mkv"
+    write_clip(whole, moving_frames(60), fps=30)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    numbers = frame_numbers(read_clip(cut, frames=8, fps=4.0))
+    assert numbers[0] == 0
+    assert numbers[1] in (7, 8)
+    assert numbers.max() < 45
+    with pytest.raises(ClipError, match="too short"):
+        read_clip(cut, frames=8, fps=4.0, short="refuse")
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_frames_are_turned_upright(tmp_path, rotation):
+    path = tmp_path / "turned.mp4"
+    frames = moving_frames(4)
+    write_clip(path, frames, rotation=rotation)
+    expected = torch.rot90(frames[0], rotation // 90, (0, 1))
+    found = read_clip(path, frames=1)[0]
+    assert found.shape == expected.shape
+    assert (found.float() - expected.float()).abs().mean() < 8
+
+
+def test_what_gives_no_clip_is_refused_in_one_line(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video\n" * 100)
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(1600))
+    for name, problem, message in (
+        ("none.mp4", ClipProblem.missing, "no such file"),
+        ("empty.mp4", ClipProblem.undecodable, "cannot be decoded"),
+        ("text.mp4", ClipProblem.undecodable, "cannot be decoded"),
+        ("sound.wav", ClipProblem.no_video, "no video stream"),
+    ):
+        for call in (probe_clip, read_clip):
+            with pytest.raises(ClipError, match=message) as raised:
+                call(tmp_path / name)
+            assert raised.value.problem is problem
+            assert name in str(raised.value)
+            assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("change", [{"frames": 0}, {"fps": 0.0}, {"start": -1.0}, {"short_side": 0}])
+def test_arguments_out_of_range_are_refused(video, change):
+    with pytest.raises(ValueError, match="no clip; allowed"):
+        read_clip(video, **change)
+
+
+def test_starts_fill_the_video_and_depend_on_seed_epoch_and_sample():
+    starts = torch.tensor([clip_start(10.0, 4.0, 0, epoch, 3) for epoch in range(2000)])
+    assert starts.min() >= 0
+    assert starts.max() <= 6
+    assert starts.mean() == pytest.approx(3.0, abs=0.15)
+    assert clip_start(10.0, 4.0, 0, 1, 3) == pytest.approx(starts[1].item())
+    assert len({clip_start(10.0, 4.0, *key) for key in ((0, 1, 3), (1, 1, 3), (0, 2, 3), (0, 1, 4))}) == 4
+    assert clip_start(2.0, 4.0, 0, 0, 0) == 0.0

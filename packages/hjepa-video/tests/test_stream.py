@@ -1,0 +1,118 @@
+import pytest
+import torch
+
+from hjepa_data import DataError, ViewGroup
+from hjepa_video import ClipStreamConfig, list_clips
+
+
+def config(**changes):
+    values = {"global_batch_size": 2, "frames": 4, "fps": 8.0, "view": ViewGroup(size=(32, 32))}
+    return ClipStreamConfig(**{**values, **changes})
+
+
+def same(a, b):
+    return torch.equal(a.views[0], b.views[0]) and torch.equal(a.sample, b.sample) and torch.equal(a.epoch, b.epoch)
+
+
+def test_a_batch_is_clips_with_their_numbers(folder):
+    stream = config().build(list_clips(folder), seed=0)
+    batches = [next(stream) for _ in range(3)]
+    assert batches[0].views[0].shape == (2, 3, 4, 32, 32)
+    assert batches[0].views[0].dtype == torch.uint8
+    # Two epochs of three videos, each video once in each.
+    epochs = torch.cat([b.epoch for b in batches])
+    samples = torch.cat([b.sample for b in batches])
+    assert epochs.tolist() == [0, 0, 0, 1, 1, 1]
+    assert sorted(samples[:3].tolist()) == sorted(samples[3:].tolist()) == [0, 1, 2]
+    assert stream.skipped == {}
+
+
+def test_a_video_is_shown_differently_in_each_epoch(folder):
+    stream = config(global_batch_size=3).build(list_clips(folder), seed=0)
+    first, second = next(stream), next(stream)
+    for sample in range(3):
+        a, b = (batch.views[0][batch.sample == sample] for batch in (first, second))
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_state_is_exact_at_every_step_whatever_the_threads(folder, threads):
+    paths = list_clips(folder)
+    plain = config().build(paths, seed=3)
+    batches = [next(plain) for _ in range(4)]
+    stream = config(threads=threads).build(paths, seed=3)
+    for number in range(4):
+        resumed = config(threads=2 - threads).build(paths, seed=3)
+        resumed.load_state_dict(stream.state_dict())
+        assert same(next(resumed), batches[number])
+        assert same(next(stream), batches[number])
+        resumed.close()
+    stream.load_state_dict({**stream.state_dict(), "epoch": 0, "position": 2})
+    assert same(next(stream), batches[1])
+    stream.close()
+
+
+def test_ranks_share_a_batch(folder):
+    paths = list_clips(folder)
+    whole = config().build(paths, seed=0)
+    parts = [config().build(paths, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
+    for _ in range(2):
+        expected, found = next(whole), [next(part) for part in parts]
+        assert torch.equal(expected.views[0], torch.cat([part.views[0] for part in found]))
+    assert parts[0].state_dict() == parts[1].state_dict() == whole.state_dict()
+
+
+def test_videos_that_give_no_clip_are_counted_and_replaced(folder, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"nothing" * 50)
+    paths = [*list_clips(folder), broken, tmp_path / "missing.mp4"]
+    stream = config(global_batch_size=5).build(paths, seed=0)
+    batch = next(stream)
+    assert len(batch) == 5
+    assert set(batch.sample.tolist()) <= {0, 1, 2}
+    assert set(stream.skipped) == {"undecodable", "missing"}
+    resumed = config(global_batch_size=5, threads=1).build(paths, seed=0)
+    assert same(next(resumed), batch)
+    resumed.close()
+    with pytest.raises(DataError, match="none of the 1 videos") as raised:
+        next(config().build([broken], seed=0))
+    assert "\n" not in str(raised.value)
+
+
+def test_short_videos_are_left_out_where_that_is_asked_for(folder):
+    stream = config(fps=1.0, short="refuse").build(list_clips(folder), seed=0)
+    with pytest.raises(DataError, match="too short"):
+        next(stream)
+    assert next(config(fps=1.0).build(list_clips(folder), seed=0)).views[0].shape == (2, 3, 4, 32, 32)
+
+
+def test_another_list_or_seed_is_no_continuation(folder):
+    paths = list_clips(folder)
+    state = config().build(paths, seed=0).state_dict()
+    for other in (config().build(paths, seed=1), config().build(paths[:2], seed=0)):
+        with pytest.raises(DataError, match="start anew"):
+            other.load_state_dict(state)
+
+
+def test_wrong_input_is_refused(folder, tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        list_clips(tmp_path / "none")
+    with pytest.raises(DataError, match="no video in it"):
+        list_clips(tmp_path)
+    with pytest.raises(DataError, match="empty"):
+        config().build([], seed=0)
+    with pytest.raises(ValueError, match="rank"):
+        config().build(list_clips(folder), seed=0, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="equally"):
+        config(global_batch_size=3).build(list_clips(folder), seed=0, rank=0, world_size=2)
+    for change in (
+        {"global_batch_size": 0},
+        {"frames": 0},
+        {"fps": 0.0},
+        {"view": ViewGroup(count=2)},
+        {"short": "stretch"},
+        {"short_side": 0},
+        {"threads": -1},
+    ):
+        with pytest.raises(ValueError, match="allowed"):
+            config(**change)
