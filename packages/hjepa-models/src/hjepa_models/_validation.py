@@ -21,7 +21,7 @@ def coerce_choice(enum: type[E], field: str, value: str) -> E:
 def suggestion(name: str, allowed: Iterable[str]) -> str:
     """Return '; did you mean ...?' for the allowed name nearest to `name`, or nothing where none is near."""
     near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f"; did you mean {str(near[0])!r}?" if near else ""
 
 
 def check_positive(**fields: float) -> None:

@@ -1,0 +1,51 @@
+import pytest
+import torch
+from timm.layers import DropPath, LayerScale
+
+from hjepa_models.encoder import EncoderConfig
+from hjepa_models.layers.attention import AttentionBackend
+from hjepa_models.layers.block import Block, MlpKind, Transformer, build_mlp
+
+OPTIONS = {"mlp": MlpKind.mlp, "mlp_ratio": 4.0, "qk_norm": False, "attention": AttentionBackend.sdpa}
+
+
+def test_swiglu_has_as_many_parameters_as_the_mlp():
+    counts = [sum(p.numel() for p in build_mlp(kind, 192, 4.0).parameters()) for kind in MlpKind]
+    assert counts[1] == pytest.approx(counts[0], rel=0.01)
+
+
+def test_layer_scale_does_not_switch_drop_path_off(device):
+    block = Block(16, 2, layer_scale=1e-5, drop_path=0.5, **OPTIONS).to(device)
+    assert isinstance(block.drop1, DropPath)
+    assert isinstance(block.scale1, LayerScale)
+    torch.nn.init.ones_(block.scale1.gamma)
+    x = torch.randn(64, 3, 16, device=device)
+    kept = (block(x) != x).flatten(1).any(1)
+    assert 0 < kept.sum() < 64
+    block.eval()
+    assert (block(x) != x).flatten(1).any(1).all()
+
+
+def test_drop_path_grows_with_depth():
+    stack = Transformer(16, 5, 2, layer_scale=None, drop_path=0.2, activation_checkpointing=False, **OPTIONS)
+    rates = [block.drop1.drop_prob if isinstance(block.drop1, DropPath) else 0.0 for block in stack.blocks]
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+
+
+def test_checkpointing_gives_identical_gradients(device):
+    images = torch.randn(2, 3, 16, 16, device=device)
+    gradients = []
+    for checkpointing in (False, True):
+        config = EncoderConfig(
+            image_size=(16, 16),
+            patch_size=(4, 4),
+            embed_dim=32,
+            depth=3,
+            num_heads=2,
+            registers=1,
+            activation_checkpointing=checkpointing,
+        )
+        encoder = config.build(seed=1, device=device)
+        encoder(images).square().mean().backward()
+        gradients.append([p.grad for p in encoder.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -1,0 +1,30 @@
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import hjepa_models
+
+README = Path(__file__).parents[1] / "README.md"
+MODULES = [module.name for module in pkgutil.walk_packages(hjepa_models.__path__, "hjepa_models.")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_readme_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), {})
+
+
+def test_everything_exported_exists():
+    assert hjepa_models.__all__ == sorted(hjepa_models.__all__, key=lambda n: (not n.isupper(), n[0].islower(), n))
+    assert all(hasattr(hjepa_models, name) for name in hjepa_models.__all__)

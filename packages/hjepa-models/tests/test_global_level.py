@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from hjepa_models import GlobalConfig, GlobalObjective, ProjectorNorm
+from hjepa_models.objectives import sigreg, vicreg_loss
+
+SMALL = {"hidden_dim": 32, "out_dim": 8, "num_directions": 32}
+
+
+@pytest.mark.parametrize("norm", list(ProjectorNorm))
+@pytest.mark.parametrize("objective", list(GlobalObjective))
+def test_gradients_reach_the_tokens_and_every_parameter(device, norm, objective):
+    level = GlobalConfig(**SMALL, norm=norm, objective=objective).build(16, device=device)
+    pooled = torch.randn(3, 10, 16, device=device, requires_grad=True)
+    z = level(pooled)
+    assert z.shape == (3, 10, 8)
+    level.loss(z, 1).backward()
+    assert pooled.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in level.parameters())
+
+
+def test_sigreg_loss_is_the_published_sum(device):
+    level = GlobalConfig(**SMALL, sigreg_lambda=0.2).build(16, device=device)
+    z = torch.randn(3, 20, 8, device=device)
+    spread = sum((view - z.mean(0)).square().mean() for view in z) / 3
+    keep = sum(sigreg(view, 7, 32) for view in z) / 3
+    torch.testing.assert_close(level.loss(z, 7), 0.8 * spread + 0.2 * keep)
+
+
+def test_vicreg_loss_is_the_mean_over_pairs(device):
+    level = GlobalConfig(**SMALL, objective="vicreg").build(16, device=device)
+    z = torch.randn(3, 20, 8, device=device)
+    pairs = [vicreg_loss(z[a], z[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    torch.testing.assert_close(level.loss(z, 0), torch.stack(pairs).mean())
+
+
+def test_equal_collapsed_views_agree_but_are_punished(device):
+    for objective in GlobalObjective:
+        level = GlobalConfig(**SMALL, objective=objective).build(16, device=device)
+        collapsed = level.loss(torch.zeros(2, 256, 8, device=device), 0)
+        spread = level.loss(torch.randn(1, 256, 8, device=device).expand(2, -1, -1), 0)
+        assert collapsed > 3 * spread
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"sigreg_lambda": 1.5}, "allowed: 0 to 1"), ({"knots": 1}, "knots=1"), ({"norm": "bach"}, "did you mean 'batch'")],
+)
+def test_bad_configs(fields, message):
+    with pytest.raises(ValueError, match=message):
+        GlobalConfig(**fields)

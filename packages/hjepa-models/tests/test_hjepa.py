@@ -1,0 +1,298 @@
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from hjepa_models import (
+    EncoderConfig,
+    Fpn,
+    GlobalConfig,
+    HJEPAConfig,
+    LevelWeightsConfig,
+    Objective,
+    Pooling,
+    PredictorConfig,
+    PyramidConfig,
+    Targets,
+    dense_canvas,
+    scatter_to_canvas,
+)
+from hjepa_models.hjepa import normalize
+
+GRID = (4, 6)
+
+
+def small_config(targets="ema", *, with_global=False, encoder=None, pyramid=None, **fields):
+    sizes = {"image_size": (16, 24), "patch_size": (4, 4), "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return HJEPAConfig(
+        encoder=EncoderConfig(**(sizes | (encoder or {}))),
+        predictor=PredictorConfig(depth=1, embed_dim=24, num_heads=2),
+        pyramid=PyramidConfig(**({"levels": 3, "fpn_dim": 16} | (pyramid or {}))),
+        targets=targets,
+        global_level=GlobalConfig(hidden_dim=24, out_dim=8, num_directions=16) if with_global else None,
+        **fields,
+    )
+
+
+def batch(device, views=1, size=6, rows=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(24, generator=generator) for _ in range(rows or size)]).to(device)
+    images = [torch.randn(size, 3, 16, 24, generator=generator).to(device) for _ in range(views)]
+    return images, order[:, :8], order[:, 8:20].view(-1, 3, 4)
+
+
+def trained(model):
+    return [(name, p) for name, p in model.named_parameters() if not name.startswith("target_")]
+
+
+@pytest.mark.parametrize(
+    ("targets", "fpn", "pooling", "with_global"),
+    itertools.product(Targets, Fpn, Pooling, [False, True]),
+)
+def test_gradients_reach_all_that_trains_and_nothing_else(device, targets, fpn, pooling, with_global):
+    model = small_config(targets, with_global=with_global, pyramid={"fpn": fpn, "pooling": pooling, "pad": True}).build(
+        device=device
+    )
+    views, context, target = batch(device, 2 if with_global else 1)
+    with torch.autocast(device.type, torch.bfloat16):
+        output = model(views, context, target, step=0)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    for name, parameter in trained(model):
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    for online, copy in model.ema_pairs():
+        assert all(p.grad is None and not p.requires_grad for p in copy.parameters())
+        assert [n for n, _ in online.named_parameters()] == [n for n, _ in copy.named_parameters()]
+    expected = {"0", "1", "2"} | ({"global"} if with_global else set())
+    assert set(output.level_losses) == expected
+    assert set(output.embeddings) == expected | {"encoder"}
+    assert all(len(e) == 6 and not e.requires_grad for e in output.embeddings.values())
+
+
+@pytest.mark.parametrize(("targets", "with_global"), itertools.product(Targets, [False, True]))
+def test_autocast_hands_no_gradientless_weights_to_the_online_branch(device, targets, with_global):
+    """Half-precision copies of weights made under no_grad must not be reused: gradients are near those of float32."""
+    model = small_config(targets, with_global=with_global).build(device=device)
+    views, context, target = batch(device, 2)
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            model(views, context, target, step=0).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for _, p in trained(model)]))
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("targets", list(Targets))
+@pytest.mark.parametrize("fpn", list(Fpn))
+@pytest.mark.parametrize("pooling", list(Pooling))
+@pytest.mark.parametrize("objective", list(Objective))
+def test_predictions_equal_to_targets_give_zero_at_each_level(device, targets, fpn, pooling, objective):
+    if targets is not Targets.ema:  # plain targets are met by a pyramid without learned maps
+        fpn = Fpn.none
+    pyramid = {"fpn": fpn, "pooling": pooling, "pad": True, "projection": targets is Targets.ema}
+    model = small_config(targets, pyramid=pyramid, objective=objective).build(device=device)
+    _, _, target_index = batch(device)
+    index = target_index.flatten(1)
+    tokens = normalize(torch.randn(6, 12, 32, device=device))
+    targets_of_levels = model.target_levels(tokens, index, GRID)
+    predictions = model.pyramid(scatter_to_canvas(tokens, index, GRID))
+    for level, (prediction, target) in enumerate(zip(predictions, targets_of_levels, strict=True)):
+        loss = model.level_loss(prediction, target, index if level == 0 else None)
+        assert float(loss) == pytest.approx(0, abs=1e-6)
+        moved = dataclasses.replace(prediction, values=prediction.values.roll(1, -1))
+        assert float(model.level_loss(moved, target, index if level == 0 else None)) > 0.01
+
+
+@pytest.mark.parametrize("targets", list(Targets))
+def test_loss_is_the_weighted_sum_of_the_levels(device, targets):
+    model = small_config(targets, with_global=True, vicreg_weight=0.01).build(device=device)
+    views, context, target = batch(device, 2)
+    output = model(views, context, target, step=3)
+    losses = output.level_losses
+    expected = losses["0"] + 0.7 * losses["1"] + 0.5 * losses["2"] + losses["global"] + 0.01 * losses["vicreg"]
+    torch.testing.assert_close(output.loss.detach(), expected)
+
+
+def test_level_0_equals_the_flat_loss_on_the_predicted_tokens(device):
+    model = small_config("pooled", pyramid={"fpn": "none", "projection": False, "output_norm": False}).build(device=device)
+    views, context_index, target_index = batch(device)
+    output = model(views, context_index, target_index, step=0)
+    predicted = model.predictor(model.encoder(views[0], context_index), context_index, target_index)
+    tokens = normalize(model.target_encoder(views[0]))
+    wanted = torch.stack([tokens[b][target_index[b]] for b in range(6)])
+    torch.testing.assert_close(output.level_losses["0"], torch.nn.functional.smooth_l1_loss(predicted, wanted))
+
+
+@pytest.mark.parametrize("targets", list(Targets))
+def test_targets_do_not_depend_on_what_the_context_sees(device, targets):
+    """The context branch must not see hidden patches: their pixels change targets only."""
+    model = small_config(targets).build(device=device)
+    views, context, _ = batch(device)
+    changed = views[0].clone()
+    hidden = torch.ones(6, 24, dtype=torch.bool, device=device).scatter(1, context, False).view(6, 1, 4, 6)
+    changed += 9 * hidden.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(model.encoder(changed, context), model.encoder(views[0], context))
+
+
+def test_every_view_is_encoded_once_when_targets_are_shared(device):
+    model = small_config("detached", with_global=True).build(device=device)
+    sizes = []
+    model.encoder.register_forward_pre_hook(lambda _, args: sizes.append((len(args[0]), len(args) > 1)))
+    views, context, target = batch(device, 3)
+    model(views, context, target, step=0)
+    assert sizes == [(18, False), (6, True)]
+
+
+def test_the_curriculum_skips_the_masked_term_until_it_counts(device):
+    weights = LevelWeightsConfig(kind="curriculum", ramp_start=(20, 15, 10), ramp_end=(30, 25, 20))
+    model = small_config("detached", with_global=True, level_weights=weights).build(device=device)
+    calls = []
+    model.predictor.register_forward_hook(lambda *_: calls.append(1))
+    views, context, target = batch(device, 2)
+    early = model(views, context, target, step=5)
+    assert not calls
+    assert set(early.level_losses) == {"global"}
+    early.loss.backward()
+    assert set(model(views, context, target, step=12).level_losses) == {"2", "global"}
+    assert set(model(views, context, target, step=40).level_losses) == {"0", "1", "2", "global"}
+    assert model.may_skip_parameters
+    assert not small_config().build(device=device).may_skip_parameters
+
+
+def test_masked_every_computes_the_term_at_every_kth_step(device):
+    model = small_config("detached", with_global=True, masked_every=3).build(device=device)
+    views, context, target = batch(device, 2)
+    assert ["0" in model(views, context, target, step=s).level_losses for s in range(5)] == [True, False, False, True, False]
+    alone = small_config(masked_every=2).build(device=device)
+    output = alone(views, context, target, step=1)
+    output.loss.backward()
+    assert float(output.loss.detach()) == 0
+
+
+def test_masks_for_fewer_or_more_rows(device):
+    model = small_config("detached", with_global=True, masked_views=2).build(device=device)
+    views, context, target = batch(device, 2)
+    shared = model(views, context, target, step=0)
+    spelled = model(views, context.repeat(2, 1), target.repeat(2, 1, 1), step=0)
+    torch.testing.assert_close(shared.loss, spelled.loss)
+    some = model(views, context[:4], target[:4], step=0)
+    assert len(some.embeddings["0"]) == 8
+    for rows in (0, 7, 11):
+        _, wrong, targets = batch(device, rows=max(rows, 1))
+        with pytest.raises(ValueError, match="allowed: equal counts, 12 or 1 to 6"):
+            model(views, wrong[:rows], targets[:rows], step=0)
+
+
+def test_too_few_views_are_refused(device):
+    model = small_config(with_global=True).build(device=device)
+    views, context, target = batch(device)
+    with pytest.raises(ValueError, match="views: 1 given; allowed: 2"):
+        model(views, context, target, step=0)
+
+
+@pytest.mark.parametrize("targets", [Targets.ema, Targets.pooled])
+def test_target_branch_follows_the_closed_form_of_an_average(device, targets):
+    model = small_config(targets, with_global=True).build(device=device)
+    pairs = model.ema_pairs()
+    assert len(pairs) == (3 if targets is Targets.ema else 2)
+    start = [[p.clone() for p in target.parameters()] for _, target in pairs]
+    with torch.no_grad():
+        for online, _ in pairs:
+            for parameter in online.parameters():
+                parameter.add_(1.0)
+        for _ in range(5):
+            for online, target in pairs:
+                for p, t in zip(online.parameters(), target.parameters(), strict=True):
+                    t.lerp_(p, 0.1)
+    for (_, target), first in zip(pairs, start, strict=True):
+        for t, s in zip(target.parameters(), first, strict=True):
+            torch.testing.assert_close(t, s + (1 - 0.9**5))
+
+
+def test_target_branch_starts_equal_and_stays_in_evaluation_mode(device):
+    model = small_config(with_global=True, encoder={"drop_path": 0.5}).build(device=device)
+    model.train()
+    assert model.encoder.training
+    assert not any(m.training for _, target in model.ema_pairs() for m in target.modules())
+    for online, target in model.ema_pairs():
+        assert all(torch.equal(a, b) for a, b in zip(online.parameters(), target.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("targets", list(Targets))
+def test_features_of_every_level_and_pool(device, targets):
+    model = small_config(targets, with_global=True, pyramid={"fpn": "add"}).build(device=device).eval()
+    images = torch.randn(5, 3, 16, 24, device=device)
+    assert model.feature_levels == ("encoder", 0, 1, 2, "global")
+    counts = {"encoder": 24, 0: 24, 1: 6, 2: 2}
+    for level, count in counts.items():
+        for branch in ("target", "online"):
+            tokens = model.features(images, level, "none", branch)
+            assert tokens.shape == (5, count, 32)
+            assert not tokens.requires_grad
+            torch.testing.assert_close(model.features(images, level, "mean", branch), tokens.mean(1))
+            assert torch.equal(model.features(images, level, "flatten", branch), tokens.flatten(1))
+    assert model.features(images, "global").shape == (5, 8)
+    expected = model.pyramid(dense_canvas(normalize(model.encoder(images)), GRID))[1].values
+    torch.testing.assert_close(model.features(images, 1, "none", "online"), expected)
+
+
+def test_branches_differ_once_the_online_one_has_moved(device):
+    model = small_config("ema").build(device=device).eval()
+    images = torch.randn(2, 3, 16, 24, device=device)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert not torch.allclose(model.features(images, branch="target"), model.features(images, branch="online"))
+
+
+@pytest.mark.parametrize("level", [3, -1, True, "globall", "global"])
+def test_unknown_levels_are_refused(device, level):
+    model = small_config().build(device=device)
+    with pytest.raises(ValueError, match="allowed: encoder, 0, 1, 2"):
+        model.features(torch.zeros(1, 3, 16, 24, device=device), level)
+
+
+def test_clips_use_the_same_code(device):
+    config = small_config(
+        encoder={"image_size": (4, 8, 8), "patch_size": (2, 4, 4), "embed_dim": 32, "num_heads": 2},
+        pyramid={"levels": 2, "fpn": "concat"},
+        level_weights=LevelWeightsConfig(weights=(1.0, 0.5)),
+    )
+    model = config.build(device=device)
+    clips = torch.randn(2, 3, 4, 8, 8, device=device)
+    order = torch.arange(8, device=device).expand(2, -1)
+    output = model([clips], order[:, :3], order[:, 3:].unsqueeze(1), step=0)
+    output.loss.backward()
+    assert model.features(clips, 1, "none").shape == (2, 1, 32)
+
+
+def test_a_few_steps_lower_the_loss(device):
+    model = small_config("pooled", encoder={"stem": "conv"}).build(device=device)
+    optimizer = torch.optim.AdamW([p for _, p in trained(model)], lr=2e-3)
+    views, context, target = batch(device)
+    losses = []
+    for step in range(30):
+        optimizer.zero_grad()
+        loss = model(views, context, target, step).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pyramid": {"levels": 5}}, "levels=5: more than the grid .4, 6. admits"),
+        ({"pyramid": {"levels": 2}}, "3 entries for pyramid.levels=2"),
+        ({"level_weights": LevelWeightsConfig(weights=(0.0, 0.0, 0.0))}, "nothing would be learned"),
+        ({"targets": "emma"}, "did you mean 'ema'"),
+        ({"masked_every": 0}, "masked_every=0"),
+    ],
+)
+def test_bad_configs(fields, message):
+    with pytest.raises(ValueError, match=message):
+        small_config(**fields)
