@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,14 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from hjepa_pretrain.demo import CLASS_NAMES, compose_demo
 from hjepa_pretrain.demo.shards import write_demo_shards
 
 TINY = (
-    "model=vit_nano_patch8", "encoder.embed_dim=32", "encoder.num_heads=2", "encoder.depth=2", "data.image_size=[32,32]",
-    "data.batch_size=16", "run.steps=12", "log.every_steps=1", "eval.every_steps=null", "run.threads=1",
-    "hjepa.predictor.embed_dim=16", "hjepa.predictor.num_heads=2", "hjepa.predictor.depth=1", "masks.num_targets=2",
-)  # fmt: skip
+    "model=vit_nano_patch8",
+    "hjepa.encoder.embed_dim=32",
+    "hjepa.encoder.num_heads=2",
+    "hjepa.encoder.depth=2",
+    "hjepa.predictor.embed_dim=16",
+    "hjepa.predictor.num_heads=2",
+    "hjepa.predictor.depth=1",
+    "hjepa.pyramid.fpn_dim=32",
+    "masks.num_targets=2",
+    "data.image_size=[32,32]",
+    "data.batch_size=16",
+    "data.workers=0",
+    "run.steps=12",
+    "run.threads=1",
+    "trainer.log_every=1",
+    "trainer.learning_rate.warmup_steps=2",
+    "eval.every_steps=null",
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ class Pretrain:
         self.data = (f"data.train={shards}/train-*.tar", f"data.eval={shards}/eval-*.tar")
         self.tiny = TINY
 
-    def start(self, *words: str, ranks: int = 1, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    def start(self, *words: str, ranks: int = 1) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "hjepa_pretrain"]
         if ranks > 1:
             command = [
@@ -59,13 +75,13 @@ class Pretrain:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             start_new_session=True,
-            preexec_fn=before,
         )
 
-    def __call__(
-        self, *words: str, ranks: int = 1, timeout: float = 240, before: Callable[[], None] | None = None
-    ) -> Finished:
-        process = self.start(*words, ranks=ranks, before=before)
+    def __call__(self, *words: str, ranks: int = 1, timeout: float = 240, file_size: int | None = None) -> Finished:
+        process = self.start(*words, ranks=ranks)
+        if file_size is not None:
+            # A file that cannot grow behaves as one on a full disk: the write fails.
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_size, file_size))
         try:
             out, err = process.communicate(timeout=timeout)
         finally:

@@ -1,7 +1,6 @@
 """Every mistake a user can make gives one clear line and exit code 2, and loses nothing."""
 
 import io
-import resource
 import shutil
 import tarfile
 
@@ -27,7 +26,7 @@ def refuse(finished, *words):
         (["recipe=ijpea"], ["recipe=ijpea", "ijepa", "hjepa_global"]),
         (["steps"], ["steps", "key=value"]),
         (["model=vit_smal_patch16"], ["vit_smal_patch16", "vit_small_patch16"]),
-        (["encoder.embed_dims=5"], ["embed_dims", "embed_dim"]),
+        (["hjepa.encoder.embed_dims=5"], ["embed_dims", "embed_dim"]),
         (["data.image_size=[36,36]"], ["36", "multiples of 8"]),
         (["hjepa.pyramid.levels=7"], ["levels=7", "3"]),
         (["masks.context_ratio=0.95"], ["context"]),
@@ -85,9 +84,9 @@ def test_a_checkpoint_of_another_model(pretrain, tiny, tmp_path, read_losses):
     run_dir = tmp_path / "run"
     assert pretrain(f"run.dir={run_dir}", *tiny, "run.steps=2", "checkpoint.every_steps=1").code == 0
     before = read_losses(run_dir)
-    refuse(pretrain(f"run.dir={run_dir}", "encoder.embed_dim=64", "run.steps=4"), "embed_dim", "run.dir")
+    refuse(pretrain(f"run.dir={run_dir}", "hjepa.encoder.embed_dim=64", "run.steps=4"), "embed_dim", "run.dir")
     other = tmp_path / "other"
-    assert pretrain(f"run.dir={other}", *tiny, "encoder.embed_dim=64", "run.steps=1").code == 0
+    assert pretrain(f"run.dir={other}", *tiny, "hjepa.encoder.embed_dim=64", "run.steps=1").code == 0
     shutil.rmtree(other / "checkpoints")
     shutil.copytree(run_dir / "checkpoints", other / "checkpoints")
     refuse(pretrain(f"run.dir={other}", "run.steps=4"), "another model")
@@ -99,10 +98,7 @@ def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(pretrain, tiny, 
     assert pretrain(f"run.dir={run_dir}", *tiny, "run.steps=2", "checkpoint.every_steps=1").code == 0
     saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
-    def small_files_only() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, 64 * 1024))
-
-    stopped = pretrain(f"run.dir={run_dir}", "run.steps=4", before=small_files_only)
+    stopped = pretrain(f"run.dir={run_dir}", "run.steps=4", file_size=64 * 1024)
     assert stopped.code == 1, (stopped.code, stopped.err)
     assert "Traceback" not in stopped.err
     assert set(saved) <= {path.name for path in (run_dir / "checkpoints").iterdir()}

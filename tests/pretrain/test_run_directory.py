@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import yaml
+
 from hjepa_models import load_pretrained
 
 
@@ -57,8 +58,13 @@ def test_results_name_level_branch_and_pooling(run_dir):
     trained = {row["level"]: row for row in rows if row["features"] == "trained"}
     assert {"encoder", "0", "1", "2", "global"} <= trained.keys()
     for row in rows:
-        assert row["branch"] and row["pooling"] and row["n_train"] == 300 and row["n_test"] == 120
-        assert 0 <= row["knn_20"] <= 1 and 0 <= row["linear"] <= 1 and row["rankme"] >= 1
+        assert row["branch"]
+        assert row["pooling"]
+        assert row["n_train"] == 300
+        assert row["n_test"] == 120
+        assert 0 <= row["knn_20"] <= 1
+        assert 0 <= row["linear"] <= 1
+        assert row["rankme"] >= 1
 
 
 def test_the_page_shows_pictures_and_opens_offline(run_dir):
@@ -66,7 +72,8 @@ def test_the_page_shows_pictures_and_opens_offline(run_dir):
     for heading in ("What was learned", "Loss", "RankMe", "Masks", "Features", "Nearest neighbours"):
         assert heading in page
     assert page.count("data:image/png;base64,") >= 5
-    assert "http://" not in page and "https://" not in page
+    assert "http://" not in page
+    assert "https://" not in page
 
 
 def test_the_terminal_shows_the_table(run_dir):

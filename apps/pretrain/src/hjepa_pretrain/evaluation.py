@@ -188,8 +188,8 @@ def results_caption(results: Mapping[str, Any]) -> str:
     row = results["rows"][0]
     k = next((key.removeprefix("knn_") for key in row if key.startswith("knn_")), "-")
     return (
-        f"step {results['step']}; kNN: k={k}, cosine, top-1; linear: logistic regression, top-1; {row['n_train']} labelled "
-        f"training and {row['n_test']} held-out images; ranks of {row['n_rank']} training images"
+        f"step {results['step']}; kNN: k={k}, cosine, top-1; linear: logistic regression, top-1; {row['n_train']} "
+        f"labelled training and {row['n_test']} held-out images; ranks of {row['n_rank']} training images"
     )
 
 

@@ -37,7 +37,7 @@ def provenance(words: list[str]) -> dict[str, object]:
 
 
 def git_revision() -> str:
-    """Returns the revision of the checkout that this code runs from, `-dirty` if it was changed, or "not a checkout"."""
+    """Returns the revision of the checkout that this code runs from, `-dirty` if changed, or "not a checkout"."""
     here = Path(__file__).parent
     try:
         command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

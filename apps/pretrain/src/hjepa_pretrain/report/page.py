@@ -11,8 +11,9 @@ h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin:2.2rem 0 .4re
 p.note{color:#57606a;max-width:75ch}table{border-collapse:collapse;margin:.6rem 0;font-variant-numeric:tabular-nums}
 th,td{padding:.28rem .8rem;text-align:right;border-bottom:1px solid #eceef1}th{font-weight:600;color:#57606a}
 th:nth-child(-n+3),td:nth-child(-n+3){text-align:left}tr.own td{background:#eef6fa}img{max-width:100%}
-.row{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}pre{background:#f6f8fa;padding:.8rem;overflow:auto;font-size:12.5px}
-.alarm{background:#fdecea;border-left:4px solid #c4554d;padding:.5rem .8rem}.fine{border-left:4px solid #0f7b6c;padding:.5rem .8rem}
+.row{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}
+pre{background:#f6f8fa;padding:.8rem;overflow:auto;font-size:12.5px}
+.alarm,.fine{padding:.5rem .8rem;border-left:4px solid #0f7b6c}.alarm{background:#fdecea;border-color:#c4554d}
 """
 
 
@@ -66,10 +67,11 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         if section.note:
             parts.append(f"<p class=note>{html.escape(section.note)}</p>")
         if section.pictures:
-            images = "".join(
-                f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
-                for data in section.pictures
-            )
+            images = "".join(_image(section.title, data) for data in section.pictures)
             parts.append(f"<div class=row>{images}</div>")
         parts.append(section.body)
     return "\n".join(parts)
+
+
+def _image(title: str, data: bytes) -> str:
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'

@@ -72,8 +72,8 @@ def _losses(rows: list[dict[str, Any]]) -> Section:
         figures.curves(rows, knn, "kNN accuracy on the way"),
     )
     note = (
-        "The loss of a JEPA is no measure of quality: its targets move. It may rise while the features improve; look at "
-        "kNN, linear accuracy and RankMe."
+        "The loss of a JEPA is no measure of quality: its targets move. It may rise while the features improve; look "
+        "at kNN, linear accuracy and RankMe."
     )
     return Section(title="Loss and accuracy", note=note, pictures=[picture for picture in drawn if picture])
 
@@ -103,8 +103,8 @@ def _masks(config: PretrainConfig, test: Images) -> Section:
         _arrays(shown.pixels), (grid[-2], grid[-1]), context[:count].numpy(), targets[:count].numpy()
     )
     note = (
-        f"Of {config.hjepa.encoder.num_patches} patches the context encoder sees {context.shape[1]}; the predictor has to "
-        f"predict the features of {targets.shape[1]} blocks of {targets.shape[2]}."
+        f"Of {config.hjepa.encoder.num_patches} patches the context encoder sees {context.shape[1]}; the predictor has "
+        f"to predict the features of {targets.shape[1]} blocks of {targets.shape[2]}."
     )
     return Section(title="Masks", note=note, pictures=[picture])
 
@@ -119,7 +119,8 @@ def _features(config: PretrainConfig, model: HJEPA, test: Images) -> Section:
     for level in ("encoder", *range(config.hjepa.pyramid.levels if on_grid else 1)):
         grid = coarsen(config.hjepa.encoder.grid, level if isinstance(level, int) else 0)
         name = f"level {level}" if isinstance(level, int) else level
-        levels[name] = found[level].float().cpu().unflatten(1, grid).numpy()
+        tokens = found[level].float().cpu().numpy()
+        levels[name] = tokens.reshape(len(tokens), *grid, -1)
     note = "Each token coloured by the first three principal components of its level over these images."
     return Section(title="Features", note=note, pictures=[figures.pca_features(_arrays(shown.pixels), levels)])
 
@@ -129,7 +130,8 @@ def _neighbours(config: PretrainConfig, model: HJEPA, train: Images, test: Image
     queries = test.head(_QUERIES)
     bank = train.head(5_000)
     model.eval()
-    keys = torch.cat([_embed(config, model, bank, part) for part in torch.arange(len(bank.labels)).split(256)])
+    parts = torch.split(torch.arange(len(bank.labels)), 256)
+    keys = torch.cat([_embed(config, model, bank, part) for part in parts])
     query = _embed(config, model, queries, torch.arange(len(queries.labels)))
     found = (query @ keys.T).topk(min(_NEIGHBOURS, len(keys))).indices
     labelled = bool((queries.labels >= 0).all() and (bank.labels >= 0).all())
