@@ -258,7 +258,7 @@ def _frames_from(
     base = float(stream.time_base or 0)
     if start > interval and base > 0:
         container.seek(int((start - interval) / base) + (stream.start_time or 0), stream=stream, backward=True)
-        timed = _timed(container, stream, interval)
+        timed = timed_frames(container, stream, interval)
         first = next(timed, None)
         if first is not None and first[0] <= start:
             yield first
@@ -266,10 +266,20 @@ def _frames_from(
             return
     # Seeking overshot, or there was no need of it.
     _rewind(container, stream)
-    yield from _timed(container, stream, interval)
+    yield from timed_frames(container, stream, interval)
 
 
-def _timed(container: InputContainer, stream: VideoStream, interval: float) -> Iterator[tuple[float, VideoFrame]]:
+def timed_frames(container: InputContainer, stream: VideoStream, interval: float) -> Iterator[tuple[float, VideoFrame]]:
+    """Decode frames in the order of the decoder, each with its time in seconds, which never falls.
+
+    Args:
+        container: The open file, wherever it stands.
+        stream: Its video.
+        interval: Seconds between two frames, for those that have no time stamp.
+
+    Returns:
+        Times from the start of the stream and frames.
+    """
     base = float(stream.time_base or 0)
     offset = (stream.start_time or 0) * base
     frames: deque[VideoFrame] = deque()
