@@ -49,7 +49,7 @@ def hash_int(seed: int, *counters: int) -> int:
 
 def _shift(x: Tensor, by: int) -> Tensor:
     # int64 shifts are arithmetic: the copies of the sign are masked away.
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _fold(state: int | Tensor, counter: int | Tensor) -> int | Tensor:
@@ -59,9 +59,10 @@ def _fold(state: int | Tensor, counter: int | Tensor) -> int | Tensor:
         z = state + _signed(_GAMMA * (counter + 1))
     else:
         raise AssertionError("integers are folded by hash_int")
-    z = (z ^ _shift(z, 30)) * _signed(_MUL1)
-    z = (z ^ _shift(z, 27)) * _signed(_MUL2)
-    return z ^ _shift(z, 31)
+    # In place: these few operations on large tensors are bound by memory.
+    z.bitwise_xor_(_shift(z, 30)).mul_(_signed(_MUL1))
+    z.bitwise_xor_(_shift(z, 27)).mul_(_signed(_MUL2))
+    return z.bitwise_xor_(_shift(z, 31))
 
 
 def bits(

@@ -114,9 +114,9 @@ class MultiBlockMasks:
         blocks, context = self._draw_blocks(key, sample, self.num_candidates)
         free, count = self._free_cells(blocks, context)
         valid = count >= self.config.context_cells
-        first = (valid.cumsum(1) == 0).sum(1)
-        failed = first == self.num_candidates
-        first = first.clamp(max=self.num_candidates - 1)
+        failed = ~valid.any(1)
+        # The largest of distinct numbers is the first valid candidate; of equal ones argmax may take any.
+        first = (valid * torch.arange(self.num_candidates, 0, -1, device=valid.device)).argmax(1)
         row = torch.arange(len(first), device=first.device)
         chosen, free = self._rescue(blocks.take(first), free[row, first], failed)
         return Masks(

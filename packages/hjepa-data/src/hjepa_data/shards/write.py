@@ -125,6 +125,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Drop the shard that is not complete."""
         if self._file is not None:
+            self._tar.close()
             self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
             self._file = self._tar = None

@@ -28,6 +28,8 @@ class StreamConfig:
         window_shards: shards that are shuffled together; more mix better and touch more files at a time.
         views: groups of views that are cut out of each image.
         workers: who loads them.
+        cache_bytes: decoded pixels that each worker keeps, bytes; small images are then decoded once, not in each
+            epoch. The batches do not depend on it.
         max_skipped_fraction: share of damaged images above which the stream stops (ten are always allowed).
         max_pixels: images with more pixels are left out, undecoded.
     """
@@ -36,6 +38,7 @@ class StreamConfig:
     window_shards: int = 16
     views: tuple[ViewGroup, ...] = field(default_factory=lambda: (ViewGroup(),))
     workers: WorkerConfig = field(default_factory=WorkerConfig)
+    cache_bytes: int = 0
     max_skipped_fraction: float = 0.01
     max_pixels: int = DEFAULT_MAX_PIXELS
 
@@ -49,6 +52,8 @@ class StreamConfig:
             refuse("views", self.views, "an image has at least one view", "allowed: one ViewGroup or more")
         if not 0 <= self.max_skipped_fraction <= 1:
             refuse("max_skipped_fraction", self.max_skipped_fraction, "no fraction", "allowed: 0 to 1")
+        if self.cache_bytes < 0:
+            refuse("cache_bytes", self.cache_bytes, "no size", "allowed: 0 (keep nothing) and more")
         if self.max_pixels < 1:
             refuse("max_pixels", self.max_pixels, "every image is larger", "allowed: 1 and more pixels")
 
@@ -107,7 +112,9 @@ class TrainStream(Iterator[Batch]):
         self._order = StreamOrder(source.shard_sizes, config.window_shards, seed)
         self._count = config.global_batch_size // world_size
         self._offset = rank * self._count
-        self._tasks = TrainTasks(source, self._order, config.views, self._count, seed, config.max_pixels)
+        self._tasks = TrainTasks(
+            source, self._order, config.views, self._count, seed, config.max_pixels, config.cache_bytes
+        )
         self._position = 0
         self._batches: Iterator[Loaded] | None = None
         self._skips = SkipCount(config.max_skipped_fraction)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -12,17 +12,20 @@ from torch.utils.data import Dataset
 
 from hjepa_data.errors import DataError
 from hjepa_data.shards.index import Int64Array
-from hjepa_data.shards.source import RawSample, ShardSource
+from hjepa_data.shards.source import ShardSource
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.order import StreamOrder
-from hjepa_data.transforms.crop import Interpolation, ViewGroup, center_crop, random_views
-from hjepa_data.transforms.decode import SkipImageError, open_image
+from hjepa_data.transforms.crop import Interpolation, Pixels, ViewGroup, center_crop, random_views
+from hjepa_data.transforms.decode import SMALLEST_SHRINK, SkipImageError, Upright, open_image
 
 __all__ = ["EvalTasks", "Loaded", "TrainTasks"]
 
 # A run of so many damaged images is no accident.
 _MAX_REPLACEMENTS = 1000
 _CROP = 3
+# Pillow holds four bytes for each pixel; beside them an image costs about so much.
+_BYTES_PER_PIXEL = 4
+_BYTES_PER_IMAGE = 1024
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +62,7 @@ class TrainTasks(Dataset[Loaded]):
         count: images of a batch.
         seed: of the crops and flips.
         max_pixels: larger images are left out.
+        cache_bytes: decoded pixels that are kept.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class TrainTasks(Dataset[Loaded]):
         count: int,
         seed: int,
         max_pixels: int,
+        cache_bytes: int = 0,
     ) -> None:
         self._source = source
         self._order = order
@@ -76,6 +81,8 @@ class TrainTasks(Dataset[Loaded]):
         self._count = count
         self._seed = seed
         self._max_pixels = max_pixels
+        self._cache: dict[int, Upright] = {}
+        self._cache_left = cache_bytes
 
     def __getitem__(self, start: int) -> Loaded:
         """Load the batch whose first image stands at a position."""
@@ -90,29 +97,39 @@ class TrainTasks(Dataset[Loaded]):
             torch.empty((self._count, 3, *g.size), dtype=torch.uint8) for g in self._groups for _ in range(g.count)
         ]
         pixels = [view.numpy() for view in views]
-        labels = np.empty(self._count, dtype=np.int64)
         skipped: dict[str, int] = {}
         for row in range(self._count):
             for ahead in range(_MAX_REPLACEMENTS):
                 if ahead:
                     epochs[row], samples[row] = self._order.at(start + row + ahead)
-                raw = self._source.read(int(samples[row]))
                 try:
-                    self._write(raw, int(epochs[row]), int(samples[row]), pixels, row)
+                    self._write(int(epochs[row]), int(samples[row]), pixels, row)
                 except SkipImageError as skip:
                     if ahead == 0:
                         skipped[skip.reason] = skipped.get(skip.reason, 0) + 1
                     continue
-                labels[row] = raw.label
                 break
             else:
                 where = self._source.locate(int(samples[row]))
                 raise DataError(f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last at {where}")
-        return Loaded(batch=_batch(views, labels, samples, epochs), skipped=skipped)
+        return Loaded(batch=_batch(views, self._source.labels[samples], samples, epochs), skipped=skipped)
 
-    def _write(self, raw: RawSample, epoch: int, sample: int, pixels: list[Any], row: int) -> None:
-        upright = open_image(raw.image, max_pixels=self._max_pixels)
+    def _write(self, epoch: int, sample: int, pixels: list[Pixels], row: int) -> None:
+        upright = self._cache.get(sample)
+        if upright is None:
+            upright = self._kept(sample, open_image(self._source.read(sample).image, max_pixels=self._max_pixels))
         random_views(upright, self._groups, (self._seed, _CROP, epoch, sample), pixels, row)
+
+    def _kept(self, sample: int, upright: Upright) -> Upright:
+        """Keep the decoded image if there is room, and if no crop would decode it at a smaller scale."""
+        room = _BYTES_PER_PIXEL * upright.width * upright.height + _BYTES_PER_IMAGE
+        shrink = max(min(upright.width / g.size[1], upright.height / g.size[0]) for g in self._groups)
+        if room > self._cache_left or shrink >= SMALLEST_SHRINK:
+            return upright
+        kept = Upright(image=upright.decode(1.0).copy(), turn=None, width=upright.width, height=upright.height)
+        self._cache[sample] = kept
+        self._cache_left -= room
+        return kept
 
 
 class EvalTasks(Dataset[Loaded]):

@@ -14,7 +14,7 @@ from hjepa_data.errors import refuse
 from hjepa_data.random import Draws
 from hjepa_data.transforms.decode import SkipImageError, SkipReason, Upright
 
-__all__ = ["Interpolation", "ViewGroup", "center_crop", "random_views", "resized_crop_box"]
+__all__ = ["Interpolation", "Pixels", "ViewGroup", "center_crop", "random_views", "resized_crop_box"]
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Box = tuple[float, float, float, float]

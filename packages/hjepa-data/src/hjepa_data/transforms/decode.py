@@ -11,11 +11,12 @@ from enum import StrEnum
 import numpy as np
 from PIL import Image
 
-__all__ = ["SkipImageError", "SkipReason", "Upright", "open_image"]
+__all__ = ["SMALLEST_SHRINK", "SkipImageError", "SkipReason", "Upright", "open_image"]
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _EXIF_ORIENTATION = 0x0112
 _JPEG_SCALES = (8, 4, 2)
+SMALLEST_SHRINK = min(_JPEG_SCALES)
 # What Pillow's decoders raise for damaged files.
 _DECODER_ERRORS = (
     OSError,
@@ -97,7 +98,9 @@ class Upright:
         except _DECODER_ERRORS as error:
             cut = isinstance(error, OSError | EOFError) and "truncated" in str(error)
             raise SkipImageError(SkipReason.TRUNCATED if cut else SkipReason.UNDECODABLE) from None
-        return image if self.turn is None else image.transpose(self.turn)
+        if self.turn is not None:
+            return image.transpose(self.turn)
+        return image
 
 
 def open_image(data: bytes, *, max_pixels: int, any_format: bool = False) -> Upright:

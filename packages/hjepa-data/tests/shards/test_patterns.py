@@ -1,0 +1,75 @@
+import pytest
+
+from hjepa_data import DataError, expand_shards
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(12):
+        (tmp_path / f"train-{number:06d}.tar").write_bytes(b"")
+    (tmp_path / "eval-0.tar").write_bytes(b"")
+    (tmp_path / "notes.md").write_text("no shard")
+    return tmp_path
+
+
+def names(shards):
+    return [shard.name for shard in shards]
+
+
+def test_braces(folder):
+    assert names(expand_shards(f"{folder}/train-{{000003..000005}}.tar")) == [f"train-00000{n}.tar" for n in (3, 4, 5)]
+    assert names(expand_shards(f"{folder}/{{eval-0,train-000011}}.tar")) == ["eval-0.tar", "train-000011.tar"]
+    assert len(expand_shards(f"{folder}/train-0000{{00..11}}.tar")) == 12
+    assert len(expand_shards(f"{folder}/train-0000{{0,1}}{{0..1}}.tar")) == 4
+
+
+def test_glob_directory_file_and_list(folder):
+    assert len(expand_shards(f"{folder}/train-*.tar")) == 12
+    assert len(expand_shards(folder)) == 13
+    assert names(expand_shards(folder / "eval-0.tar")) == ["eval-0.tar"]
+    assert names(expand_shards([folder / "eval-0.tar", f"{folder}/train-{{000000..000001}}.tar"]))[0] == "eval-0.tar"
+
+
+def test_list_file_is_relative_to_itself(folder):
+    (folder / "all.txt").write_text("# the small one\neval-0.tar\n\ntrain-{000000..000002}.tar\n")
+    assert len(expand_shards(folder / "all.txt")) == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("{folder}/gone.tar", ("no such shard", "holds 14 entries", "eval-0.tar")),
+        ("{folder}/x-*.tar", ("no file matches", "holds 14 entries")),
+        ("{folder}/no/such/x-*.tar", ("no file matches", "holds 14 entries")),
+        ("{folder}/train-{{000010..000019}}.tar", ("8 of the 10 shards", "train-000012.tar")),
+        ("{folder}/train-{{9..3}}.tar", ("no rising range",)),
+        ("{folder}/train-{{abc}}.tar", ("no range",)),
+        ("{folder}/empty", ("no *.tar in directory", "is empty")),
+        ("{folder}/empty.txt", ("names no shard",)),
+        ("pipe:curl http://x/a.tar", ("commands are not run",)),
+        ("s3://bucket/a.tar", ("local files only",)),
+        ("{folder}/a.tar.gz", ("compressed",)),
+        ("", ("empty",)),
+    ],
+)
+def test_problems_are_said_in_one_line(folder, pattern, words):
+    (folder / "empty").mkdir() if "empty" in pattern and ".txt" not in pattern else None
+    if pattern.endswith("empty.txt"):
+        (folder / "empty.txt").write_text("# nothing\n")
+    if pattern.endswith(".gz"):
+        (folder / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        expand_shards(pattern.format(folder=folder))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_a_shard_named_twice_is_refused(folder):
+    with pytest.raises(DataError, match="named twice"):
+        expand_shards([f"{folder}/eval-*.tar", f"{folder}/eval-0.tar"])
+
+
+def test_no_patterns(folder):
+    with pytest.raises(DataError, match="the list of patterns is empty"):
+        expand_shards([])
