@@ -1,3 +1,4 @@
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,15 +21,15 @@ def test_one_process_is_left_alone(device):
 def test_two_processes_equal_one_in_loss_gradients_and_statistics(tmp_path):
     runs = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(world), str(tmp_path / f"store{world}"), str(tmp_path)],
+            [sys.executable, str(SCRIPT), str(rank), "2", str(tmp_path / "store"), str(tmp_path)],
             stderr=subprocess.PIPE,
             text=True,
         )
-        for world in (1, 2)
-        for rank in range(world)
+        for rank in range(2)
     ]
+    runpy.run_path(str(SCRIPT))["main"](0, 1, "", str(tmp_path))
     for run in runs:
-        _, errors = run.communicate(timeout=120)
+        _, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors
     for objective in ("sigreg", "vicreg"):
         one, two = (load_file(tmp_path / f"{objective}_{world}.safetensors") for world in (1, 2))

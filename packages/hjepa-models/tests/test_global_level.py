@@ -44,7 +44,11 @@ def test_equal_collapsed_views_agree_but_are_punished(device):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"sigreg_lambda": 1.5}, "allowed: 0 to 1"), ({"knots": 1}, "knots=1"), ({"norm": "bach"}, "did you mean 'batch'")],
+    [
+        ({"sigreg_lambda": 1.5}, "allowed: 0 to 1"),
+        ({"knots": 1}, "knots=1"),
+        ({"norm": "bach"}, "did you mean 'batch'"),
+    ],
 )
 def test_bad_configs(fields, message):
     with pytest.raises(ValueError, match=message):

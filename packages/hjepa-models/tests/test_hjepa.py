@@ -48,7 +48,7 @@ def trained(model):
 
 @pytest.mark.parametrize(
     ("targets", "fpn", "pooling", "with_global"),
-    itertools.product(Targets, Fpn, Pooling, [False, True]),
+    list(itertools.product(Targets, Fpn, Pooling, [False, True])),
 )
 def test_gradients_reach_all_that_trains_and_nothing_else(device, targets, fpn, pooling, with_global):
     model = small_config(targets, with_global=with_global, pyramid={"fpn": fpn, "pooling": pooling, "pad": True}).build(
@@ -71,7 +71,7 @@ def test_gradients_reach_all_that_trains_and_nothing_else(device, targets, fpn, 
     assert all(len(e) == 6 and not e.requires_grad for e in output.embeddings.values())
 
 
-@pytest.mark.parametrize(("targets", "with_global"), itertools.product(Targets, [False, True]))
+@pytest.mark.parametrize(("targets", "with_global"), list(itertools.product(Targets, [False, True])))
 def test_autocast_hands_no_gradientless_weights_to_the_online_branch(device, targets, with_global):
     """Half-precision copies of weights made under no_grad must not be reused: gradients are near those of float32."""
     model = small_config(targets, with_global=with_global).build(device=device)
@@ -93,7 +93,7 @@ def test_predictions_equal_to_targets_give_zero_at_each_level(device, targets, f
     if targets is not Targets.ema:  # plain targets are met by a pyramid without learned maps
         fpn = Fpn.none
     pyramid = {"fpn": fpn, "pooling": pooling, "pad": True, "projection": targets is Targets.ema}
-    model = small_config(targets, pyramid=pyramid, objective=objective).build(device=device)
+    model = small_config(targets, pyramid=pyramid, objective=objective).build(device=device).requires_grad_(False)
     _, _, target_index = batch(device)
     index = target_index.flatten(1)
     tokens = normalize(torch.randn(6, 12, 32, device=device))
@@ -117,7 +117,9 @@ def test_loss_is_the_weighted_sum_of_the_levels(device, targets):
 
 
 def test_level_0_equals_the_flat_loss_on_the_predicted_tokens(device):
-    model = small_config("pooled", pyramid={"fpn": "none", "projection": False, "output_norm": False}).build(device=device)
+    model = small_config("pooled", pyramid={"fpn": "none", "projection": False, "output_norm": False}).build(
+        device=device
+    )
     views, context_index, target_index = batch(device)
     output = model(views, context_index, target_index, step=0)
     predicted = model.predictor(model.encoder(views[0], context_index), context_index, target_index)
@@ -165,7 +167,13 @@ def test_the_curriculum_skips_the_masked_term_until_it_counts(device):
 def test_masked_every_computes_the_term_at_every_kth_step(device):
     model = small_config("detached", with_global=True, masked_every=3).build(device=device)
     views, context, target = batch(device, 2)
-    assert ["0" in model(views, context, target, step=s).level_losses for s in range(5)] == [True, False, False, True, False]
+    assert ["0" in model(views, context, target, step=s).level_losses for s in range(5)] == [
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
     alone = small_config(masked_every=2).build(device=device)
     output = alone(views, context, target, step=1)
     output.loss.backward()

@@ -67,7 +67,9 @@ def test_cell_weights_favour_their_place(device):
     canvas = dense_canvas(torch.arange(16.0, device=device).view(1, 16, 1), (4, 4))
     factors = torch.tensor([[1e6], [1.0], [1.0], [1.0]], device=device)
     pooled = pool_canvas(canvas, 1, "learned", cell_weight=factors)
-    torch.testing.assert_close(pooled.values.flatten(), torch.tensor([0.0, 2, 8, 10], device=device), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        pooled.values.flatten(), torch.tensor([0.0, 2, 8, 10], device=device), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_sequence_shapes(device):
@@ -114,7 +116,9 @@ def test_upsampling_equals_a_naive_float64_loop(device, grid, seed):
                 at = min(max((x + 0.5) / 2 - 0.5, 0), n - 1)
                 share[c] *= max(0.0, 1 - abs(at - k))
         weight = coarse.weight @ share
-        expected = (coarse.values * (coarse.weight * share).unsqueeze(-1)).sum(1) / weight.clamp(min=1e-300).unsqueeze(-1)
+        expected = (coarse.values * (coarse.weight * share).unsqueeze(-1)).sum(1) / weight.clamp(min=1e-300).unsqueeze(
+            -1
+        )
         torch.testing.assert_close(fine.weight[:, number], weight)
         torch.testing.assert_close(fine.values[:, number], torch.where(weight.unsqueeze(-1) > 0, expected, 0))
 

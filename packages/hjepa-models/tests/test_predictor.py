@@ -62,12 +62,14 @@ def test_predictions_follow_positions_and_ignore_the_order_of_the_context(device
     context, context_index, target_index = inputs(device)
     out = predictor(context, context_index, target_index)
     order = torch.randperm(5, device=device)
-    torch.testing.assert_close(predictor(context[:, order], context_index[:, order], target_index), out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        predictor(context[:, order], context_index[:, order], target_index), out, atol=1e-5, rtol=1e-4
+    )
     assert (predictor(context, context_index, (target_index + 1) % 16) - out).abs().max() > 1e-5
 
 
 def test_bad_configs():
-    with pytest.raises(ValueError, match="predictor.num_heads=7"):
+    with pytest.raises(ValueError, match=r"predictor\.num_heads=7"):
         PredictorConfig(num_heads=7)
     with pytest.raises(ValueError, match="did you mean 'per_block'"):
         PredictorConfig(mode="per_blok")

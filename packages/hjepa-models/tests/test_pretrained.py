@@ -20,7 +20,9 @@ from hjepa_models.pretrained import config_from_dict
 
 def small(**fields):
     return HJEPAConfig(
-        encoder=EncoderConfig(image_size=(8, 8), patch_size=(4, 4), embed_dim=16, depth=1, num_heads=2, layer_scale=0.1),
+        encoder=EncoderConfig(
+            image_size=(8, 8), patch_size=(4, 4), embed_dim=16, depth=1, num_heads=2, layer_scale=0.1
+        ),
         predictor=PredictorConfig(depth=1, embed_dim=16, num_heads=2),
         pyramid=PyramidConfig(levels=2, fpn="add", fpn_dim=8),
         level_weights=LevelWeightsConfig(kind="curriculum", weights=(1.0, 0.5), ramp_steps=7),
@@ -56,13 +58,15 @@ def test_other_keys_are_listed_in_one_line(folder):
     state["stray"] = state.pop("predictor.mask_token")
     state["encoder.stem.proj.bias"] = torch.zeros(3)
     save_file(state, path)
-    with pytest.raises(ValueError, match="missing: predictor.mask_token; unexpected: stray; other shapes: encoder") as e:
+    with pytest.raises(
+        ValueError, match=r"missing: predictor\.mask_token; unexpected: stray; other shapes: encoder"
+    ) as e:
         load_pretrained(folder)
     assert "\n" not in str(e.value)
 
 
 def test_damage_is_one_clear_line(folder, tmp_path):
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         load_pretrained(tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])

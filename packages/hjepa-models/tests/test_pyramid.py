@@ -86,7 +86,9 @@ def test_learned_pooling_starts_as_the_mean_and_learns(device):
 def test_output_norm_fixes_the_scale(device):
     pyramid = PyramidConfig(fpn="concat", fpn_dim=12).build((6, 6), 16, device=device)
     for canvas in pyramid(random_canvas((6, 6), device)):
-        torch.testing.assert_close(canvas.values.std(-1, unbiased=False), torch.ones_like(canvas.weight), atol=1e-2, rtol=0)
+        torch.testing.assert_close(
+            canvas.values.std(-1, unbiased=False), torch.ones_like(canvas.weight), atol=1e-2, rtol=0
+        )
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])

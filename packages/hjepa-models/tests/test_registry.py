@@ -23,7 +23,11 @@ def test_any_patch_and_overrides():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("vit_smal_patch16", "did you mean 'vit_small_patch16'"), ("resnet50", "allowed: vit_"), ("vit_base_patch0", "vit_")],
+    [
+        ("vit_smal_patch16", "did you mean 'vit_small_patch16'"),
+        ("resnet50", "allowed: vit_"),
+        ("vit_base_patch0", "vit_"),
+    ],
 )
 def test_unknown_names_suggest_the_nearest(name, message):
     with pytest.raises(ValueError, match=message):
@@ -31,5 +35,5 @@ def test_unknown_names_suggest_the_nearest(name, message):
 
 
 def test_unknown_fields_suggest_the_nearest():
-    with pytest.raises(ValueError, match="dept: no field.*did you mean 'depth'"):
+    with pytest.raises(ValueError, match=r"dept: no field.*did you mean 'depth'"):
         encoder_config("vit_nano_patch4", dept=3)

@@ -65,7 +65,9 @@ def test_the_statistic_of_a_normal_sample_does_not_grow_with_its_size(device):
 def test_it_repairs_a_collapse(device):
     # A sample in a line: descending the statistic spreads it over all axes.
     generator = torch.Generator().manual_seed(0)
-    z = (torch.randn(256, 1, generator=generator) * torch.ones(4) + 0.05 * torch.randn(256, 4, generator=generator)).to(device)
+    z = (torch.randn(256, 1, generator=generator) * torch.ones(4) + 0.05 * torch.randn(256, 4, generator=generator)).to(
+        device
+    )
     z.requires_grad_()
     optimizer = torch.optim.Adam([z], lr=0.05)
     before = float(sigreg(z.detach(), 0, 64))

@@ -46,9 +46,11 @@ def main(rank: int, world: int, store: str, folder: str) -> None:
         if world > 1:
             for value in results.values():
                 dist.all_reduce(value)
-                value /= world
+                value.div_(world)
         if rank == 0:
-            save_file({k: v.contiguous() for k, v in results.items()}, Path(folder) / f"{objective}_{world}.safetensors")
+            save_file(
+                {k: v.contiguous() for k, v in results.items()}, Path(folder) / f"{objective}_{world}.safetensors"
+            )
     if world > 1:
         dist.destroy_process_group()
 

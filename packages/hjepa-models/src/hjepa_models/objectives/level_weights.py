@@ -75,4 +75,4 @@ class LevelWeightsConfig:
 def _ramp(now: float, start: float, end: float) -> float:
     if now >= end:
         return 1.0
-    return max(now - start, 0.0) / (end - start)
+    return 0.0 if now <= start else (now - start) / (end - start)
