@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hjepa_data import EvalConfig, ShardSource, normalize
 from hjepa_eval import FeatureSet, Scores, evaluate, extract, knn_accuracy
 from hjepa_models import HJEPA
 from hjepa_pretrain.config import PretrainConfig
+from hjepa_pretrain.demo.shards import demo_shards
 from hjepa_train import Callback, StepResult, Trainer
 
 RESULTS_FILE = "results.json"
@@ -52,6 +53,26 @@ def load_images(source: ShardSource, config: EvalConfig) -> Images:
     batches = list(config.build(source))
     return Images(
         pixels=torch.cat([batch.views[0] for batch in batches]), labels=torch.cat([batch.labels for batch in batches])
+    )
+
+
+def open_sources(config: PretrainConfig) -> tuple[ShardSource, ShardSource | None]:
+    """Open the shards of a run, training and held-out; without `data.train` those of the demo, made if need be."""
+    train, held_out = config.data.train, config.data.eval
+    if train is None:
+        train, held_out = demo_shards(config.data.cache)
+    return ShardSource(train), None if held_out is None else ShardSource(held_out)
+
+
+def load_run_images(config: PretrainConfig) -> tuple[Images, Images] | None:
+    """Load what a run is measured on, training and held-out images; None without held-out shards."""
+    train, held_out = open_sources(config)
+    if held_out is None:
+        return None
+    crops = config.data.evaluation()
+    return (
+        load_images(train, replace(crops, max_samples=config.eval.train_samples)),
+        load_images(held_out, replace(crops, max_samples=config.eval.eval_samples)),
     )
 
 
@@ -154,9 +175,14 @@ class OnlineEvaluation(Callback):
             trainer.log({f"eval/encoder/knn_{k}": accuracy})
 
 
+def results_content(rows: list[Row], step: int) -> dict[str, Any]:
+    """Return what `results.json` holds."""
+    return {"step": step, "rows": [row.as_dict() for row in rows]}
+
+
 def save_results(rows: list[Row], step: int, folder: Path) -> dict[str, Any]:
     """Write `results.json` and return its content."""
-    content = {"step": step, "rows": [row.as_dict() for row in rows]}
+    content = results_content(rows, step)
     temporary = folder / (RESULTS_FILE + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(folder / RESULTS_FILE)

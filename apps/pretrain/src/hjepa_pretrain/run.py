@@ -2,7 +2,6 @@
 
 import logging
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,16 +9,16 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from rich.console import Console
 
-from hjepa_data import DataError, EvalConfig, ShardSource
+from hjepa_data import DataError, ShardSource
 from hjepa_models import HJEPA, save_pretrained
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
-from hjepa_pretrain.demo.shards import demo_shards
 from hjepa_pretrain.evaluation import (
     Images,
     OnlineEvaluation,
-    load_images,
+    load_run_images,
     measure,
+    open_sources,
     read_results,
     results_table,
     save_results,
@@ -44,14 +43,6 @@ from hjepa_train import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True, slots=True)
-class Sources:
-    """The shards of a run: those it learns from, and those it is measured on."""
-
-    train: ShardSource
-    eval: ShardSource | None
 
 
 class SkippedImages(Callback):
@@ -108,12 +99,12 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
 def _train(
     config: PretrainConfig, plain: DictConfig, words: list[str], world: World, console: Console, started: float
 ) -> tuple[Outcome, Trainer, tuple[Images, Images] | None, Path]:
-    sources = _sources(config, world)
+    source = _train_source(config, world)
     task = build_task(config)
     stream = config.data.stream(config.trainer.accumulate).build(
-        sources.train, seed=config.run.seed, rank=world.rank, world_size=world.size
+        source, seed=config.run.seed, rank=world.rank, world_size=world.size
     )
-    images = _evaluation_images(config, sources)
+    images = load_run_images(config) if config.eval.at_end or config.eval.every_steps else None
     folder = _folder(config, plain, words, world, console)
     trainer = Trainer(
         task,
@@ -127,37 +118,23 @@ def _train(
         metadata={"recipe": config.recipe, "model": config.model},
     )
     if world.is_main:
-        _announce(config, task, sources, folder, console)
+        _announce(config, task, len(source), folder, console)
     return trainer.fit(), trainer, images, folder
 
 
-def _sources(config: PretrainConfig, world: World) -> Sources:
-    train, held_out = config.data.train, config.data.eval
-    if train is None:
+def _train_source(config: PretrainConfig, world: World) -> ShardSource:
+    """Open the training shards; the demo's are made by the main rank, the others wait for them."""
+    if config.data.train is None and world.size > 1:
         if world.is_main:
-            demo_shards(config.data.cache)
-        if world.size > 1:
-            dist.barrier()
-        train, held_out = demo_shards(config.data.cache)
-    source = ShardSource(train)
+            open_sources(config)
+        dist.barrier()
+    source, _ = open_sources(config)
     if len(source) < config.data.batch_size:
         raise DataError(
-            f"data.train={train}: holds {len(source)} images, less than one batch of data.batch_size="
+            f"data.train={config.data.train}: holds {len(source)} images, less than one batch of data.batch_size="
             f"{config.data.batch_size}; lower the batch or give more shards"
         )
-    return Sources(train=source, eval=None if held_out is None else ShardSource(held_out))
-
-
-def _evaluation_images(config: PretrainConfig, sources: Sources) -> tuple[Images, Images] | None:
-    """Load what the run is measured on, once: the same images on the way and at the end."""
-    if sources.eval is None or not (config.eval.at_end or config.eval.every_steps):
-        return None
-    crops: EvalConfig = config.data.evaluation()
-    train, test = (
-        load_images(source, replace(crops, max_samples=count))
-        for source, count in ((sources.train, config.eval.train_samples), (sources.eval, config.eval.eval_samples))
-    )
-    return train, test
+    return source
 
 
 def _folder(config: PretrainConfig, plain: DictConfig, words: list[str], world: World, console: Console) -> Path:
@@ -198,7 +175,7 @@ def _blocks() -> tuple[type[torch.nn.Module], ...]:
     return (Block,)
 
 
-def _announce(config: PretrainConfig, task: PretrainTask, sources: Sources, folder: Path, console: Console) -> None:
+def _announce(config: PretrainConfig, task: PretrainTask, images: int, folder: Path, console: Console) -> None:
     encoder = config.hjepa.encoder
     parameters = sum(parameter.numel() for parameter in task.model.encoder.parameters())
     grid = "x".join(map(str, encoder.grid))
@@ -206,7 +183,7 @@ def _announce(config: PretrainConfig, task: PretrainTask, sources: Sources, fold
     console.print(
         f"[bold]{config.recipe}[/]: {config.model} ({parameters / 1e6:.2f} M parameters, {grid} patches, "
         f"{config.hjepa.pyramid.levels} level{'s' if config.hjepa.pyramid.levels > 1 else ''}"
-        f"{' and global' if config.hjepa.global_level else ''}) on {len(sources.train):,} {kind}, "
+        f"{' and global' if config.hjepa.global_level else ''}) on {images:,} {kind}, "
         f"{config.run.steps:,} steps of {config.data.batch_size}",
         highlight=False,
     )

@@ -196,23 +196,33 @@ def _dotted(tree: Any, prefix: str = "") -> Iterator[str]:  # noqa: ANN401
             yield from _dotted(value, f"{name}.")
 
 
-def _one_line(error: Exception, known: Sequence[str]) -> str:
-    """Turns hydra's and omegaconf's paragraphs into a sentence, with the nearest valid name of an unknown key."""
-    text = str(error)
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
-    missing = "not in struct" in text or "not in 'PretrainConfig'" in text or re.search(r"Key '\w+' (is )?not in", text)
-    if unknown and missing:
-        key = unknown.group(1).split("=")[0]
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-            key.rsplit(".", 1)[-1], known, n=1, cutoff=0.5
-        )
-        hint = f"did you mean {near[0]}?" if near else "see hjepa-pretrain --help"
-        return f"{key} is no setting; {hint}"
+def _one_line(error: BaseException, known: Sequence[str]) -> str:
+    """Turn hydra's and omegaconf's paragraphs into a sentence, with the nearest valid name of an unknown key."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    text = "\n".join(str(link) for link in chain)
+    if "Unexpected type for root: NoneType" in text:
+        return "a field is set of a part that is null in this recipe, such as hjepa.global_level; choose a recipe that has it"
+    unknown = re.search(r"Could not override '([^'=]+)", text) or (
+        re.search(r"full_key: (\S+)", text) if re.search(r"Key '\S+' (is )?not in", text) else None
+    )
+    if unknown:
+        return _unknown(unknown[1], known)
     choice = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
     if choice:
-        options = re.search(r"Available options in '[^']+':\s*((?:\S+\s*)+)", text)
-        names = ", ".join(options.group(1).split()) if options else "see conf/"
-        return f"{choice.group(1)}={choice.group(2)}: there is no such {choice.group(1)}; allowed: {names}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    where = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
-    return f"{where}: {lines[0]}" if where else (lines[0] if lines else type(error).__name__)
+        names = re.search(r"Available options in '[^']+':\n((?:\t\S+\n)+)", text)
+        allowed = ", ".join(names[1].split()) if names else "see conf/"
+        return f"{choice[1]}={choice[2]}: there is no such {choice[1]}; allowed: {allowed}"
+    key = re.search(r"full_key: (\S+)", text)
+    reason = str(chain[-1]).strip().splitlines()
+    return f"{key[1]}: {reason[0]}" if key else " ".join(reason)
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:
+        last = {name.rsplit(".", 1)[-1]: name for name in known}
+        near = [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
+    hint = f"did you mean {near[0]}?" if near else "hjepa-pretrain --settings lists all"
+    return f"{key} is no setting; {hint}"
