@@ -103,7 +103,7 @@ class ScheduleConfig:
             raise ValueError(f"warmup_steps={self.warmup_steps}: negative; allowed: 0 (no warm-up) and more")
         if self.steps is not None and self.steps <= self.warmup_steps:
             raise ValueError(
-                f"steps={self.steps}: not more than warmup_steps={self.warmup_steps}; give more steps, or warm up faster"
+                f"steps={self.steps}: not more than warmup_steps={self.warmup_steps}; give more, or warm up faster"
             )
 
     def build(self, steps: int) -> Callable[[int], float]:

@@ -193,13 +193,13 @@ class CheckpointStore:
 
 class _LazyTensors(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt", device="cpu")
-        self._names = frozenset(self._file.keys())  # type: ignore[no-untyped-call]
+        self._file: Any = safe_open(path, framework="pt", device="cpu")
+        self._names = frozenset(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
+        tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

@@ -1,0 +1,186 @@
+import errno
+import json
+import logging
+import resource
+
+import pytest
+import torch
+
+from hjepa_train import CheckpointConfig, CheckpointError, CheckpointStore
+from hjepa_train.checkpoint import store as store_module
+from hjepa_train.checkpoint.files import DamagedError, read_manifest
+
+MODEL = {"weight": [4, 3]}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CheckpointStore(tmp_path / "checkpoints")
+
+
+def save(store, step, size=4):
+    tensors = {"model/weight": torch.full((size, 3), float(step))}
+    return store.save(step, tensors, {"step": step, "stream": {"position": step}}, MODEL)
+
+
+def test_a_checkpoint_comes_back_as_it_was(store):
+    path = save(store, 7)
+    assert path.name == "step_00000007"
+    assert (store.folder / "latest").read_text() == "step_00000007\n"
+    newest = store.newest()
+    assert newest.state == {"step": 7, "stream": {"position": 7}}
+    assert newest.model == MODEL
+    assert torch.equal(newest.tensors()["model/weight"], torch.full((4, 3), 7.0))
+    assert list(newest.tensors()) == ["model/weight"]
+
+
+def test_an_empty_folder_has_no_checkpoint(store):
+    assert store.newest() is None
+
+
+def test_only_the_newest_stay(store):
+    for step in (1, 2, 3, 10):
+        save(store, step)
+    assert [path.name for path in store.paths()] == ["step_00000010", "step_00000003"]
+    store.keep = None
+    save(store, 11)
+    assert len(store.paths()) == 3
+
+
+def corrupt_size(path):
+    with (path / "tensors.safetensors").open("r+b") as file:
+        file.truncate(20)
+
+
+def corrupt_bit(path):
+    content = bytearray((path / "tensors.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "tensors.safetensors").write_bytes(content)
+
+
+def corrupt_json(path):
+    (path / "manifest.json").write_text((path / "manifest.json").read_text()[:30])
+
+
+def corrupt_fields(path):
+    (path / "manifest.json").write_text('{"format": 1}')
+
+
+def corrupt_format(path):
+    (path / "manifest.json").write_text("[]")
+
+
+def lose_file(path):
+    (path / "state.json").unlink()
+
+
+def lose_manifest(path):
+    (path / "manifest.json").unlink()
+
+
+DAMAGES = [corrupt_size, corrupt_bit, corrupt_json, corrupt_fields, corrupt_format, lose_file, lose_manifest]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, store, caplog):
+    save(store, 1)
+    damage(save(store, 2))
+    with caplog.at_level(logging.WARNING):
+        assert store.newest().state["step"] == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "step_00000002 is damaged" in caplog.text
+
+
+def test_a_run_never_starts_again_in_silence(store):
+    corrupt_bit(save(store, 1))
+    with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged; remove the folder"):
+        store.newest()
+
+
+def test_a_damaged_checkpoint_is_written_again(store):
+    save(store, 1)
+    corrupt_bit(save(store, 2))
+    save(store, 2)
+    assert store.newest().state["step"] == 2
+    assert not list(store.folder.glob(".tmp-*"))
+
+
+def test_what_an_interrupted_save_left_is_no_checkpoint_and_goes(store):
+    save(store, 1)
+    leftover = store.folder / ".tmp-step_00000002"
+    leftover.mkdir()
+    (leftover / "tensors.safetensors").write_bytes(b"half")
+    assert store.newest().state["step"] == 1
+    save(store, 3)
+    assert not leftover.exists()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(store):
+    """The kernel refuses to let a file grow: the real writer meets a real error."""
+    save(store, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="newest checkpoint that is whole: step_00000001; make room") as caught:
+            save(store, 2, size=100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_00000001"]
+    assert store.newest().state["step"] == 1
+    assert (store.folder / "latest").read_text() == "step_00000001\n"
+    save(store, 2)
+    assert store.newest().state["step"] == 2
+
+
+@pytest.mark.parametrize("stage", ["write_json", "write_manifest", "replace_text"])
+def test_a_disk_that_fills_at_a_later_stage(stage, store, monkeypatch):
+    save(store, 1)
+
+    def full(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store_module, stage, full)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            save(store, 2)
+    assert store.newest().state["step"] in (1, 2)
+    assert not list(store.folder.glob(".tmp-*"))
+    assert (store.folder / "step_00000001").is_dir()
+
+
+def test_another_model_is_named(store):
+    save(store, 1)
+    checkpoint = store.newest()
+    checkpoint.check_model({"weight": [4, 3]})
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.check_model({"weight": [4, 5]} | {f"extra.{i}": [1] for i in range(5)})
+    message = str(caught.value)
+    assert "5 missing (extra.0, extra.1, extra.2, ...)" in message
+    assert "1 of another shape (weight [4, 3] saved, [4, 5] here)" in message
+    assert "use another run directory" in message
+    assert "\n" not in message
+    with pytest.raises(CheckpointError, match=r"1 missing \(other\); 1 unexpected \(weight\)"):
+        checkpoint.check_model({"other": [4, 3]})
+
+
+def test_the_manifest_tells_every_file(store):
+    path = save(store, 1)
+    manifest = read_manifest(path, verify=True)
+    assert manifest == json.loads((path / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"state.json", "tensors.safetensors"}
+    corrupt_bit(path)
+    read_manifest(path, verify=False)
+    with pytest.raises(DamagedError, match="another SHA-256"):
+        read_manifest(path, verify=True)
+
+
+def test_a_rank_that_does_not_see_the_folder_says_so(store):
+    with pytest.raises(CheckpointError, match="must be shared by all ranks"):
+        store.at(5)
+
+
+@pytest.mark.parametrize("fields", [{"every_steps": 0}, {"every_minutes": -1.0}, {"keep": 0}])
+def test_a_wrong_cadence_is_refused(fields):
+    with pytest.raises(ValueError, match="not positive"):
+        CheckpointConfig(**fields)
