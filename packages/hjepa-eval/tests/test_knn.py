@@ -10,9 +10,9 @@ from hjepa_eval import knn_accuracy, knn_predict
 
 def naive(train, labels, test, k, temperature, classes):
     """Float64 Python loop over the definition."""
-    bank = [[float(v) for v in row] for row in train.double()]
+    bank = train.double().tolist()
     predicted = []
-    for row in [[float(v) for v in r] for r in test.double()]:
+    for row in test.double().tolist():
         norm = math.sqrt(sum(v * v for v in row))
         cosines = []
         for j, other in enumerate(bank):
