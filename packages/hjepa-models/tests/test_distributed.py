@@ -17,6 +17,7 @@ def test_one_process_is_left_alone(device):
     assert all_reduce_mean(tensor) is tensor
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_equal_one_in_loss_gradients_and_statistics(tmp_path):
     runs = [

@@ -277,6 +277,16 @@ def test_clips_use_the_same_code(device):
     assert model.features(clips, 1, "none").shape == (2, 1, 32)
 
 
+@pytest.mark.slow
+def test_a_step_is_one_graph_without_host_synchronisation(device):
+    model = small_config("detached", with_global=True, pyramid={"fpn": "concat"}).build(device=device)
+    traced = torch.compile(model, backend="eager", fullgraph=True)
+    views, context, target = batch(device, 2)
+    for step in range(3):
+        whole, plain = traced(views, context, target, step), model(views, context, target, step)
+        torch.testing.assert_close(whole.loss, plain.loss)
+
+
 def test_a_few_steps_lower_the_loss(device):
     model = small_config("pooled", encoder={"stem": "conv"}).build(device=device)
     optimizer = torch.optim.AdamW([p for _, p in trained(model)], lr=2e-3)

@@ -253,8 +253,7 @@ class HJEPA(nn.Module):
         context_index, target_index, rows = self._spread_masks(context_index, target_index, len(views[0]))
         images = torch.cat([view[:rows] for view in views[: config.masked_views]])
         grid = self.encoder.grid_of(images)
-        # The gradient branch runs first: autocast would otherwise keep half-precision copies of the weights that were
-        # made without gradient and use them here.
+        # The gradient branch runs first, so that the half-precision weights that autocast keeps are made with gradient.
         context = self.encoder(images, context_index)
         predicted = self.predictor(context, context_index, target_index, grid).flatten(1, 2)
         with torch.no_grad():

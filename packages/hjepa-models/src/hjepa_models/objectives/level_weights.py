@@ -33,7 +33,7 @@ class LevelWeightsConfig:
     ramp_steps: int = 1
 
     def __post_init__(self) -> None:
-        """Coerce lists and names, fill in the default ramps and refuse what makes no sense."""
+        """Coerce lists and names, and refuse what makes no sense."""
         self.kind = coerce_choice(LevelWeighting, "kind", self.kind)
         self.weights = tuple(self.weights)
         check_positive(ramp_steps=self.ramp_steps)
@@ -45,19 +45,26 @@ class LevelWeightsConfig:
                 "ramp_steps=1: the default ramps of kind=curriculum are fractions of a run and would end at step 1; "
                 "allowed: the steps of the run; set ramp_steps, or ramp_start and ramp_end in steps"
             )
-        self.ramp_start = tuple(self.ramp_start) or tuple((count - 1 - level) / (2 * count) for level in range(count))
-        self.ramp_end = tuple(self.ramp_end) or tuple((count - level) / (2 * count) for level in range(count))
+        self.ramp_start, self.ramp_end = tuple(self.ramp_start), tuple(self.ramp_end)
         for name, ramp in (("ramp_start", self.ramp_start), ("ramp_end", self.ramp_end)):
-            if len(ramp) != count:
+            if ramp and len(ramp) != count:
                 raise ValueError(
                     f"{name}={ramp}: has {len(ramp)} entries where weights={self.weights} has {count}; "
                     f"allowed: one per level, or empty for the default; change one of them"
                 )
-        if any(start > end for start, end in zip(self.ramp_start, self.ramp_end, strict=True)):
+        if any(start > end for start, end in self.ramps()):
+            starts, ends = zip(*self.ramps(), strict=True)
             raise ValueError(
-                f"ramp_end={self.ramp_end}: a ramp ends before ramp_start={self.ramp_start}; "
+                f"ramp_end={ends}: a ramp ends before ramp_start={starts}; "
                 f"allowed: end >= start for each level; swap them"
             )
+
+    def ramps(self) -> list[tuple[float, float]]:
+        """Return where the ramp of each level starts and ends, in units of `ramp_steps`, defaults filled in."""
+        count = len(self.weights)
+        starts = self.ramp_start or [(count - 1 - level) / (2 * count) for level in range(count)]
+        ends = self.ramp_end or [(count - level) / (2 * count) for level in range(count)]
+        return list(zip(starts, ends, strict=True))
 
     def level_weights(self, step: int) -> tuple[float, ...]:
         """Return the weight of each level at a step.
@@ -68,8 +75,10 @@ class LevelWeightsConfig:
         if self.kind is LevelWeighting.fixed:
             return self.weights
         now = step / self.ramp_steps
-        ramps = zip(self.weights, self.ramp_start, self.ramp_end, strict=True)
-        return tuple(round(weight * _ramp(now, start, end), 12) for weight, start, end in ramps)
+        return tuple(
+            round(weight * _ramp(now, start, end), 12)
+            for weight, (start, end) in zip(self.weights, self.ramps(), strict=True)
+        )
 
 
 def _ramp(now: float, start: float, end: float) -> float:
