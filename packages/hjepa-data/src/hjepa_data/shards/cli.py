@@ -89,7 +89,8 @@ def _run(options: argparse.Namespace, out: Console, log: Console) -> None:
 
 
 def _report(result: FolderResult, folder: Path, seconds: float, out: Console) -> None:
-    table = Table(title=f"shards in {_escape(str(folder))}", title_justify="left")
+    out.print(f"shards in {_escape(str(folder))}", soft_wrap=True, highlight=False)
+    table = Table()
     for name in ("split", "shards", "images", "MB"):
         table.add_column(name, justify="left" if name == "split" else "right")
     for split, shards in result.shards.items():
@@ -104,7 +105,9 @@ def _report(result: FolderResult, folder: Path, seconds: float, out: Console) ->
         line = "no labels: images do not lie in one folder a class"
     out.print(_escape(line), soft_wrap=True, highlight=False)
     if result.left_out:
-        reasons = Table(title=f"{result.left_out.total():,} files left out", title_justify="left")
+        total = result.left_out.total()
+        out.print(f"{total:,} file{'' if total == 1 else 's'} left out", highlight=False)
+        reasons = Table()
         reasons.add_column("why")
         reasons.add_column("files", justify="right")
         reasons.add_column("for example", overflow="fold")

@@ -98,6 +98,25 @@ class StreamOrder:
             done += take
         return epochs, samples
 
+    def windows_from(self, position: int, count: int) -> list[tuple[tuple[int, int], Int64Array]]:
+        """List the windows from a position on.
+
+        Args:
+            position: 0 and up, over all epochs.
+            count: how many windows.
+
+        Returns:
+            For each window (epoch, its number in the epoch) and its shards.
+        """
+        epoch, place = divmod(position, self.num_samples)
+        window = int(np.searchsorted(self._layout(epoch)[1], place, side="right"))
+        found = []
+        for _ in range(count):
+            shards, ends = self._layout(epoch)
+            found.append(((epoch, window), shards[window * self._window_shards : (window + 1) * self._window_shards]))
+            epoch, window = (epoch, window + 1) if window + 1 < len(ends) else (epoch + 1, 0)
+        return found
+
     def _layout(self, epoch: int) -> tuple[Int64Array, Int64Array]:
         """Order of the shards in an epoch, and the place at which each window ends."""
         if epoch not in self._layouts:

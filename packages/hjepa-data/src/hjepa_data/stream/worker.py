@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from hjepa_data.errors import DataError
 from hjepa_data.shards.index import Int64Array
@@ -83,6 +84,7 @@ class TrainTasks(Dataset[Loaded]):
         self._max_pixels = max_pixels
         self._cache: dict[int, Upright] = {}
         self._cache_left = cache_bytes
+        self._announced: set[tuple[int, int]] = set()
 
     def __getitem__(self, start: int) -> Loaded:
         """Load the batch whose first image stands at a position."""
@@ -92,6 +94,7 @@ class TrainTasks(Dataset[Loaded]):
             return Loaded(batch=None, error=str(error))
 
     def _load(self, start: int) -> Loaded:
+        self._read_ahead(start)
         epochs, samples = self._order.span(start, self._count)
         views = [
             torch.empty((self._count, 3, *g.size), dtype=torch.uint8) for g in self._groups for _ in range(g.count)
@@ -113,6 +116,18 @@ class TrainTasks(Dataset[Loaded]):
                 where = self._source.locate(int(samples[row]))
                 raise DataError(f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last at {where}")
         return Loaded(batch=_batch(views, self._source.labels[samples], samples, epochs), skipped=skipped)
+
+    def _read_ahead(self, start: int) -> None:
+        """Have the shards of this window and of the next one read, once, by one of the workers."""
+        worker = get_worker_info()
+        if worker is not None and worker.id > 0:
+            return
+        coming = self._order.windows_from(start, 2)
+        new = [int(shard) for window, shards in coming if window not in self._announced for shard in shards]
+        if new:
+            self._announced = {window for window, _ in coming}
+            # The call lasts as long as the disk does.
+            threading.Thread(target=self._source.read_ahead, args=(new,), daemon=True).start()
 
     def _write(self, epoch: int, sample: int, pixels: list[Pixels], row: int) -> None:
         upright = self._cache.get(sample)

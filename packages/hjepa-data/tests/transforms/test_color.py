@@ -1,0 +1,155 @@
+import time
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as reference
+
+from hjepa_data import ColorAugment, ColorConfig, normalize
+from hjepa_data.transforms.color import _color_affine, _gaussian_blur
+
+OFF = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grayscale": 0.0, "probability": 1.0}
+
+
+def batch(device, count=16, size=24):
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, 4, 4, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+    return (images * 255).round().to(torch.uint8).to(device), torch.arange(count, device=device)
+
+
+def augmented(device, seed=0, **fields):
+    images, sample = batch(device)
+    return images.float() / 255, ColorConfig(**(OFF | fields)).build(seed)(images, 0, sample, 0)
+
+
+def test_nothing_changes_nothing(device):
+    images, result = augmented(device)
+    torch.testing.assert_close(result, images, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+def test_each_step_equals_torchvision(device, name):
+    images, result = augmented(device, **{name: 0.4})
+    draws = _draws(device)
+    factor = 1 + 0.4 * (2 * draws[:, 1 + ("brightness", "contrast", "saturation").index(name)] - 1)
+    assert float(factor.std()) > 0.1
+    for image, value, found in zip(images, factor.tolist(), result, strict=True):
+        expected = getattr(reference, f"adjust_{name}")(image, value)
+        # Their weights of grey have four digits.
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+
+
+def _draws(device):
+    from hjepa_data.random import uniform
+    from hjepa_data.transforms.color import _COLOR
+
+    return uniform(0, _COLOR, 0, 0, torch.arange(16, device=device), n=ColorAugment._NUM_DRAWS)
+
+
+def test_hue_turns_colours_and_keeps_grey(device):
+    images, result = augmented(device, hue=0.3)
+    luma = torch.tensor((0.299, 0.587, 0.114), device=device).view(3, 1, 1)
+    inside = ((result > 0) & (result < 1)).all(1)
+    change = ((images - result) * luma).sum(1).abs()
+    assert float(change[inside].max()) < 1e-4
+    assert float((images - result).abs().mean()) > 0.02
+
+
+def test_grayscale_has_three_equal_channels(device):
+    images, result = augmented(device, grayscale=1.0)
+    assert float((result - result.mean(1, keepdim=True)).abs().max()) < 1e-5
+    torch.testing.assert_close(result[:, :1], reference.rgb_to_grayscale(images), atol=2e-3, rtol=0)
+
+
+def test_steps_compose_in_their_order(device):
+    images, _ = batch(device, 4)
+    pixels = images.float() / 255
+    config = ColorConfig(probability=1.0, grayscale=0.0, hue=0.0)
+    draws = _draws(device)[:4]
+    matrix, offset = _color_affine(config, draws, pixels.flatten(2).mean(2))
+    found = torch.baddbmm(offset, matrix, pixels.flatten(2)).view_as(pixels)
+    brightness, contrast, saturation = (
+        (1 + part * (2 * draws[:, 1 + i] - 1)).view(-1, 1, 1, 1) for i, part in enumerate((0.4, 0.4, 0.2))
+    )
+    luma = torch.tensor((0.299, 0.587, 0.114), device=device).view(1, 3, 1, 1)
+    step = pixels * brightness
+    mean = (step * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    step = contrast * step + (1 - contrast) * mean
+    step = saturation * step + (1 - saturation) * (step * luma).sum(1, keepdim=True)
+    torch.testing.assert_close(found, step, atol=1e-5, rtol=0)
+
+
+def test_solarize_inverts_bright_values(device):
+    images, result = augmented(device, solarize=1.0)
+    torch.testing.assert_close(result, torch.where(images >= 0.5, 1 - images, images), atol=1e-6, rtol=0)
+
+
+def test_blur_equals_torchvision_and_spares_the_others(device):
+    images = batch(device)[0].float() / 255
+    sigma = torch.linspace(0.5, 1.5, 16, device=device)
+    found = _gaussian_blur(images, sigma, 1.5)
+    for image, value, blurred in zip(images, sigma.tolist(), found, strict=True):
+        torch.testing.assert_close(blurred, reference.gaussian_blur(image, [7, 7], [value, value]), atol=1e-4, rtol=0)
+    plain, none = augmented(device, blur=1e-9)
+    torch.testing.assert_close(none, plain, atol=1e-6, rtol=0)
+
+
+def test_pure_in_seed_step_sample_and_view(device):
+    images, sample = batch(device)
+    augment = ColorConfig().build(3)
+    base = augment(images, 5, sample, 0)
+    assert torch.equal(base, ColorConfig().build(3)(images, 5, sample, 0))
+    parts = [augment(images[rows], 5, sample[rows], 0) for rows in (slice(0, 5), slice(5, 16))]
+    torch.testing.assert_close(torch.cat(parts), base, atol=1e-6, rtol=0)
+    for other in (augment(images, 6, sample, 0), augment(images, 5, sample, 1), augment(images, 5, sample + 16, 0)):
+        assert float((other - base).abs().mean()) > 0.01
+    assert float(base.min()) >= 0
+    assert float(base.max()) <= 1
+
+
+def test_clips_are_changed_as_a_whole(device):
+    images, sample = batch(device)
+    clips = images[:, :, None].expand(-1, -1, 3, -1, -1)
+    config = ColorConfig(blur=0.5, solarize=0.5)
+    flat, tube = config.build(0)(images, 0, sample, 0), config.build(0)(clips, 0, sample, 0)
+    for frame in range(3):
+        torch.testing.assert_close(tube[:, :, frame], flat, atol=1e-5, rtol=0)
+
+
+def test_normalize(device):
+    images, _ = batch(device)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    expected = reference.normalize(images.float() / 255, list(mean), list(std))
+    torch.testing.assert_close(normalize(images, mean, std), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalize(images.float() / 255, mean, std), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="3 channels"):
+        normalize(images, (0.5,), (0.5,))
+
+
+def test_wrong_input_is_refused(device):
+    with pytest.raises(ValueError, match="three channels"):
+        ColorConfig().build(0)(torch.zeros(2, 1, 4, 4, device=device), 0, torch.arange(2, device=device), 0)
+    for fields, word in (
+        ({"hue": 0.7}, "0 to 0.5 turns"),
+        ({"brightness": 1.5}, "brightness=1.5"),
+        ({"blur_sigma": (2.0, 1.0)}, "blur_sigma"),
+        ({"solarize_threshold": 2.0}, "solarize_threshold"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            ColorConfig(**fields)
+
+
+def test_256_small_images_take_milliseconds():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        images = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        augment, sample, times = ColorConfig().build(0), torch.arange(256), []
+        for step in range(20):
+            begin = time.process_time()
+            augment(images, step, sample, 0)
+            times.append(time.process_time() - begin)
+    finally:
+        torch.set_num_threads(threads)
+    # About 2 ms on an idle core; the limit leaves room for a busy one.
+    assert sorted(times)[5] < 0.012
