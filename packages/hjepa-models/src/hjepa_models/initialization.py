@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar, cast
 
 import torch
-from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from hjepa_models.layers.block import Block
@@ -63,6 +62,8 @@ def initialize(module: nn.Module, generator: torch.Generator, std: float = 0.02,
         std: deviation of the linear maps.
         fan_in: give the linear maps the deviation fan_in^-1/2 instead of `std`.
     """
+    from timm.layers import LayerScale
+
     for child in module.modules():
         if isinstance(child, nn.Linear):
             truncated_normal_(child.weight, child.in_features**-0.5 if fan_in else std, generator)

@@ -3,7 +3,6 @@
 from enum import StrEnum
 
 from jaxtyping import Float
-from timm.layers import DropPath, LayerScale, Mlp, SwiGLU
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +19,8 @@ class MlpKind(StrEnum):
 
 def build_mlp(kind: MlpKind, dim: int, ratio: float) -> nn.Module:
     """Return a feed-forward layer; SwiGLU takes 2/3 of the hidden width, so that both have as many parameters."""
+    from timm.layers import Mlp, SwiGLU  # takes seconds to import, and only a model that is built needs it
+
     hidden = int(dim * ratio)
     if kind is MlpKind.swiglu:
         swiglu: nn.Module = SwiGLU(dim, hidden * 2 // 3, align_to=8)
@@ -43,6 +44,8 @@ class Block(nn.Module):
         drop_path: float,
         attention: AttentionBackend,
     ) -> None:
+        from timm.layers import DropPath, LayerScale
+
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, qk_norm=qk_norm, backend=attention)
