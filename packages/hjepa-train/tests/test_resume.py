@@ -25,6 +25,7 @@ from hjepa_train import (
     Trainer,
     TrainerConfig,
 )
+from hjepa_train.signals import StopSignals
 from hjepa_train.testing import ArithmeticStream, ToyModule
 
 STEPS = 12
@@ -134,6 +135,19 @@ def test_a_second_interrupt_is_at_once(device, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build(device, tmp_path, extra=[StopAt(2, interrupt_twice)]).fit()
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_worker_outlives_ctrl_c_and_obeys_sigterm():
+    with StopSignals(lambda name: pytest.fail(f"{name} of a worker stopped the run")):
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGTERM
 
 
 def test_an_interrupt_that_torchrun_repeats_is_one(device, tmp_path):

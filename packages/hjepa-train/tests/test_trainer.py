@@ -49,7 +49,9 @@ def test_the_loop_equals_the_same_steps_written_out(device):
     module = ToyModule().to(device)
     decay = [p for n, p in module.named_parameters() if p.requires_grad and p.ndim > 1 and n != "mask_token"]
     rest = [p for n, p in module.named_parameters() if p.requires_grad and (p.ndim == 1 or n == "mask_token")]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0}], lr=0.01)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0}], lr=0.01
+    )
     losses = []
     for step, batch in zip(range(5), ArithmeticStream(), strict=False):
         loss = module(batch.to(device), step).loss
@@ -126,7 +128,7 @@ class Diverging(ToyModule):
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(device, tmp_path):
     cadence = CheckpointConfig(every_steps=1)
     trainer = Trainer(Diverging(3), ArithmeticStream(), config(device), run_dir=tmp_path, checkpoint=cadence)
-    with pytest.raises(TrainingError, match="step 4: the loss or its gradient is not finite") as caught:
+    with pytest.raises(TrainingError, match=r"step 4: the loss or its gradient is not finite") as caught:
         trainer.fit()
     assert "\n" not in str(caught.value)
     newest = trainer.store.newest()

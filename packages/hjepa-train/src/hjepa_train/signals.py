@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ class StopSignals:
 
     def __init__(self, on_stop: Callable[[str], None]) -> None:
         self._on_stop = on_stop
+        self._owner = os.getpid()
         self._interrupted: float | None = None
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -37,9 +39,18 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            self._handle_in_fork(number)
+            return
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._interrupted is not None and now - self._interrupted > _PATIENCE:
                 raise KeyboardInterrupt
             self._interrupted = now if self._interrupted is None else self._interrupted
         self._on_stop(signal.Signals(number).name)
+
+    def _handle_in_fork(self, number: int) -> None:
+        """Let a loader's worker, which inherits this handler, outlive Ctrl-C (its owner ends it) and obey the rest."""
+        if number != signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

@@ -23,8 +23,8 @@ class ArithmeticBatch:
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
         """Return the batch on a device."""
-        move = {"device": device, "non_blocking": non_blocking}
-        return type(self)(values=self.values.to(**move), sample=self.sample.to(**move))
+        values = self.values.to(device, non_blocking=non_blocking)
+        return type(self)(values=values, sample=self.sample.to(device, non_blocking=non_blocking))
 
     def __len__(self) -> int:
         return len(self.sample)

@@ -121,7 +121,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(store):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(CheckpointError, match="newest checkpoint that is whole: step_00000001; make room") as caught:
+        with pytest.raises(
+            CheckpointError, match="newest checkpoint that is whole: step_00000001; make room"
+        ) as caught:
             save(store, 2, size=100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -193,7 +193,7 @@ class CheckpointStore:
 
 class _LazyTensors(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
-        self._file: Any = safe_open(path, framework="pt", device="cpu")
+        self._file = _open_tensors(path)
         self._names = frozenset(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:
@@ -207,6 +207,10 @@ class _LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _open_tensors(path: Path) -> Any:  # noqa: ANN401 (whether its methods are typed depends on the version)
+    return safe_open(path, framework="pt", device="cpu")
 
 
 def _name(step: int) -> str:

@@ -1,0 +1,142 @@
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hjepa_train import (
+    Callback,
+    CollapseError,
+    CollapseMonitor,
+    MonitorConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    StepOutput,
+    Trainer,
+    TrainerConfig,
+)
+from hjepa_train.callbacks.monitor import entropy_rank, read_embeddings
+from hjepa_train.testing import ArithmeticStream, ToyModule
+
+
+class Rows(Callback):
+    def __init__(self):
+        self.rows = []
+
+    def on_row(self, trainer, row):
+        self.rows.append(dict(row))
+
+
+def train(device, monitor, module=None, *, rate=0.01, steps=100):
+    rows = Rows()
+    config = TrainerConfig(
+        steps=steps,
+        clip_norm=None,
+        precision="fp32",
+        learning_rate=ScheduleConfig(value=rate),
+        parallel=ParallelConfig(device=device.type),
+    )
+    module = ToyModule() if module is None else module
+    Trainer(module, ArithmeticStream(batch_size=32), config, callbacks=[monitor, rows]).fit()
+    return [row for row in rows.rows if "monitor/alarm" in row]
+
+
+def test_rankme_is_the_published_formula(device):
+    torch.manual_seed(0)
+    rows = torch.randn(40, 12, device=device)
+    singular = torch.linalg.svdvals(rows.double().cpu())
+    share = singular / singular.sum() + 1e-7
+    assert entropy_rank(rows.double()) == pytest.approx(math.exp(-float((share * share.log()).sum())))
+
+
+def test_ranks_of_known_batches(device):
+    torch.manual_seed(0)
+    isotropic = read_embeddings(torch.randn(2000, 16, device=device))
+    assert isotropic.rankme == pytest.approx(16, rel=0.01)
+    assert isotropic.std == pytest.approx(1, rel=0.05)
+    line = torch.randn(2000, 1, device=device) * torch.randn(1, 16, device=device)
+    assert read_embeddings(line).rankme == pytest.approx(1, abs=0.01)
+    shifted = read_embeddings(torch.randn(2000, 16, device=device) + 100.0)
+    assert shifted.rankme < 2 < 15 < shifted.effective_rank
+    assert shifted.spread == pytest.approx(0.01, rel=0.1)
+
+
+def test_dead_and_broken_embeddings(device):
+    dead = read_embeddings(torch.zeros(8, 4, device=device))
+    assert (dead.std, dead.spread) == (0.0, 0.0)
+    assert math.isnan(read_embeddings(torch.full((8, 4), math.nan, device=device)).rankme)
+
+
+def test_a_healthy_run_raises_no_alarm(device):
+    rows = train(device, CollapseMonitor(MonitorConfig(every=10)))
+    assert [row["step"] for row in rows] == [1, *range(10, 101, 10)]
+    assert all(row["monitor/alarm"] == 0.0 for row in rows)
+    assert all(row["monitor/0/rankme"] > 1.5 for row in rows)
+
+
+def test_an_absurd_learning_rate_raises_the_alarm_once(device, caplog):
+    with caplog.at_level(logging.WARNING):
+        rows = train(device, CollapseMonitor(MonitorConfig(every=5)), rate=30.0, steps=60)
+    assert rows[0]["monitor/alarm"] == 0.0
+    assert rows[-1]["monitor/alarm"] == 1.0
+    lines = [record.getMessage() for record in caplog.records if "collapse at level 0" in record.getMessage()]
+    assert len(lines) >= 1
+    assert len(lines) < sum(row["monitor/alarm"] for row in rows)
+    assert "lower the learning rate" in lines[0]
+
+
+def test_the_policy_stop_ends_the_run(device):
+    with pytest.raises(CollapseError, match=r"step \d+: collapse at level 0") as caught:
+        train(device, CollapseMonitor(MonitorConfig(every=5, policy="stop")), rate=30.0, steps=60)
+    assert "\n" not in str(caught.value)
+
+
+class Given(nn.Module):
+    """Emits the embeddings that it is given, step by step."""
+
+    def __init__(self, embeddings):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.steps = embeddings
+
+    def forward(self, batch, step):
+        embeddings = {"0": self.steps[min(step, len(self.steps) - 1)].to(self.weight.device)}
+        return StepOutput(loss=self.weight.square().sum(), embeddings=embeddings)
+
+
+def alarms(device, embeddings, **fields):
+    monitor = CollapseMonitor(MonitorConfig(every=1, **fields))
+    return [row["monitor/alarm"] for row in train(device, monitor, Given(embeddings), steps=len(embeddings))]
+
+
+def test_each_kind_of_collapse_is_seen(device):
+    torch.manual_seed(0)
+    healthy = torch.randn(64, 32)
+    line = torch.randn(64, 1) * torch.randn(1, 32)
+    constant = torch.ones(64, 32) + 1e-5 * torch.randn(64, 32)
+    broken = healthy.clone()
+    broken[3, 3] = math.nan
+    assert alarms(device, [healthy, line, healthy]) == [0, 1, 0]
+    assert alarms(device, [healthy, constant]) == [0, 1]
+    assert alarms(device, [healthy, broken]) == [0, 1]
+
+
+def test_a_fall_from_an_early_value_is_seen_and_can_be_switched_off(device):
+    torch.manual_seed(0)
+    healthy = torch.randn(64, 32)
+    plane = torch.randn(64, 2) @ torch.randn(2, 32)
+    assert alarms(device, [healthy, plane]) == [0, 1]
+    assert alarms(device, [healthy, plane], drop=0.0) == [0, 0]
+
+
+def test_the_best_reading_survives_a_resume():
+    monitor = CollapseMonitor()
+    monitor.load_state_dict({"best": {"0": {"effective_rank": 30.0, "spread": 1.0}}})
+    assert monitor.state_dict() == {"best": {"0": {"effective_rank": 30.0, "spread": 1.0}}}
+
+
+@pytest.mark.parametrize("fields", [{"every": 0}, {"policy": "pray"}, {"max_samples": 2}, {"drop": 1.0}])
+def test_a_wrong_monitor_is_refused(fields):
+    with pytest.raises(ValueError, match="allowed"):
+        MonitorConfig(**fields)

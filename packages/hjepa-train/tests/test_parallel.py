@@ -1,0 +1,148 @@
+"""Two gloo processes are one process: losses, weights, checkpoints, stops and failures."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hjepa_train import Outcome, ParallelConfig, World, init_world
+
+SCRIPTS = Path(__file__).parent / "scripts"
+LIMIT = 240
+
+
+def launch(script, *arguments):
+    """Start two ranks of a script; return (exit code, standard output, standard error) of each."""
+    processes = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": str(rank),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=environment, **pipes))
+    try:
+        outputs = [process.communicate(timeout=LIMIT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def load_ranks_script():
+    spec = importlib.util.spec_from_file_location("ranks_script", SCRIPTS / "ranks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same trainings by one process, by DDP 2 and by FSDP 2."""
+    root = tmp_path_factory.mktemp("runs")
+    script = load_ranks_script()
+    parallel = ParallelConfig(device="cpu")
+    for name, case in script.CASES.items():
+        script.train(case, parallel, init_world(parallel), root / "single" / name)
+    main, other = launch("ranks.py", root)
+    assert main[0] == other[0] == 0, main[2] + other[2]
+    return root, script, json.loads(main[1].splitlines()[-1])
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    tensors = load_file(folder / "checkpoints" / "step_00000005" / "tensors.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("generator")}
+
+
+def assert_same_weights(folder, reference, tolerance=2e-6):
+    mine, theirs = weights(folder), weights(reference)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.allclose(mine[name], tensor, atol=tolerance), name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["plain", "accumulate", "late"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_train_like_one_process(kind, case, runs):
+    root, *_ = runs
+    mine, theirs = rows(root / kind / case), rows(root / "single" / case)
+    assert [row["step"] for row in mine] == [1, 2, 3, 4, 5]
+    for name in ("train/loss", "train/grad_norm", "train/loss_level_0", "train/samples", "train/lr"):
+        assert [row[name] for row in mine] == pytest.approx([row[name] for row in theirs], rel=1e-4), name
+    for name in ("monitor/0/rankme", "monitor/0/spread"):
+        assert mine[1][name] == pytest.approx(theirs[1][name], rel=1e-3)
+    assert_same_weights(root / kind / case, root / "single" / case)
+
+
+@pytest.mark.distributed
+def test_accumulation_is_a_larger_batch(runs):
+    root, *_ = runs
+    for kind in ("single", "ddp", "fsdp"):
+        assert_same_weights(root / kind / "accumulate", root / "single" / "plain", tolerance=2e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_run_resumes(kind, runs):
+    root, _, outcomes = runs
+    assert outcomes[kind] == ["preempted", "done"]
+    assert (root / kind / "stopped" / "checkpoints" / "step_00000002").is_dir()
+    assert rows(root / kind / "stopped")[-1]["train/loss"] == rows(root / kind / "plain")[-1]["train/loss"]
+    assert_same_weights(root / kind / "stopped", root / kind / "plain", tolerance=0.0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_checkpoint_of_two_ranks_is_resumed_by_one(kind, runs, tmp_path):
+    root, script, _ = runs
+    parallel = ParallelConfig(device="cpu")
+    one, two = tmp_path / "one", tmp_path / "two"
+    shutil.copytree(root / "single" / "plain", one)
+    shutil.copytree(root / kind / "plain", two)
+    for folder in (one, two):
+        assert script.train({}, parallel, init_world(parallel), folder, steps=8) is Outcome.DONE
+    expected = rows(one)[-1]["train/loss"]
+    assert rows(two)[-1]["train/loss"] == pytest.approx(expected, rel=1e-4)
+    assert [row["step"] for row in rows(two)] == list(range(1, 9))
+
+
+@pytest.mark.distributed
+def test_a_failing_rank_shows_its_error_and_stops_the_other(tmp_path):
+    first, second = launch("failing_rank.py", tmp_path)
+    assert second[0] != 0
+    assert "rank 1 of 2 failed at step 3: the disk of this machine is gone" in second[2]
+    assert first[0] != 0
+    assert "rank 0 of 2 failed at step 3" in first[2]
+
+
+def test_one_process_needs_no_group(device, monkeypatch):
+    world = init_world(ParallelConfig(kind="ddp", device=device.type))
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    assert world.any(True, False) == (True, False)
+    assert world.from_main(7) == 7
+    tensor = torch.ones(2, device=device)
+    assert world.gather(tensor) is tensor
+    assert world.sum(tensor) is tensor
+    assert not torch.distributed.is_initialized()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="parallel=single: torchrun started 2 processes; use parallel=ddp"):
+        init_world(ParallelConfig(device=device.type))
+
+
+def test_a_world_is_a_cpu_by_default():
+    assert World().device == torch.device("cpu")
