@@ -3,9 +3,9 @@
     python tools/loader_throughput.py FOLDER_OR_SHARDS [--size 224] [--workers 0 2] [--seconds 8]
 
 The plain loop opens each image from memory, decodes all of it to RGB, draws a random-resized crop and a flip with the
-generator of Python, resizes, and lays 256 results into one uint8 array: no shards, no order, no state, no other process.
-With N workers it runs N times, in N processes that send nothing anywhere. The two take turns, best of three; the first
-round warms the page cache.
+generator of Python, resizes, and lays 256 results into one uint8 array: no shards, no order, no state. With N workers
+it runs N times, in N processes that send nothing anywhere. The two take turns, best of three, after a first batch of
+the loader that warms the page cache.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hjepa_data.errors import DataError
 from hjepa_data.random import hash_int
@@ -38,6 +40,25 @@ class RawSample:
     label: int
 
 
+class _Rows:
+    """Offset, length and label of each sample: arrays here, and shared memory on the way to another process."""
+
+    def __init__(self, offsets: Int64Array, lengths: Int64Array, labels: Int64Array) -> None:
+        self.offsets, self.lengths, self.labels = offsets, lengths, labels
+        self._shared: tuple[Tensor, ...] = ()
+
+    def __getstate__(self) -> tuple[Tensor, ...]:
+        # Tensors reach worker processes as handles, arrays as copies; the handles live as long as these tensors do.
+        if not self._shared:
+            columns = (self.offsets, self.lengths, self.labels)
+            self._shared = tuple(torch.from_numpy(column).clone().share_memory_() for column in columns)
+        return self._shared
+
+    def __setstate__(self, state: tuple[Tensor, ...]) -> None:
+        self._shared = state
+        self.offsets, self.lengths, self.labels = (column.numpy() for column in state)
+
+
 class ShardSource:
     """The samples of shards, numbered from 0 in the order of the pattern and of each tar.
 
@@ -55,20 +76,19 @@ class ShardSource:
         with ThreadPoolExecutor(num_threads) as pool:
             parts = list(pool.map(lambda shard: index_shard(shard, allow_truncated=allow_truncated), self.shards))
         self.shard_sizes: Int64Array = np.array([len(part) for part in parts], dtype=np.int64)
-        self._ends: Int64Array = np.cumsum(self.shard_sizes)
-        # Tensors, since those reach worker processes as shared memory, not as copies.
-        self._offsets = torch.from_numpy(np.concatenate([part.offsets for part in parts]))
-        self._lengths = torch.from_numpy(np.concatenate([part.sizes for part in parts]))
-        self._labels = torch.from_numpy(np.concatenate([part.labels for part in parts]))
+        self._ends: list[int] = np.cumsum(self.shard_sizes).tolist()
+        self._rows = _Rows(
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("offsets", "sizes", "labels"))
+        )
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @property
     def labels(self) -> Int64Array:
         """Class number of each sample, -1 if unknown, [len]."""
-        return self._labels.numpy()
+        return self._rows.labels
 
     @property
     def fingerprint(self) -> int:
@@ -90,9 +110,8 @@ class ShardSource:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        size = int(self._lengths[index])
-        offset = int(self._offsets[index])
+        shard = bisect_right(self._ends, index)
+        size, offset = self._rows.lengths.item(index), self._rows.offsets.item(index)
         try:
             image = os.pread(self._file(shard), size, offset)
         except OSError as error:
@@ -101,7 +120,7 @@ class ShardSource:
             raise DataError(
                 f"shard '{self.shards[shard]}' changed while in use: {len(image)} of {size} bytes at byte {offset}"
             )
-        return RawSample(image=image, label=int(self._labels[index]))
+        return RawSample(image=image, label=self._rows.labels.item(index))
 
     def read_ahead(self, shards: Iterable[int]) -> None:
         """Read whole shards once, from their start to their end, so that the system has them in its page cache.
@@ -129,8 +148,7 @@ class ShardSource:
         Returns:
             ``shard.tar: byte offset``.
         """
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        return f"{self.shards[shard]}: byte {int(self._offsets[index])}"
+        return f"{self.shards[bisect_right(self._ends, index)]}: byte {self._rows.offsets.item(index)}"
 
     def close(self) -> None:
         """Close the files that this process holds open."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -130,8 +131,21 @@ def load(tasks: Dataset[Loaded], items: Iterable[Any], config: WorkerConfig) -> 
         )
         # Python 3.12 warns of threads in the forking process; workers only decode and need no lock that these hold.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-        batches = iter(loader)
+        batches = _started(loader)
     return _guarded(batches)
+
+
+def _started(loader: DataLoader[Loaded]) -> Iterator[Loaded]:
+    """Start the workers, without the signal handler with which torch would raise at any line of the program.
+
+    A worker that died is found by the loader's own look every five seconds, in the call that waits for its batch.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+    return batches
 
 
 def _guarded(batches: Iterator[Loaded]) -> Iterator[Loaded]:
