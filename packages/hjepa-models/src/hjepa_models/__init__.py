@@ -7,7 +7,7 @@ from hjepa_models.grid import Grid, coarsen, gather_tokens, grid_coordinates, nu
 from hjepa_models.hjepa import HJEPA, Branch, FeaturePool, HJEPAConfig, HJEPAOutput, Targets
 from hjepa_models.layers.attention import AttentionBackend
 from hjepa_models.layers.block import MlpKind
-from hjepa_models.layers.patch import Stem, patchify
+from hjepa_models.layers.patch import Stem, StemNorm, patchify
 from hjepa_models.layers.positions import Position
 from hjepa_models.objectives import (
     LevelWeighting,
@@ -57,6 +57,7 @@ __all__ = [
     "Pyramid",
     "PyramidConfig",
     "Stem",
+    "StemNorm",
     "Targets",
     "coarsen",
     "cosine",

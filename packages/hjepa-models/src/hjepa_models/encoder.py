@@ -11,7 +11,7 @@ from hjepa_models.grid import Grid, gather_tokens, num_tokens
 from hjepa_models.initialization import construct, initialize, truncated_normal_
 from hjepa_models.layers.attention import AttentionBackend
 from hjepa_models.layers.block import MlpKind, Transformer
-from hjepa_models.layers.patch import CONVOLUTIONS, ConvStem, LinearStem, Stem, patchify
+from hjepa_models.layers.patch import CONVOLUTIONS, ConvStem, LinearStem, OverlapStem, Stem, StemNorm, patchify
 from hjepa_models.layers.positions import GridPositions, Position
 
 
@@ -34,8 +34,11 @@ class EncoderConfig:
         layer_scale: first value of the learned scale of each residual; None leaves it out.
         drop_path: rate at which the residuals of the last block are dropped in training; earlier blocks less, linearly.
         registers: learned tokens without a place, prepended and stripped again.
-        stem: `linear`, or `conv` (convolutions inside each patch, never across its border).
-        stem_channels: channels after each strided stage of the `conv` stem.
+        stem: `linear`, `conv` (convolutions inside each patch, never across its border) or `overlap` (convolutions over
+            the whole image, in which hidden patches are blanked first).
+        stem_channels: channels after each strided stage of a convolutional stem.
+        stem_norm: `none`, or `batch` after each of its convolutions, over all processes; its running statistics follow
+            whole images, so that training has to encode some (a global level or `detached` targets do).
         activation_checkpointing: recompute blocks in the backward pass to save memory.
         attention: `sdpa`, or `explicit` (plain softmax; a faster backward on a CPU for short sequences).
         init_std: deviation of the truncated normal that fills the linear maps.
@@ -57,6 +60,7 @@ class EncoderConfig:
     registers: int = 0
     stem: Stem = Stem.linear
     stem_channels: tuple[int, ...] = (32, 64)
+    stem_norm: StemNorm = StemNorm.none
     activation_checkpointing: bool = False
     attention: AttentionBackend = AttentionBackend.sdpa
     init_std: float = 0.02
@@ -69,6 +73,7 @@ class EncoderConfig:
         self.mlp = coerce_choice(MlpKind, "mlp", self.mlp)
         self.position = coerce_choice(Position, "position", self.position)
         self.stem = coerce_choice(Stem, "stem", self.stem)
+        self.stem_norm = coerce_choice(StemNorm, "stem_norm", self.stem_norm)
         self.attention = coerce_choice(AttentionBackend, "attention", self.attention)
         check_positive(
             in_channels=self.in_channels,
@@ -85,9 +90,13 @@ class EncoderConfig:
         check_position("encoder", self.position, self.embed_dim, self.num_heads, len(self.patch_size))
         if self.drop_path >= 1:
             raise ValueError(f"drop_path={self.drop_path}: drops everything; allowed: 0 to below 1; use e.g. 0.1")
-        if self.stem is Stem.conv and len(self.patch_size) not in CONVOLUTIONS:
+        if self.stem is Stem.linear and self.stem_norm is not StemNorm.none:
             raise ValueError(
-                f"stem=conv: no convolution has {len(self.patch_size)} axes; allowed: 1 to 3 axes; use stem=linear"
+                f"stem_norm={self.stem_norm}: stem=linear has no convolutions; allowed: none; use stem=conv or overlap"
+            )
+        if self.stem is not Stem.linear and len(self.patch_size) not in CONVOLUTIONS:
+            raise ValueError(
+                f"stem={self.stem}: no convolution has {len(self.patch_size)} axes; allowed: 1 to 3 axes; use stem=linear"
             )
 
     @property
@@ -140,11 +149,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         dim = config.embed_dim
-        self.stem: nn.Module = (
-            LinearStem(config.in_channels, config.patch_size, dim)
-            if config.stem is Stem.linear
-            else ConvStem(config.in_channels, config.patch_size, dim, config.stem_channels)
-        )
+        self.stem = _build_stem(config)
         self.registers = nn.Parameter(torch.empty(1, config.registers, dim)) if config.registers else None
         self.positions = GridPositions(config.position, dim, config.num_heads, config.rope_theta, config.grid)
         self.transformer = Transformer(
@@ -194,7 +199,7 @@ class Encoder(nn.Module):
     def forward(
         self, images: Float[Tensor, "B C *S"], index: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B K D"]:
-        """Encode images, or only the patches at `index`: those are gathered before anything is computed.
+        """Encode images, or only the patches at `index`: those are gathered before they are embedded.
 
         Args:
             images: normalised pixels; another resolution than the configured one sees interpolated positions.
@@ -207,10 +212,7 @@ class Encoder(nn.Module):
             ValueError: for images that the patches cannot tile.
         """
         grid = self.grid_of(images)
-        patches = self.patchify(images)
-        if index is not None:
-            patches = gather_tokens(patches, index)
-        tokens = self.stem(patches)
+        tokens = self._embed(images, index, grid)
         embedding = self.positions.embedding(grid, index, tokens.device)
         if embedding is not None:
             tokens = tokens + embedding
@@ -220,3 +222,18 @@ class Encoder(nn.Module):
         rotation = self.positions.rotation(grid, index, tokens.device, prefix)
         out: Tensor = self.transformer(tokens, rotation)
         return out[:, prefix:]
+
+    def _embed(self, images: Tensor, index: Tensor | None, grid: Grid) -> Float[Tensor, "B K D"]:
+        if isinstance(self.stem, OverlapStem):
+            seen: Tensor = self.stem(images, index, grid)
+            return seen
+        patches = self.patchify(images)
+        tokens: Tensor = self.stem(patches if index is None else gather_tokens(patches, index))
+        return tokens
+
+
+def _build_stem(config: EncoderConfig) -> LinearStem | ConvStem | OverlapStem:
+    if config.stem is Stem.linear:
+        return LinearStem(config.in_channels, config.patch_size, config.embed_dim)
+    kind = ConvStem if config.stem is Stem.conv else OverlapStem
+    return kind(config.in_channels, config.patch_size, config.embed_dim, config.stem_channels, config.stem_norm)

@@ -15,6 +15,7 @@ from hjepa_models.encoder import Encoder, EncoderConfig
 from hjepa_models.global_level import GlobalConfig, GlobalLevel
 from hjepa_models.grid import Grid, gather_tokens
 from hjepa_models.initialization import construct
+from hjepa_models.layers.patch import Stem, StemNorm
 from hjepa_models.objectives import LevelWeighting, LevelWeightsConfig, Objective, prediction_loss, vicreg_terms
 from hjepa_models.pooling import check_levels
 from hjepa_models.predictor import Predictor, PredictorConfig
@@ -96,6 +97,13 @@ class HJEPAConfig:
             raise ValueError(
                 f"level_weights.weights={weights}: has {len(weights)} entries for pyramid.levels={levels}; "
                 f"allowed: one per level; change one of them"
+            )
+        whole = self.targets is Targets.detached or self.global_level is not None
+        if self.encoder.stem is Stem.overlap and self.encoder.stem_norm is StemNorm.batch and not whole:
+            raise ValueError(
+                f"encoder.stem_norm=batch: with targets={self.targets} and no global level the encoder sees no whole "
+                "image in training, so the statistics for evaluation would never be measured; allowed: "
+                "stem_norm=none, targets=detached or a global level; change one of them"
             )
         if not any(weights) and (self.global_level is None or self.global_level.weight == 0):
             raise ValueError(

@@ -3,7 +3,8 @@ import itertools
 import pytest
 import torch
 
-from hjepa_models.layers.patch import ConvStem, LinearStem, patchify, stage_strides
+from hjepa_models import EncoderConfig, HJEPAConfig
+from hjepa_models.layers.patch import ConvStem, LinearStem, OverlapStem, patchify, stage_strides
 
 
 @pytest.mark.parametrize(("sizes", "patch"), [((12,), (3,)), ((8, 6), (4, 2)), ((4, 6, 4), (2, 3, 4))])
@@ -34,3 +35,46 @@ def test_conv_stem_halves_only_even_axes():
 
 def test_linear_stem_shape(device):
     assert LinearStem(3, (2, 2), 7).to(device)(torch.randn(2, 4, 12, device=device)).shape == (2, 4, 7)
+
+
+@pytest.mark.parametrize("patch", [(4, 4), (6, 6), (2, 8, 8), (16,)])
+def test_overlap_stem_gives_one_token_a_patch(device, patch):
+    stem = OverlapStem(3, patch, 16, (4, 8)).to(device)
+    grid = (3,) * len(patch)
+    images = torch.randn(2, 3, *(3 * side for side in patch), device=device)
+    assert stem(images, None, grid).shape == (2, 3 ** len(patch), 16)
+
+
+def test_overlap_stem_sees_visible_neighbours_and_nothing_hidden(device):
+    stem = OverlapStem(3, (4, 4), 16, (8,)).to(device)
+    images = torch.randn(1, 3, 12, 12, device=device)
+    changed = images.clone()
+    changed[:, :, 4:8, 4:8] += 1  # the patch in the middle, number 4
+    # Strided kernels reach up and to the left.
+    visible = torch.tensor([[0, 4, 5, 7, 8]], device=device)
+    without = torch.tensor([[0, 5, 7, 8]], device=device)
+    assert torch.equal(stem(images, without, (3, 3)), stem(changed, without, (3, 3)))
+    moved = (stem(images, visible, (3, 3)) - stem(changed, visible, (3, 3))).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("stem", ["conv", "overlap"])
+def test_batch_norm_of_a_stem_follows_whole_images(device, stem):
+    described = {"image_size": (8, 8), "patch_size": (4, 4), "embed_dim": 16, "depth": 1, "num_heads": 2}
+    encoder = EncoderConfig(**described, stem=stem, stem_norm="batch", stem_channels=(4,)).build(device=device)
+    images = 3 + 2 * torch.randn(64, 3, 8, 8, device=device)
+    for _ in range(80):
+        training = encoder.train()(images)
+    torch.testing.assert_close(encoder.eval()(images), training, atol=5e-3, rtol=5e-3)
+    norm = encoder.stem.stages[0].norm
+    before = norm.running_mean.clone()
+    encoder.train()(images, torch.tensor([[0, 3]], device=device).expand(64, -1))
+    assert torch.equal(before, norm.running_mean) is (stem == "overlap")
+
+
+def test_batch_norm_that_no_whole_image_would_feed_is_refused():
+    encoder = EncoderConfig(image_size=(32, 32), patch_size=(8, 8), stem="overlap", stem_norm="batch")
+    with pytest.raises(ValueError, match="no whole image"):
+        HJEPAConfig(encoder=encoder)
+    with pytest.raises(ValueError, match="no convolutions"):
+        EncoderConfig(stem_norm="batch")

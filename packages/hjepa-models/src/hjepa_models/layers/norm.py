@@ -3,12 +3,13 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
-from hjepa_models.distributed import all_reduce_mean
+from hjepa_models.distributed import all_reduce_mean, world_size
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch norm over the rows of every process, so that the split of a batch does not change the result.
+    """Batch norm over the rows (and places) of every process, so that the split of a batch does not change the result.
 
     The statistics go through a differentiable mean over processes that hold equally many rows; the running ones, used
     in evaluation, follow with `momentum`.
@@ -32,15 +33,32 @@ class GlobalBatchNorm(nn.Module):
         nn.init.zeros_(self.running_mean)
         nn.init.ones_(self.running_var)
 
-    def forward(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-        """Return the normalised rows, in float32 at least."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.training:
-            mean = all_reduce_mean(x.mean(0))
-            variance = all_reduce_mean((x - mean).square().mean(0))
+    def forward(self, x: Float[Tensor, "n D *S"], track: bool = True) -> Float[Tensor, "n D *S"]:
+        """Return normalised channels.
+
+        Args:
+            x: rows, or maps with the channels on axis 1.
+            track: let the running statistics follow this batch.
+
+        Returns:
+            The same shape; float32 at least where the statistics are reduced over processes or given.
+        """
+        if not self.training:
+            return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        alone = world_size() == 1
+        with torch.set_grad_enabled(not alone and torch.is_grad_enabled()):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            mean = all_reduce_mean(wide.mean(axes))
+            shape = (1, -1, *(1,) * (x.ndim - 2))
+            centred = wide - mean.view(shape)
+            variance = all_reduce_mean(centred.square().mean(axes))
+        if track:
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
-        else:
-            mean, variance = self.running_mean, self.running_var
-        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        if alone:
+            # One fused pass forward and one backward.
+            return functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        return centred * scale.view(shape) + self.bias.view(shape)

@@ -1,13 +1,15 @@
-"""Patches: cutting a grid of pixels into them and embedding each of them alone."""
+"""Patches: cutting a grid of pixels into them and making a token of each."""
 
 import math
 from enum import StrEnum
 
+import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hjepa_models.grid import Grid
+from hjepa_models.grid import Grid, gather_tokens, num_tokens
+from hjepa_models.layers.norm import GlobalBatchNorm
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -17,6 +19,14 @@ class Stem(StrEnum):
 
     linear = "linear"
     conv = "conv"
+    overlap = "overlap"
+
+
+class StemNorm(StrEnum):
+    """The norm after each convolution of a stem."""
+
+    none = "none"
+    batch = "batch"
 
 
 def patchify(images: Float[Tensor, "B C *S"], patch_size: tuple[int, ...]) -> Float[Tensor, "B N P"]:
@@ -61,21 +71,101 @@ class LinearStem(nn.Module):
 class ConvStem(nn.Module):
     """Strided convolutions inside each patch, then a linear map: nothing is seen across the border of a patch."""
 
-    def __init__(self, in_channels: int, patch_size: Grid, embed_dim: int, channels: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: Grid,
+        embed_dim: int,
+        channels: tuple[int, ...],
+        norm: StemNorm = StemNorm.none,
+    ) -> None:
         super().__init__()
         self.in_channels, self.patch_size = in_channels, patch_size
-        convolution = CONVOLUTIONS[len(patch_size)]
-        layers: list[nn.Module] = []
+        self.stages = nn.ModuleList()
         size, width = patch_size, in_channels
         for stride, out in zip(stage_strides(patch_size, len(channels)), channels, strict=True):
-            layers += [convolution(width, out, kernel_size=3, stride=stride, padding=1), nn.GELU()]  # type: ignore[arg-type]
+            self.stages.append(Stage(width, out, (3,) * len(patch_size), stride, norm, nn.GELU()))
             size = tuple(n // s for n, s in zip(size, stride, strict=True))
             width = out
-        self.convolutions = nn.Sequential(*layers)
         self.proj = nn.Linear(width * math.prod(size), embed_dim)
 
-    def forward(self, patches: Float[Tensor, "B K P"]) -> Float[Tensor, "B K D"]:
-        """Return one token per patch."""
+    def forward(self, patches: Float[Tensor, "B K P"], track: bool = True) -> Float[Tensor, "B K D"]:
+        """Return one token per patch; `track` lets running statistics follow."""
         pixels = patches.reshape(-1, self.in_channels, *self.patch_size)
-        out: Tensor = self.proj(self.convolutions(pixels).flatten(1)).view(*patches.shape[:2], -1)
+        for stage in self.stages:
+            pixels = stage(pixels, track)
+        out: Tensor = self.proj(pixels.flatten(1)).view(*patches.shape[:2], -1)
         return out
+
+
+class OverlapStem(nn.Module):
+    """Strided convolutions over the whole image in which hidden patches are blanked first: nothing of them is seen.
+
+    Neighbours that are visible are seen across the border of a patch, which an image without masks gains from. A hidden
+    patch is not free here: the convolutions run over its blank pixels; the transformer behind them does not.
+
+    Source: Xiao et al., "Early convolutions help transformers see better", arXiv 2106.14881.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: Grid,
+        embed_dim: int,
+        channels: tuple[int, ...],
+        norm: StemNorm = StemNorm.none,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        axes = len(patch_size)
+        self.stages = nn.ModuleList()
+        size, width = patch_size, in_channels
+        for stride, out in zip(stage_strides(patch_size, len(channels)), channels, strict=True):
+            self.stages.append(Stage(width, out, (3,) * axes, stride, norm, nn.GELU()))
+            size = tuple(n // s for n, s in zip(size, stride, strict=True))
+            width = out
+        # What is left of a patch becomes one place: by a kernel of 3 where it is small, else by one that tiles it.
+        kernel = tuple(3 if n <= 2 else n for n in size)
+        self.stages.append(Stage(width, embed_dim, kernel, size, norm, nn.Identity()))
+
+    def forward(
+        self, images: Float[Tensor, "B C *S"], index: Int[Tensor, "B K"] | None, grid: Grid
+    ) -> Float[Tensor, "B K D"]:
+        """Return the tokens at `index`, those of all patches for None."""
+        pixels = images if index is None else blank_hidden(images, index, grid)
+        if pixels.ndim == 4:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        for stage in self.stages:
+            # Running statistics serve evaluation, which sees whole images: blanked ones do not count.
+            pixels = stage(pixels, index is None)
+        tokens = pixels.flatten(2).transpose(1, 2)
+        return tokens if index is None else gather_tokens(tokens, index)
+
+
+class Stage(nn.Module):
+    """A convolution, a norm and an activation."""
+
+    def __init__(self, width: int, out: int, kernel: Grid, stride: Grid, norm: StemNorm, activation: nn.Module) -> None:
+        super().__init__()
+        padding = tuple(n // 2 if n == 3 else 0 for n in kernel)
+        convolution = CONVOLUTIONS[len(kernel)]
+        self.conv = convolution(width, out, kernel, stride, padding, bias=norm is StemNorm.none)  # type: ignore[arg-type]
+        self.norm = GlobalBatchNorm(out) if norm is StemNorm.batch else None
+        self.activation = activation
+
+    def forward(self, x: Float[Tensor, "n C *S"], track: bool) -> Float[Tensor, "n D *T"]:
+        """Return the next maps."""
+        x = self.conv(x)
+        if self.norm is not None:
+            x = self.norm(x, track)
+        out: Tensor = self.activation(x)
+        return out
+
+
+def blank_hidden(images: Float[Tensor, "B C *S"], index: Int[Tensor, "B K"], grid: Grid) -> Float[Tensor, "B C *S"]:
+    """Return the images with every pixel of a patch that is not in `index` set to 0."""
+    hidden = torch.ones(len(images), num_tokens(grid), dtype=torch.bool, device=images.device)
+    hidden = hidden.scatter_(1, index, False).view(-1, 1, *grid)
+    for axis, size in enumerate(images.shape[2:], start=2):
+        hidden = hidden.repeat_interleave(size // grid[axis - 2], dim=axis)
+    return images.masked_fill(hidden, 0.0)
