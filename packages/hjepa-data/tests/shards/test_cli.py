@@ -177,10 +177,17 @@ def test_wrong_input_is_one_line_and_code_2(tmp_path, capsys, jpeg, arguments, w
     assert printed == ""
 
 
-def test_wrong_flag_in_a_process():
-    result = run("a", "b", "--shard-size", "many")
+def test_wrong_flag(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["a", "b", "--shard-size", "many"])
+    assert caught.value.code == 2
+    assert "allowed: such as 256M" in capsys.readouterr().err
+
+
+def test_wrong_input_in_a_process(tmp_path):
+    result = run(tmp_path / "gone", tmp_path / "out")
     assert result.returncode == 2
-    assert "allowed: such as 256M" in result.stderr
+    assert "no such folder" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hjepa_data.errors import DataError
-from hjepa_data.random import hash_int
 from hjepa_data.shards.index import Int64Array, index_shard
 from hjepa_data.shards.patterns import Pattern, expand_shards
 
@@ -51,7 +50,7 @@ class _Rows:
         # Tensors reach worker processes as handles, arrays as copies; the handles live as long as these tensors do.
         if not self._shared:
             columns = (self.offsets, self.lengths, self.labels)
-            self._shared = tuple(torch.from_numpy(column).clone().share_memory_() for column in columns)
+            self._shared = tuple(torch.from_numpy(column).clone() for column in columns)
         return self._shared
 
     def __setstate__(self, state: tuple[Tensor, ...]) -> None:
@@ -89,11 +88,6 @@ class ShardSource:
     def labels(self) -> Int64Array:
         """Class number of each sample, -1 if unknown, [len]."""
         return self._rows.labels
-
-    @property
-    def fingerprint(self) -> int:
-        """Hash of the number of samples in each shard: another one means another numbering of the samples."""
-        return hash_int(len(self.shards), *self.shard_sizes.tolist())
 
     def read(self, index: int) -> RawSample:
         """Read one sample.

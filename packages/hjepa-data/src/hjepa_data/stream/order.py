@@ -55,11 +55,8 @@ class StreamOrder:
         self._layouts: OrderedDict[int, tuple[Int64Array, Int64Array]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], Int64Array] = OrderedDict()
         self.num_samples = int(shard_sizes.sum())
-
-    @property
-    def fingerprint(self) -> int:
-        """Hash (63 bits) of all that the order depends on: positions are exchangeable only if it is the same."""
-        return hash_int(self._seed, self._window_shards, len(self._sizes), *self._sizes.tolist()) >> 1
+        # Of all that the order depends on, 63 bits: positions are exchangeable only if it is the same.
+        self.fingerprint = hash_int(seed, window_shards, len(shard_sizes), *shard_sizes.tolist()) >> 1
 
     def at(self, position: int) -> tuple[int, int]:
         """Find what stands at a position.
