@@ -59,3 +59,52 @@ def test_nothing_to_train_is_refused(device):
 def test_a_wrong_optimizer_is_refused(fields):
     with pytest.raises(ValueError, match="allowed"):
         OptimizerConfig(**fields)
+
+
+def _muon_module(device):
+    torch.manual_seed(0)
+    return nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(6, 4)]), "head": nn.Linear(4, 3)}).to(device)
+
+
+def _gradients(module):
+    for number, parameter in enumerate(module.parameters()):
+        generator = torch.Generator().manual_seed(number)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+
+
+def test_muon_steps_the_matrices_of_blocks_and_adamw_the_rest(device):
+    module, plain = _muon_module(device), _muon_module(device)
+    before = module["blocks"][0].weight.detach().clone()
+    for one, config in ((module, OptimizerConfig(kind="muon", muon_scale=2.0)), (plain, OptimizerConfig())):
+        optimizer = config.build(one)
+        set_rates(optimizer, learning_rate=0.1, weight_decay=0.5)
+        _gradients(one)
+        optimizer.step()
+    for name in ("blocks.0.bias", "head.weight", "head.bias"):
+        torch.testing.assert_close(module.get_parameter(name), plain.get_parameter(name))
+    # The update is the gradient with its singular values near 1, times 0.2 sqrt(6), of a weight that has decayed.
+    update = (before * (1 - 0.2 * 0.5) - module["blocks"][0].weight.detach()) / (0.2 * 0.2 * 6**0.5)
+    singular = torch.linalg.svdvals(update.float().cpu())
+    assert singular.min() > 0.4
+    assert singular.max() < 1.4
+
+
+def test_muon_goes_on_from_its_state(device):
+    whole, half = _muon_module(device), _muon_module(device)
+    optimizers = [OptimizerConfig(kind="muon").build(module) for module in (whole, half)]
+    for step in range(4):
+        if step == 2:
+            fresh = OptimizerConfig(kind="muon").build(half)
+            fresh.load_state_dict(optimizers[1].state_dict())
+            optimizers[1] = fresh
+        for module, optimizer in zip((whole, half), optimizers, strict=True):
+            set_rates(optimizer, learning_rate=0.1, weight_decay=0.0)
+            _gradients(module)
+            optimizer.step()
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, half.get_parameter(name)), name
+
+
+def test_muon_without_a_matrix_is_refused(device):
+    with pytest.raises(ValueError, match="no trainable matrix"):
+        OptimizerConfig(kind="muon").build(nn.Linear(2, 2).to(device))

@@ -22,6 +22,8 @@ from hjepa_train import Callback, StepResult, Trainer
 RESULTS_FILE = "results.json"
 _BATCH = 256
 _PIXELS = 32
+# One number for all rows, so that their ranks compare; few enough for the singular values of raw pixels.
+_RANK_SAMPLES = 2_000
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,7 +128,7 @@ def level_features(
 
 
 def _scores(train: FeatureSet, test: FeatureSet, config: PretrainConfig) -> Scores:
-    return evaluate(train, test, ks=(config.eval.k,))
+    return evaluate(train, test, ks=(config.eval.k,), rank_samples=_RANK_SAMPLES)
 
 
 def _pixels(images: Tensor) -> Tensor:

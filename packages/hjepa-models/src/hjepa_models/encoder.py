@@ -96,7 +96,8 @@ class EncoderConfig:
             )
         if self.stem is not Stem.linear and len(self.patch_size) not in CONVOLUTIONS:
             raise ValueError(
-                f"stem={self.stem}: no convolution has {len(self.patch_size)} axes; allowed: 1 to 3 axes; use stem=linear"
+                f"stem={self.stem}: no convolution has {len(self.patch_size)} axes; allowed: 1 to 3 axes; "
+                "use stem=linear"
             )
 
     @property

@@ -14,7 +14,7 @@ from hjepa_train.callbacks import (
 from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
 from hjepa_train.ema import EMA
 from hjepa_train.errors import CheckpointError, CollapseError, TrainingError
-from hjepa_train.optim import OptimizerConfig, parameter_groups
+from hjepa_train.optim import OptimizerConfig, OptimizerKind, parameter_groups
 from hjepa_train.outcome import EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED, EXIT_WRONG_INPUT, Outcome
 from hjepa_train.parallel import ParallelConfig, ParallelKind, World, init_world, leave_world
 from hjepa_train.precision import Precision
@@ -41,6 +41,7 @@ __all__ = [
     "MetricsLog",
     "MonitorConfig",
     "OptimizerConfig",
+    "OptimizerKind",
     "Outcome",
     "Output",
     "ParallelConfig",

@@ -1,17 +1,37 @@
-"""AdamW and the parameter groups of a transformer: what has a direction decays, what is an offset does not."""
+"""Optimizers and the parameter groups of a transformer: what has a direction decays, what is an offset does not."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import nn
 
+from hjepa_train.errors import choice
+from hjepa_train.muon import MuonWithAdamW
+
+
+class OptimizerKind(StrEnum):
+    """What turns gradients into steps."""
+
+    adamw = "adamw"
+    muon = "muon"
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW; the learning rate and the weight decay come from schedules."""
+    """AdamW, or Muon for the matrices of the blocks; the learning rate and the weight decay come from schedules."""
 
+    kind: OptimizerKind = OptimizerKind.adamw
+    """`adamw`, or `muon` for the matrices named by `muon_names` and AdamW for the rest."""
+    muon_names: tuple[str, ...] = ("blocks.",)
+    """Matrices whose full name contains one of these words are Muon's."""
+    muon_scale: float = 1.0
+    """Learning rate of Muon's part over that of AdamW's."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's running mean of the gradient."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square."""
     eps: float = 1e-8
@@ -27,16 +47,45 @@ class OptimizerConfig:
         self.no_decay_names = tuple(self.no_decay_names)
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: out of range; allowed: 0 <= beta < 1")
+        self.kind = choice(OptimizerKind, "kind", self.kind)
+        self.muon_names = tuple(self.muon_names)
+        if not 0.0 <= self.muon_momentum < 1.0:
+            raise ValueError(f"muon_momentum={self.muon_momentum}: out of range; allowed: 0 <= momentum < 1")
+        if self.muon_scale <= 0.0:
+            raise ValueError(f"muon_scale={self.muon_scale}: not positive; allowed: above 0, e.g. 1")
         if self.eps <= 0.0:
             raise ValueError(f"eps={self.eps}: not positive; allowed: above 0, e.g. 1e-8")
 
-    def build(self, module: nn.Module) -> torch.optim.AdamW:
-        """Return the optimizer of the module's trainable parameters."""
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer of the module's trainable parameters.
+
+        Raises:
+            ValueError: Where nothing is trainable, or `kind=muon` finds no matrix.
+        """
         groups = parameter_groups(module, no_decay_names=self.no_decay_names)
         on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
         fused = on_cuda if self.fused is None else self.fused
+        if self.kind is OptimizerKind.muon:
+            groups = self._split_off_muon(module, groups)
+            momentum = self.muon_momentum
+            return MuonWithAdamW(groups, betas=self.betas, eps=self.eps, fused=fused, momentum=momentum)
         foreach = None if fused else True
         return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=fused, foreach=foreach)
+
+    def _split_off_muon(self, module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        chosen = {
+            parameter
+            for name, parameter in module.named_parameters()
+            if parameter.ndim == 2 and any(word in name for word in self.muon_names)
+        }
+        decay = groups[0]
+        matrices = [parameter for parameter in decay["params"] if parameter in chosen]
+        if not matrices:
+            words = ", ".join(self.muon_names)
+            raise ValueError(f"kind=muon: no trainable matrix is named by muon_names={words}; use kind=adamw")
+        decay["params"] = [parameter for parameter in decay["params"] if parameter not in chosen]
+        muon = {"params": matrices, "decays": True, "rate": self.muon_scale}
+        return [{**decay, "muon": False}, {**groups[1], "muon": False}, {**muon, "muon": True}]
 
 
 def decays(name: str, parameter: torch.Tensor, no_decay_names: tuple[str, ...]) -> bool:
@@ -53,7 +102,7 @@ def decays(name: str, parameter: torch.Tensor, no_decay_names: tuple[str, ...]) 
 
 def parameter_groups(
     module: nn.Module, *, no_decay_names: tuple[str, ...] = OptimizerConfig().no_decay_names
-) -> list[dict[str, list[nn.Parameter]]]:
+) -> list[dict[str, Any]]:
     """Split the trainable parameters into one group that decays and one that does not.
 
     Args:
@@ -61,7 +110,7 @@ def parameter_groups(
         no_decay_names: Words in a parameter's own name that keep it from decaying.
 
     Returns:
-        `[decay, no_decay]`; the second group has `weight_decay` 0 in every optimizer step.
+        `[decay, no_decay]`; the second group has `decays` False, and so `weight_decay` 0 in every optimizer step.
 
     Raises:
         ValueError: Where nothing is trainable.
@@ -72,11 +121,11 @@ def parameter_groups(
             groups[0 if decays(name, parameter, no_decay_names) else 1].append(parameter)
     if not any(groups):
         raise ValueError(f"{type(module).__name__}: no trainable parameter; leave requires_grad on online")
-    return [{"params": groups[0]}, {"params": groups[1]}]
+    return [{"params": groups[0], "decays": True}, {"params": groups[1], "decays": False}]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, *, learning_rate: float, weight_decay: float) -> None:
     """Set this step's rates on the groups that `parameter_groups` made."""
-    for index, group in enumerate(optimizer.param_groups):
-        group["lr"] = learning_rate
-        group["weight_decay"] = weight_decay if index == 0 else 0.0
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("rate", 1.0)
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0

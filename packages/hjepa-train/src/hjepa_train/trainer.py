@@ -18,9 +18,9 @@ from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
 from hjepa_train.checkpoint.state import collect, model_shapes, restore
 from hjepa_train.ema import EMA
 from hjepa_train.errors import CheckpointError, TrainingError, choice, one_line
-from hjepa_train.optim import OptimizerConfig, set_rates
+from hjepa_train.optim import OptimizerConfig, OptimizerKind, set_rates
 from hjepa_train.outcome import Outcome
-from hjepa_train.parallel import ParallelConfig, World, gradient_sync, init_world, wrap
+from hjepa_train.parallel import ParallelConfig, ParallelKind, World, gradient_sync, init_world, wrap
 from hjepa_train.precision import Precision, autocast
 from hjepa_train.protocols import Batch, Callback, HasEMA, Stream
 from hjepa_train.schedules import ScheduleConfig, ScheduleKind
@@ -75,6 +75,8 @@ class TrainerConfig:
         for name in ("steps", "accumulate", "log_every", "check_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: too small; allowed: 1 and more")
+        if self.optimizer.kind is OptimizerKind.muon and self.parallel.kind is ParallelKind.fsdp:
+            raise ValueError("optimizer.kind=muon: needs whole matrices, which fsdp shards; use adamw, or parallel=ddp")
         if self.clip_norm is not None and self.clip_norm <= 0.0:
             raise ValueError(f"clip_norm={self.clip_norm}: not positive; allowed: above 0, or null for no clipping")
 
