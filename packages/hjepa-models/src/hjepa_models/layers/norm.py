@@ -41,24 +41,25 @@ class GlobalBatchNorm(nn.Module):
             track: let the running statistics follow this batch.
 
         Returns:
-            The same shape; float32 at least where the statistics are reduced over processes or given.
+            The same shape; float32 at least where the statistics are reduced over processes.
         """
         if not self.training:
             return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        axes = [axis for axis in range(x.ndim) if axis != 1]
-        alone = world_size() == 1
-        with torch.set_grad_enabled(not alone and torch.is_grad_enabled()):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            mean = all_reduce_mean(wide.mean(axes))
-            shape = (1, -1, *(1,) * (x.ndim - 2))
-            centred = wide - mean.view(shape)
-            variance = all_reduce_mean(centred.square().mean(axes))
+        if world_size() == 1:
+            # One fused pass forward and one backward, which also gives the statistics.
+            out, mean, inverse = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps)
+            self._track(mean, inverse.square().reciprocal() - self.eps, track)
+            return out
+        axes, shape = [axis for axis in range(x.ndim) if axis != 1], (1, -1, *(1,) * (x.ndim - 2))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = all_reduce_mean(x.mean(axes))
+        centred = x - mean.view(shape)
+        variance = all_reduce_mean(centred.square().mean(axes))
+        self._track(mean, variance, track)
+        return centred * (torch.rsqrt(variance + self.eps) * self.weight).view(shape) + self.bias.view(shape)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, track: bool) -> None:
         if track:
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
-        if alone:
-            # One fused pass forward and one backward.
-            return functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        scale = torch.rsqrt(variance + self.eps) * self.weight
-        return centred * scale.view(shape) + self.bias.view(shape)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
