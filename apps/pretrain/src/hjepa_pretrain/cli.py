@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from omegaconf import OmegaConf
     from rich.console import Console
 
+    from hjepa_data import WorkerError
     from hjepa_pretrain import settings
     from hjepa_pretrain.run import pretrain
     from hjepa_train import EXIT_ERROR, EXIT_WRONG_INPUT, TrainingError
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = pretrain(config, plain, words, Console(soft_wrap=True))
     except ValueError as error:
         return _fail(str(error), EXIT_WRONG_INPUT, shown=main_rank)
-    except (TrainingError, OSError) as error:
+    except (TrainingError, WorkerError, OSError) as error:
         return _fail(str(error), EXIT_ERROR, shown=True)
     except KeyboardInterrupt:
         return _fail("interrupted before the step could be finished; the last checkpoint stands", 130, shown=main_rank)

@@ -75,6 +75,8 @@ class DataConfig:
     """Processes that load and crop; 0 does it in the training process."""
     window_shards: int = 16
     """Shards that are shuffled together."""
+    cache_mib: int = 0
+    """Memory in which each worker keeps small decoded images, MiB; the batches do not change."""
     max_skipped_fraction: float = 0.01
     """Share of damaged images above which the run stops; ten are always allowed."""
     eval_crop_fraction: float = 0.875
@@ -88,6 +90,8 @@ class DataConfig:
             raise ValueError(f"data.batch_size={self.batch_size}: a batch holds images; allowed: 1 and more")
         if self.workers < 0:
             raise ValueError(f"data.workers={self.workers}: no number of processes; allowed: 0 and more")
+        if self.cache_mib < 0:
+            raise ValueError(f"data.cache_mib={self.cache_mib}: no amount of memory; allowed: 0 (none) and more")
         if self.train is not None and not self.train:
             raise ValueError("data.train='': names no shard; give a tar, a glob, braces or a directory")
 
@@ -107,6 +111,7 @@ class DataConfig:
             window_shards=self.window_shards,
             views=(view,),
             workers=WorkerConfig(count=self.workers, pin_memory=True),
+            cache_bytes=self.cache_mib << 20,
             max_skipped_fraction=self.max_skipped_fraction,
         )
 

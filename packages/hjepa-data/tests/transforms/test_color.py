@@ -55,6 +55,24 @@ def test_hue_turns_colours_and_keeps_grey(device):
     assert float((images - result).abs().mean()) > 0.02
 
 
+def test_tint_multiplies_each_channel_of_an_image(device):
+    images, result = augmented(device, tint=0.5)
+    gain = torch.exp(0.5 * (2 * _draws(device)[:, 9:12] - 1))
+    torch.testing.assert_close(result, (images * gain[:, :, None, None]).clamp(0, 1), atol=1e-5, rtol=0)
+    assert float(gain.min()) < 0.8
+    assert float(gain.max()) > 1.25
+
+
+def test_contrast_is_about_the_tinted_mean(device):
+    images, result = augmented(device, tint=0.5, contrast=0.4)
+    draws = _draws(device)
+    tinted = images * torch.exp(0.5 * (2 * draws[:, 9:12] - 1))[:, :, None, None]
+    factor = (1 + 0.4 * (2 * draws[:, 2] - 1))[:, None, None, None]
+    luma = torch.tensor((0.299, 0.587, 0.114), device=device).view(3, 1, 1)
+    mean = (tinted * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    torch.testing.assert_close(result, (factor * tinted + (1 - factor) * mean).clamp(0, 1), atol=1e-5, rtol=0)
+
+
 def test_grayscale_has_three_equal_channels(device):
     images, result = augmented(device, grayscale=1.0)
     assert float((result - result.mean(1, keepdim=True)).abs().max()) < 1e-5

@@ -1,6 +1,6 @@
 """Colour augmentation of a whole batch on its device, with its own factors for every image and view.
 
-Brightness, contrast, saturation, hue and greyscale are affine in the colour of a pixel, so that their product is one
+Tint, brightness, contrast, saturation, hue and greyscale are affine in the colour of a pixel, so that their product is one
 3x3 matrix and one offset for an image: one pass over the pixels. Hue turns the chroma plane of YIQ, which is close to a
 shift of HSV's hue. Between the steps nothing is clipped; the order is fixed.
 """
@@ -42,6 +42,7 @@ class ColorConfig:
         saturation: likewise, about the grey of the pixel.
         hue: turns are drawn from -h to h, in full turns; at most 0.5.
         grayscale: probability of a grey image.
+        tint: gain of each channel, drawn from exp(-t) to exp(t) log-uniformly, for every image: other light.
         blur: probability of a Gaussian blur.
         blur_sigma: range of the blur's standard deviation, pixels.
         solarize: probability that values above the threshold are inverted.
@@ -54,6 +55,7 @@ class ColorConfig:
     saturation: float = 0.2
     hue: float = 0.1
     grayscale: float = 0.2
+    tint: float = 0.0
     blur: float = 0.0
     blur_sigma: tuple[float, ...] = (0.1, 2.0)
     solarize: float = 0.0
@@ -64,6 +66,8 @@ class ColorConfig:
         for name in ("probability", "grayscale", "blur", "solarize", "brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) <= 1:
                 refuse(name, getattr(self, name), "out of range", "allowed: 0 to 1")
+        if not 0 <= self.tint <= 3:
+            refuse("tint", self.tint, "out of range", "allowed: 0 to 3, in units of log gain")
         if not 0 <= self.hue <= 0.5:
             refuse("hue", self.hue, "out of range", "allowed: 0 to 0.5 turns")
         if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
@@ -91,7 +95,7 @@ class ColorAugment:
         seed: of the random numbers.
     """
 
-    _NUM_DRAWS = 9
+    _NUM_DRAWS = 12
 
     def __init__(self, config: ColorConfig, seed: int) -> None:
         self.config = config
@@ -177,9 +181,9 @@ def to_unit(images: Num[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
 
 
 def _color_affine(
-    config: ColorConfig, draws: Float[Tensor, "B 9"], channel_mean: Float[Tensor, "B 3"]
+    config: ColorConfig, draws: Float[Tensor, "B 12"], channel_mean: Float[Tensor, "B 3"]
 ) -> tuple[Float[Tensor, "B 3 3"], Float[Tensor, "B 3 1"]]:
-    """Matrix and offset of brightness, contrast, saturation, hue and greyscale, in this order."""
+    """Matrix and offset of tint, brightness, contrast, saturation, hue and greyscale, in this order."""
     changed = draws[:, 0] < config.probability
     ranges = _constant((config.brightness, config.contrast, config.saturation, config.hue), draws.device)
     change = (2 * draws[:, 1:5] - 1) * ranges * changed[:, None]
@@ -189,13 +193,14 @@ def _color_affine(
     eye = torch.eye(3, device=draws.device)
     grey = luma.expand(3, 3)
     scale = brightness * contrast
+    gain = torch.exp(config.tint * (2 * draws[:, 9:12] - 1))
     # Contrast c about the mean grey m of the brightened image: c x + (1 - c) m.
-    offset = ((1 - contrast) * brightness * (channel_mean.float() @ luma))[:, None].expand(-1, 3)
+    offset = ((1 - contrast) * brightness * ((gain * channel_mean.float()) @ luma))[:, None].expand(-1, 3)
     mixed = saturation[:, None, None] * eye + (1 - saturation)[:, None, None] * grey
     matrix = _hue_rotation(angle) @ mixed
     matrix = torch.where((draws[:, 5] < config.grayscale)[:, None, None], grey @ matrix, matrix)
-    # All of these steps keep grey at its place, so that the offset passes through them as it is.
-    return matrix * scale[:, None, None], offset[:, :, None]
+    # All steps after the tint keep grey at its place, so that the offset passes through them as it is.
+    return matrix * scale[:, None, None] * gain[:, None, :], offset[:, :, None]
 
 
 def _hue_rotation(angle: Float[Tensor, " B"]) -> Float[Tensor, "B 3 3"]:
