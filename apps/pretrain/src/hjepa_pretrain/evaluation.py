@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int, UInt8
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
@@ -223,11 +224,11 @@ def results_caption(results: Mapping[str, Any]) -> str:
 
 def results_table(results: Mapping[str, Any]) -> Table:
     """Return the results as a table for the terminal."""
-    table = Table(
-        title="What was learned", caption=results_caption(results), title_justify="left", caption_justify="left"
-    )
+    # Narrow enough for 80 columns: a name that is cut says nothing.
+    table = Table(title="What was learned", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.caption, table.caption_justify = results_caption(results), "left"
     for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number < 4 else "right")
+        table.add_column(column, justify="left" if number < 4 else "right", no_wrap=True)
     rows = results["rows"]
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         ends = following is None or following["features"] != row["features"]

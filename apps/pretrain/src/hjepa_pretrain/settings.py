@@ -203,7 +203,7 @@ def _one_line(error: BaseException, known: Sequence[str]) -> str:
         chain.append(chain[-1].__cause__)
     text = "\n".join(str(link) for link in chain)
     if "Unexpected type for root: NoneType" in text:
-        return "a field is set of a part that is null in this recipe, such as hjepa.global_level; choose a recipe that has it"
+        return "a setting is of a part that is null in this recipe, such as hjepa.global_level; choose another recipe"
     unknown = re.search(r"Could not override '([^'=]+)", text) or (
         re.search(r"full_key: (\S+)", text) if re.search(r"Key '\S+' (is )?not in", text) else None
     )

@@ -1,6 +1,6 @@
 """Colour augmentation of a whole batch on its device, with its own factors for every image and view.
 
-Tint, brightness, contrast, saturation, hue and greyscale are affine in the colour of a pixel, so that their product is one
+Tint, brightness, contrast, saturation, hue and greyscale are affine in the colour of a pixel: their product is one
 3x3 matrix and one offset for an image: one pass over the pixels. Hue turns the chroma plane of YIQ, which is close to a
 shift of HSV's hue. Between the steps nothing is clipped; the order is fixed.
 """
