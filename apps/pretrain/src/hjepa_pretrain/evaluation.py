@@ -201,7 +201,7 @@ def read_results(folder: Path, step: int) -> dict[str, Any] | None:
     return content if content.get("step") == step else None
 
 
-COLUMNS = ("features", "branch", "level", "pooling", "D", "kNN", "linear", "RankMe", "eff. rank")
+COLUMNS = ("features", "branch", "level", "pooling", "D", "kNN", "linear", "RankMe", "eff.rank")
 
 
 def result_cells(row: Mapping[str, Any]) -> list[str]:
@@ -225,7 +225,7 @@ def results_caption(results: Mapping[str, Any]) -> str:
 def results_table(results: Mapping[str, Any]) -> Table:
     """Return the results as a table for the terminal."""
     # Narrow enough for 80 columns: a name that is cut says nothing.
-    table = Table(title="What was learned", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="What was learned", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.caption, table.caption_justify = results_caption(results), "left"
     for number, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if number < 4 else "right", no_wrap=True)
