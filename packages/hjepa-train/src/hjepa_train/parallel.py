@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -133,9 +135,17 @@ def init_world(config: ParallelConfig | None = None, *, init_method: str | None 
 
 
 def leave_world() -> None:
-    """Leave the process group, if there is one; call it once at the end of the program."""
+    """Leave the process group, if there is one; call it once at the end of the program.
+
+    A gloo thread that still holds the last collective's tensor when the interpreter goes away aborts a process that
+    has done all its work (pytorch/pytorch#179291). So the modules that hold the group go first, and the threads get
+    a moment.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
+        gc.collect()
+        time.sleep(0.1)
 
 
 def wrap(module: nn.Module, config: ParallelConfig, world: World, blocks: Sequence[type[nn.Module]] = ()) -> nn.Module:
