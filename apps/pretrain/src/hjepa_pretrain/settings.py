@@ -112,6 +112,8 @@ def _fresh(words: Sequence[str], given: dict[str, Override]) -> DictConfig:
 
 def _derive(plain: DictConfig) -> None:
     """Fill in what follows from something else."""
+    if plain.run.steps == 1:
+        plain.hjepa.level_weights.ramp_steps = 2  # a curriculum of one step has no fractions
     encoder = plain.hjepa.encoder
     sides = list(zip(encoder.image_size, encoder.patch_size, strict=False))
     if all(size % patch == 0 for size, patch in sides):
@@ -139,7 +141,7 @@ def _compose(words: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_module(config_module="hjepa_pretrain.conf", version_base="1.3"):
             return compose(config_name="config", overrides=list(words))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, AssertionError) as error:
         raise SettingsError(_one_line(error, plain_keys())) from error
 
 

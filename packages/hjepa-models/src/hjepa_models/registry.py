@@ -7,7 +7,7 @@ from hjepa_models._validation import suggestion
 from hjepa_models.encoder import EncoderConfig
 
 SIZES: dict[str, tuple[int, int, int, float]] = {
-    "nano": (96, 4, 3, 4.0),
+    "nano": (128, 2, 4, 4.0),
     "tiny": (192, 12, 3, 4.0),
     "small": (384, 12, 6, 4.0),
     "base": (768, 12, 12, 4.0),
