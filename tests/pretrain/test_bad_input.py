@@ -36,23 +36,34 @@ def refuse(finished, *words):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_wrong_setting(pretrain, tiny, tmp_path, words, expected):
+def test_wrong_setting(pretrain, tiny, tmp_path, capsys, words, expected):
     run_dir = tmp_path / "run"
-    refuse(pretrain(f"run.dir={run_dir}", *tiny, *words), *expected)
+    refuse(pretrain.here(capsys, f"run.dir={run_dir}", *tiny, *words), *expected)
     assert not run_dir.exists()
 
 
-def test_no_such_shard(pretrain, tiny, tmp_path):
-    refuse(pretrain(f"run.dir={tmp_path}/run", *tiny, f"data.train={tmp_path}/missing-000.tar"), "missing-000.tar")
+def test_no_such_shard(pretrain, tiny, tmp_path, capsys):
+    refuse(
+        pretrain.here(capsys, f"run.dir={tmp_path}/run", *tiny, f"data.train={tmp_path}/missing-000.tar"),
+        "missing-000.tar",
+    )
 
 
-def test_a_brace_pattern_with_a_missing_shard(pretrain, tiny, tmp_path, shards):
+def test_a_brace_pattern_with_a_missing_shard(pretrain, tiny, tmp_path, shards, capsys):
     pattern = f"data.train='{shards}/train-{{000000..000099}}.tar'"
-    refuse(pretrain(f"run.dir={tmp_path}/run", *tiny, pattern), "train-0000")
+    refuse(pretrain.here(capsys, f"run.dir={tmp_path}/run", *tiny, pattern), "train-0000")
 
 
-def test_a_glob_that_matches_nothing(pretrain, tiny, tmp_path, shards):
-    refuse(pretrain(f"run.dir={tmp_path}/run", *tiny, f"data.train={shards}/trian-*.tar"), "trian-*.tar", str(shards))
+def test_a_glob_that_matches_nothing(pretrain, tiny, tmp_path, shards, capsys):
+    refuse(
+        pretrain.here(capsys, f"run.dir={tmp_path}/run", *tiny, f"data.train={shards}/trian-*.tar"),
+        "trian-*.tar",
+        str(shards),
+    )
+
+
+def test_the_command_itself_exits_with_code_2(pretrain, tiny, tmp_path):
+    refuse(pretrain(f"run.dir={tmp_path}/run", *tiny, "run.stpes=5"), "run.steps")
 
 
 def test_a_truncated_tar(pretrain, tiny, tmp_path, shards):

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import multiclass_accuracy
 
 CHUNK_ELEMENTS = 2**25  # similarities held at once: 128 MiB of float32
 SPARE_CANDIDATES = 16  # neighbours beyond k that float32 keeps for the float64 ranking
@@ -119,6 +118,9 @@ def top1(predicted: Int[Tensor, " m"], labels: Int[Tensor, " m"], num_classes: i
     Returns:
         The accuracy over samples (not averaged over classes).
     """
+    # torchmetrics brings torchvision and scipy along: seconds that only a measurement has to wait for.
+    from torchmetrics.functional.classification import multiclass_accuracy
+
     return float(multiclass_accuracy(predicted, labels, num_classes=max(2, num_classes), average="micro"))
 
 
