@@ -33,7 +33,8 @@ def test_a_run_of_two_ranks_goes_on_alone(pretrain, tiny, tmp_path, read_losses)
     whole = pretrain(f"run.dir={tmp_path}/whole", *words, "run.steps=6")
     half = pretrain(f"run.dir={tmp_path}/half", *words, "run.steps=6", "run.time_limit=1s", "parallel=ddp", ranks=2)
     assert whole.code == 0, whole.err
-    assert half.code in (0, 75), half.err
+    # torchrun has its own exit code, 1, and prints those of the ranks.
+    assert half.code == 0 or "exitcode  : 75" in half.err, half.err
     rest = pretrain(f"run.dir={tmp_path}/half", "parallel=single", "run.time_limit=null")
     assert rest.code == 0, rest.err
     alone, together = (dict(read_losses(tmp_path / name)) for name in ("whole", "half"))

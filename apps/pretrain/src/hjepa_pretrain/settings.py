@@ -31,6 +31,14 @@ CHANGEABLE = (
     "data.workers",
 )  # fmt: skip
 GROUPS = ("recipe", "preset")
+DERIVED = {
+    "trainer.steps": "run.steps",
+    "trainer.parallel.kind": "parallel",
+    "trainer.parallel.device": "run.device",
+    "hjepa.level_weights.ramp_steps": "run.steps",
+    "hjepa.encoder.image_size": "data.image_size",
+    "masks.grid": "data.image_size",
+}
 _PATHS = ("run.dir", "data.train", "data.eval", "data.cache")
 # What the name of a model says about its encoder.
 _NAMED = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
@@ -51,15 +59,13 @@ def load(words: Sequence[str]) -> tuple[PretrainConfig, DictConfig]:
     """
     overrides = _parse(words)
     given = {override.key_or_group: override for override in overrides}
+    for key in given.keys() & DERIVED.keys():
+        raise SettingsError(f"{key} follows from {DERIVED[key]}; set that one")
     stored = _stored(given)
     try:
         plain = _fresh(words, given) if stored is None else _amend(stored, overrides)
-        if (
-            int(os.environ.get("WORLD_SIZE", "1")) > 1
-            and "parallel" not in given
-            and plain.parallel == ParallelKind.single
-        ):
-            plain.parallel = ParallelKind.ddp
+        if "parallel" not in given:
+            _fit_world(plain)
         _derive(plain)
         config = OmegaConf.to_object(plain)
     except (OmegaConfBaseException, ValueError) as error:
@@ -110,11 +116,24 @@ def _fresh(words: Sequence[str], given: dict[str, Override]) -> DictConfig:
     return _compose([*model, *words])
 
 
+def _fit_world(plain: DictConfig) -> None:
+    """Take DDP under torchrun, and one process for a run that goes on alone, where nothing else is asked for."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and plain.parallel == ParallelKind.single:
+        plain.parallel = ParallelKind.ddp
+    elif not several and plain.parallel == ParallelKind.ddp:
+        plain.parallel = ParallelKind.single
+
+
 def _derive(plain: DictConfig) -> None:
-    """Fill in what follows from something else."""
-    if plain.run.steps == 1:
-        plain.hjepa.level_weights.ramp_steps = 2  # a curriculum of one step has no fractions
+    """Fill in what follows from another setting (`DERIVED`)."""
+    plain.trainer.steps = plain.run.steps
+    plain.trainer.parallel.kind = plain.parallel
+    plain.trainer.parallel.device = plain.run.device
+    # Ramps are fractions of the run; a run of one step has none.
+    plain.hjepa.level_weights.ramp_steps = max(2, plain.run.steps)
     encoder = plain.hjepa.encoder
+    encoder.image_size = plain.data.image_size
     sides = list(zip(encoder.image_size, encoder.patch_size, strict=False))
     if all(size % patch == 0 for size, patch in sides):
         plain.masks.grid = [size // patch for size, patch in sides]

@@ -60,7 +60,7 @@ class HJEPAConfig:
         level_weights: weight of each level over the steps; one weight per level.
         global_level: the level above all grids, over several views; None leaves it out.
         masked_views: how many of the views carry masked prediction, the first ones.
-        masked_every: the masked term is computed at every k-th step only.
+        masked_every: the masked term is computed at every k-th step only: at step k - 1 (counted from 0), 2k - 1, ...
         vicreg_weight: weight of VICReg's variance and covariance terms on the mean predicted token (C-JEPA); 0 is off.
         vicreg_variance: weight of the variance inside that term.
         vicreg_covariance: weight of the covariance inside that term.
@@ -220,7 +220,7 @@ class HJEPA(nn.Module):
         self._check_views(views)
         config = self.config
         weights = config.level_weights.level_weights(step)
-        masked = any(weights) and step % config.masked_every == 0
+        masked = any(weights) and (step + 1) % config.masked_every == 0
         loss = torch.zeros((), device=views[0].device)
         output = HJEPAOutput(loss, {}, {})
         full = self._encode_full(views) if self.global_level is not None else None
