@@ -5,6 +5,7 @@ leaves here as a `SettingsError` of one line.
 """
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from hjepa_models import encoder_config
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_train import ParallelKind
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 # What a run may change when it goes on; everything else would make it another run.
@@ -67,6 +70,8 @@ def load(words: Sequence[str]) -> tuple[PretrainConfig, DictConfig]:
         if "parallel" not in given:
             _fit_world(plain)
         _derive(plain)
+        if "trainer.learning_rate.warmup_steps" not in given:
+            _shorten_warmup(plain)
         config = OmegaConf.to_object(plain)
     except (OmegaConfBaseException, ValueError) as error:
         raise SettingsError(_one_line(error, plain_keys())) from error
@@ -123,6 +128,15 @@ def _fit_world(plain: DictConfig) -> None:
         plain.parallel = ParallelKind.ddp
     elif not several and plain.parallel == ParallelKind.ddp:
         plain.parallel = ParallelKind.single
+
+
+def _shorten_warmup(plain: DictConfig) -> None:
+    """Keep a recipe's warm-up within a fifth of a run that is shorter than the recipe was made for, and say so."""
+    rate, limit = plain.trainer.learning_rate, plain.run.steps // 5
+    if rate.warmup_steps > limit:
+        text = "trainer.learning_rate.warmup_steps=%d shortened to %d, a fifth of run.steps=%d"
+        logger.info(text, rate.warmup_steps, limit, plain.run.steps)
+        rate.warmup_steps = limit
 
 
 def _derive(plain: DictConfig) -> None:

@@ -64,11 +64,13 @@ def _learned(results: dict[str, Any] | None) -> Section:
 
 def _losses(rows: list[dict[str, Any]]) -> Section:
     levels = sorted({key for row in rows for key in row if key.startswith("train/loss_level_")})
+    top = [key for key in levels if key.endswith("_global")]
     knn = sorted({key for row in rows for key in row if key.startswith("eval/")})
     window = max(1, len(rows) // 40)
     drawn = (
         figures.curves(rows, ["train/loss"], "training loss", smooth=window),
-        figures.curves(rows, levels, "loss of each level, unweighted", smooth=window),
+        figures.curves(rows, [key for key in levels if key not in top], "masked levels, unweighted", smooth=window),
+        figures.curves(rows, top, "global level, unweighted", smooth=window),
         figures.curves(rows, knn, "kNN accuracy on the way"),
     )
     note = (
