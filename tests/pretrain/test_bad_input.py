@@ -6,7 +6,16 @@ import tarfile
 
 import pytest
 
+from hjepa_pretrain.cli import main
+
 WRONG = 2
+
+
+@pytest.fixture(scope="module")
+def finished_run(pretrain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert main([f"run.dir={folder}", *pretrain.data, *pretrain.tiny, "run.steps=2", "eval.at_end=false"]) == 0
+    return folder
 
 
 def refuse(finished, *words):
@@ -33,6 +42,9 @@ def refuse(finished, *words):
         (["data.batch_size=0"], ["batch_size=0"]),
         (["run.time_limit=soon"], ["soon"]),
         (["parallel=dpp"], ["dpp", "ddp"]),
+        (["+foo=1"], ["+foo=1", "key=value"]),
+        (["trainer.steps=5"], ["trainer.steps", "run.steps"]),
+        (["recipe=hjepa", "hjepa.global_level.weight=2"], ["null in this recipe"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -102,6 +114,21 @@ def test_a_checkpoint_of_another_model(pretrain, tiny, tmp_path, read_losses):
     shutil.copytree(run_dir / "checkpoints", other / "checkpoints")
     refuse(pretrain(f"run.dir={other}", "run.steps=4"), "another model")
     assert read_losses(run_dir) == before
+
+
+@pytest.mark.parametrize(
+    "change", ["data.crop_scale=[0.5,1.0]", "color=null", "hjepa.global_level=null", "run.seed=7", "recipe=hjepa"]
+)
+def test_a_change_that_makes_another_run_is_refused(pretrain, finished_run, capsys, change):
+    before = (finished_run / "config.yaml").read_bytes()
+    refuse(pretrain.here(capsys, f"run.dir={finished_run}", change), change.split("=")[0], "another run.dir")
+    assert (finished_run / "config.yaml").read_bytes() == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(pretrain, tiny, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("mine")
+    refuse(pretrain.here(capsys, f"run.dir={tmp_path}", *tiny), "config.json", "no run")
+    assert (tmp_path / "config.json").read_text() == "mine"
 
 
 def test_a_full_disk_while_saving_keeps_the_previous_checkpoint(pretrain, tiny, tmp_path, read_losses):

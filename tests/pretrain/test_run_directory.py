@@ -9,11 +9,13 @@ import yaml
 
 from hjepa_models import load_pretrained
 
+TRACED = ("profile=true", "profiler.wait=1", "profiler.warmup=1", "profiler.active=2")
+
 
 @pytest.fixture(scope="module")
 def run_dir(pretrain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    done = pretrain(f"run.dir={folder}", *pretrain.data, *pretrain.tiny, "eval.every_steps=6")
+    done = pretrain(f"run.dir={folder}", *pretrain.data, *pretrain.tiny, "eval.every_steps=6", *TRACED)
     assert done.code == 0, done.err
     (folder / "stdout").write_text(done.out)
     return folder
@@ -40,8 +42,9 @@ def test_rows_have_the_promised_names(run_dir, read_rows):
 def test_the_configuration_says_where_it_comes_from(run_dir):
     stored = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert stored["recipe"] == "hjepa_global"
-    assert {"command", "versions", "git", "python"} <= stored["provenance"].keys()
-    assert stored["provenance"]["versions"]["torch"]
+    (sitting,) = stored["provenance"]
+    assert {"command", "versions", "git", "python"} <= sitting.keys()
+    assert sitting["versions"]["torch"]
 
 
 def test_weights_load_elsewhere(run_dir):
@@ -80,3 +83,10 @@ def test_the_terminal_shows_the_table(run_dir):
     printed = (run_dir / "stdout").read_text()
     for word in ("trained", "untrained", "pixels", "kNN", "linear", "RankMe", "images/s"):
         assert word in printed
+
+
+def test_the_trace_is_one_that_viewers_read(run_dir):
+    (trace,) = (run_dir / "profile").glob("*.pt.trace.json")
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert any(event.get("name", "").startswith("ProfilerStep") for event in events)
+    assert any("addmm" in event.get("name", "") for event in events)

@@ -46,7 +46,7 @@ def test_probes_of_a_run(shards, tmp_path, capsys):
 
 
 def test_throughput_prints_a_speed(capsys):
-    assert main(["throughput", "--steps", "2", *TINY]) == 0
+    assert main(["throughput", "--steps", "4", *TINY]) == 0
     printed = capsys.readouterr().out
     assert "images/s" in printed
     assert "ms a step" in printed

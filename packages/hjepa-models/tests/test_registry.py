@@ -18,7 +18,7 @@ def test_every_listed_name_builds(name):
 
 def test_any_patch_and_overrides():
     config = encoder_config("vit_nano_patch7", image_size=(28, 28), depth=2)
-    assert (config.grid, config.depth, config.embed_dim) == ((4, 4), 2, 96)
+    assert (config.grid, config.depth, config.embed_dim) == ((4, 4), 2, 128)
 
 
 @pytest.mark.parametrize(

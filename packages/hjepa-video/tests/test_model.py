@@ -134,7 +134,7 @@ def test_every_clip_meets_every_kind_of_masks_and_shares_add_up(device):
 def test_features_name_the_levels_of_time_and_space(device):
     model = small_config().build(seed=0).to(device).eval()
     clips = some_clips(2).to(device)
-    assert model.features(clips).shape == (2, 96)
+    assert model.features(clips).shape == (2, 128)
     # The grid (2, 4, 4) pools to (1, 2, 2) and (1, 1, 1).
     shapes = [model.features(clips, level, "none").shape[1] for level in ("encoder", 0, 1, 2)]
     assert shapes == [32, 32, 4, 1]

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hjepa_models import load_pretrained
 from hjepa_pretrain import settings
-from hjepa_pretrain.evaluation import load_run_images, measure, results_content, results_table
+from hjepa_pretrain.evaluation import load_pair, measure, open_sources, results_content, results_table
 
 
 def probe_run(run_dir: Path, *, train: str | None, held_out: str | None, output: Path | None) -> None:
@@ -28,12 +28,12 @@ def probe_run(run_dir: Path, *, train: str | None, held_out: str | None, output:
     config, _ = settings.load([f"run.dir={run_dir}"])
     config.data.train = train or config.data.train
     config.data.eval = held_out or config.data.eval
-    images = load_run_images(config)
+    images = load_pair(config, open_sources(config), config.eval.train_samples, config.eval.eval_samples)
     if images is None:
         raise ValueError(f"{run_dir}: the run has no data.eval; give held-out shards with --eval")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = measure(load_pretrained(run_dir), config, *images, device)
-    results = results_content(rows, config.run.steps)
+    results = results_content(rows, config.run.steps, config)
     Console().print(results_table(results))
     if output is not None:
         output.write_text(json.dumps(results, indent=2) + "\n")

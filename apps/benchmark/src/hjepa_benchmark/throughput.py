@@ -23,7 +23,7 @@ class Throughput:
 
     Attributes:
         images_per_second: images (not views) of one process.
-        milliseconds: median length of a step.
+        milliseconds: median length of a step, over groups with one masked step each.
         peak_gib: largest memory that torch held on the GPU, or None on a CPU.
     """
 
@@ -36,7 +36,7 @@ def measure_throughput(config: PretrainConfig, *, steps: int) -> Throughput:
     """Times forward, backward, clipping, optimizer and EMA; the median step counts.
 
     Args:
-        config: of the run to be measured; its last step is the one that is timed, when every level has its weight.
+        config: of the run to be measured; its last steps are those that are timed, when every level has its weight.
         steps: timed steps, after a few that are not.
     """
     cuda = config.run.device != "cpu" and torch.cuda.is_available()
@@ -47,12 +47,13 @@ def measure_throughput(config: PretrainConfig, *, steps: int) -> Throughput:
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
     batch = _synthetic(config, device)
     seconds = []
+    every = config.hjepa.masked_every
     for number in range(_WARMUP + steps):
         if number == _WARMUP and cuda:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         with autocast(config.trainer.precision, device):
-            output = task(batch, config.run.steps)
+            output = task(batch, config.run.steps - 1 - number % every)
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.trainer.clip_norm or float("inf"))
         optimizer.step()
@@ -61,7 +62,9 @@ def measure_throughput(config: PretrainConfig, *, steps: int) -> Throughput:
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    median = statistics.median(seconds[_WARMUP:])
+    # Groups of steps with one masked step each: what a step takes on average.
+    timed = [statistics.mean(seconds[at : at + every]) for at in range(_WARMUP, len(seconds) - every + 1, every)]
+    median = statistics.median(timed)
     return Throughput(
         images_per_second=len(batch) / median,
         milliseconds=1e3 * median,
@@ -75,9 +78,9 @@ def print_throughput(words: Sequence[str], *, steps: int) -> None:
     Raises:
         ValueError: a setting is wrong, or there is no step to time.
     """
-    if steps < 1:
-        raise ValueError(f"--steps={steps}: nothing to time; allowed: 1 and more")
     config, _ = settings.load(words)
+    if steps < config.hjepa.masked_every:
+        raise ValueError(f"--steps={steps}: too few; allowed: hjepa.masked_every={config.hjepa.masked_every} and more")
     found = measure_throughput(config, steps=steps)
     memory = "" if found.peak_gib is None else f", {found.peak_gib:.1f} GiB"
     print(

@@ -24,8 +24,8 @@ checkpoint.every_steps checkpoint.every_minutes eval.every_steps trainer.learnin
   hjepa-pretrain --settings [key=value ...]                  print every setting with its value, and stop
   hjepa-pretrain --help
 
-Exit codes: 0 done; 2 wrong input (one line says what); 75 stopped early with everything saved, start the same command
-again to go on; 1 anything else.
+Exit codes: 0 done; 2 wrong input (one line says what); 75 stopped early with everything saved, go on with run.dir=...;
+1 anything else. Under torchrun each process exits so, torchrun itself with 1.
 """
 
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from hjepa_data import WorkerError
     from hjepa_pretrain import settings
-    from hjepa_pretrain.run import pretrain
+    from hjepa_pretrain.run import OtherRankError, pretrain
     from hjepa_train import EXIT_ERROR, EXIT_WRONG_INPUT, TrainingError
 
     try:
@@ -56,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         outcome = pretrain(config, plain, words, Console(soft_wrap=True))
     except ValueError as error:
-        return _fail(str(error), EXIT_WRONG_INPUT, shown=main_rank)
+        return _fail(str(error), EXIT_WRONG_INPUT, shown=not isinstance(error, OtherRankError))
     except (TrainingError, WorkerError, OSError) as error:
         return _fail(str(error), EXIT_ERROR, shown=True)
     except KeyboardInterrupt:
-        return _fail("interrupted before the step could be finished; the last checkpoint stands", 130, shown=main_rank)
+        return _fail("interrupted; the last checkpoint stands, run.dir goes on from it", EXIT_ERROR, shown=main_rank)
     if outcome.exit_code and main_rank:
         print(
             f"stopped early, everything is saved; go on with: hjepa-pretrain run.dir={plain.run.dir}", file=sys.stderr

@@ -86,6 +86,11 @@ class DataConfig:
         """Take lists, and refuse what the parts would refuse later."""
         for name in ("image_size", "crop_scale", "crop_ratio", "mean", "std"):
             setattr(self, name, tuple(getattr(self, name)))
+        if len(self.image_size) != 2 or len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError(
+                f"data.image_size={self.image_size}, mean={self.mean}, std={self.std}: allowed: a height and a "
+                "width, and a number for each of the 3 channels"
+            )
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size={self.batch_size}: a batch holds images; allowed: 1 and more")
         if self.workers < 0:
@@ -102,9 +107,8 @@ class DataConfig:
                 f"data.batch_size={self.batch_size}: trainer.accumulate={accumulate} does not divide it; "
                 f"allowed: multiples of {accumulate}"
             )
-        height_width = (self.image_size[-2], self.image_size[-1])
         view = ViewGroup(
-            count=self.views, size=height_width, scale=self.crop_scale, ratio=self.crop_ratio, flip=self.flip
+            count=self.views, size=self.image_size, scale=self.crop_scale, ratio=self.crop_ratio, flip=self.flip
         )
         return StreamConfig(
             global_batch_size=self.batch_size // accumulate,
@@ -118,7 +122,7 @@ class DataConfig:
     def evaluation(self) -> EvalConfig:
         """The finite stream of centre crops."""
         return EvalConfig(
-            size=(self.image_size[-2], self.image_size[-1]),
+            size=self.image_size,
             crop_fraction=self.eval_crop_fraction,
             workers=WorkerConfig(count=self.workers),
             max_skipped_fraction=self.max_skipped_fraction,
@@ -172,12 +176,16 @@ class PretrainConfig:
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=100_000))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    profiler: ProfilerConfig | None = None
-    """Trace some steps into `<run.dir>/profile`; null traces none."""
+    profile: bool = False
+    """Trace some steps into `<run.dir>/profile`; `profiler` says which."""
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit one another."""
+        channels = self.hjepa.encoder.in_channels
+        if channels != 3:
+            raise ValueError(f"hjepa.encoder.in_channels={channels}: images of shards are decoded to 3; allowed: 3")
         if self.hjepa.global_level is not None and self.data.views < 2:
             raise ValueError(
                 f"data.views={self.data.views}: the global level compares views of one image; allowed: 2 and more, "

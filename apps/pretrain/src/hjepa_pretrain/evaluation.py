@@ -1,8 +1,9 @@
 """What was learned: every level of the trained model beside the untrained one and beside raw pixels."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from hjepa_data import EvalConfig, ShardSource, normalize
+from hjepa_data import DataError, EvalConfig, ShardSource, normalize
 from hjepa_eval import FeatureSet, Scores, evaluate, extract, knn_accuracy
 from hjepa_models import HJEPA
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.demo.shards import demo_shards
 from hjepa_train import Callback, StepResult, Trainer
+
+logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 _BATCH = 256
@@ -52,8 +55,14 @@ class Images:
 
 
 def load_images(source: ShardSource, config: EvalConfig) -> Images:
-    """Decode the samples that an evaluation stream gives."""
-    batches = list(config.build(source))
+    """Decode the samples that an evaluation stream gives, and say what it left out."""
+    stream = config.build(source)
+    batches = list(stream)
+    if stream.skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(stream.skipped.items()))
+        logger.warning("images left out of the evaluation: %s", reasons)
+    if not batches:
+        raise DataError("no image could be decoded for the evaluation; check data.eval, or set data.eval=null")
     return Images(
         pixels=torch.cat([batch.views[0] for batch in batches]), labels=torch.cat([batch.labels for batch in batches])
     )
@@ -67,15 +76,16 @@ def open_sources(config: PretrainConfig) -> tuple[ShardSource, ShardSource | Non
     return ShardSource(train), None if held_out is None else ShardSource(held_out)
 
 
-def load_run_images(config: PretrainConfig) -> tuple[Images, Images] | None:
-    """Load what a run is measured on, training and held-out images; None without held-out shards."""
-    train, held_out = open_sources(config)
-    if held_out is None:
+def load_pair(
+    config: PretrainConfig, sources: tuple[ShardSource, ShardSource | None], train: int, held_out: int
+) -> tuple[Images, Images] | None:
+    """Load so many training and held-out images; None without held-out shards."""
+    if sources[1] is None:
         return None
     crops = config.data.evaluation()
     return (
-        load_images(train, replace(crops, max_samples=config.eval.train_samples)),
-        load_images(held_out, replace(crops, max_samples=config.eval.eval_samples)),
+        load_images(sources[0], replace(crops, max_samples=train)),
+        load_images(sources[1], replace(crops, max_samples=held_out)),
     )
 
 
@@ -161,44 +171,44 @@ class OnlineEvaluation(Callback):
             self._measure(trainer)
 
     def _measure(self, trainer: Trainer) -> None:
-        task, config, device = trainer.module, self._config, trainer.world.device
-        model = task.model
-        assert isinstance(model, HJEPA)
-        model.eval()
+        config, device = self._config, trainer.world.device
+        trainer.module.eval()
         bank, test = (
-            extract(model.features, images.batches(config.data.mean, config.data.std), device=device, branch="target")[
-                "encoder"
-            ].labelled()
+            extract(
+                lambda pixels: trainer.call("features", pixels),
+                images.batches(config.data.mean, config.data.std),
+                device=device,
+                branch="target",
+            )["encoder"].labelled()
             for images in (self._train, self._test)
         )
-        model.train()
+        trainer.module.train()
         k = config.eval.k
         if len(bank) >= k and len(test):
             accuracy = knn_accuracy(bank.values, bank.labels, test.values, test.labels, ks=(k,))[k]
             trainer.log({f"eval/encoder/knn_{k}": accuracy})
 
 
-def results_content(rows: list[Row], step: int) -> dict[str, Any]:
+def results_content(rows: list[Row], step: int, config: PretrainConfig) -> dict[str, Any]:
     """Return what `results.json` holds."""
-    return {"step": step, "rows": [row.as_dict() for row in rows]}
+    return {"step": step, "eval": asdict(config.eval), "rows": [row.as_dict() for row in rows]}
 
 
-def save_results(rows: list[Row], step: int, folder: Path) -> dict[str, Any]:
-    """Write `results.json` and return its content."""
-    content = results_content(rows, step)
+def save_results(results: dict[str, Any], folder: Path) -> None:
+    """Write `results.json`."""
     temporary = folder / (RESULTS_FILE + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
     temporary.replace(folder / RESULTS_FILE)
-    return content
 
 
-def read_results(folder: Path, step: int) -> dict[str, Any] | None:
-    """Return the results of this step, if they were measured before."""
+def read_results(config: PretrainConfig, step: int, folder: Path) -> dict[str, Any] | None:
+    """Return the results of this step, if they were measured before, and in the same way."""
     path = folder / RESULTS_FILE
     if not path.is_file():
         return None
     content: dict[str, Any] = json.loads(path.read_text())
-    return content if content.get("step") == step else None
+    same = content.get("step") == step and content.get("eval") == asdict(config.eval)
+    return content if same else None
 
 
 COLUMNS = ("features", "branch", "level", "pooling", "D", "kNN", "linear", "RankMe", "eff.rank")

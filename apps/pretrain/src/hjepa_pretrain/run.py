@@ -1,25 +1,25 @@
 """A run from its configuration to its folder: data, task, trainer, results, report."""
 
-import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from omegaconf import DictConfig
 from rich.console import Console
 
 from hjepa_data import DataError, ShardSource
-from hjepa_models import HJEPA, save_pretrained
+from hjepa_models import HJEPA, Block, save_pretrained
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.evaluation import (
-    Images,
     OnlineEvaluation,
-    load_run_images,
+    load_pair,
     measure,
     open_sources,
     read_results,
+    results_content,
     results_table,
     save_results,
 )
@@ -42,30 +42,59 @@ from hjepa_train import (
     leave_world,
 )
 
-logger = logging.getLogger(__name__)
+Sources = tuple[ShardSource, ShardSource | None]
+T = TypeVar("T")
+
+
+class OtherRankError(ValueError):
+    """Another process of this run has failed, and says why itself."""
 
 
 class SkippedImages(Callback):
-    """Logs `data/skipped`, the images left out since the run was started, and says why at the end."""
+    """Logs `data/skipped`, the images left out since the run began, over all ranks, and says so at the end."""
 
     def __init__(self, every: int, console: Console) -> None:
         self._every = every
         self._console = console
+        self._before = 0
+        self._total = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Keep the count over interruptions."""
+        return {"skipped": self._total}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting."""
+        self._before = self._total = state["skipped"]
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Count over all ranks, where a row is written."""
         if trainer.step % self._every == 0 or trainer.step == trainer.config.steps:
             skipped: dict[str, int] = trainer.stream.skipped  # type: ignore[attr-defined]
-            total = trainer.world.sum(torch.tensor(sum(skipped.values()), device=trainer.world.device))
-            if int(total):
-                trainer.log({"data/skipped": float(total)})
+            count = trainer.world.sum(torch.tensor(sum(skipped.values()), device=trainer.world.device))
+            self._total = self._before + int(count)
+            if self._total:
+                trainer.log({"data/skipped": float(self._total)})
 
     def on_fit_end(self, trainer: Trainer, outcome: Outcome | None) -> None:
-        """Say what was left out."""
-        skipped: dict[str, int] = trainer.stream.skipped  # type: ignore[attr-defined]
-        if skipped and trainer.world.is_main:
+        """Say what was left out, with the reasons that this process saw."""
+        if self._total and trainer.world.is_main:
+            skipped: dict[str, int] = trainer.stream.skipped  # type: ignore[attr-defined]
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-            self._console.print(f"left out: {reasons}", highlight=False)
+            self._console.print(f"left out: {self._total} images ({reasons or 'in other processes'})", highlight=False)
+
+
+class RunRecord(Callback):
+    """Writes `config.yaml` once the run has accepted its checkpoint; each sitting adds where it comes from."""
+
+    def __init__(self, plain: DictConfig, words: list[str], folder: Path) -> None:
+        self._plain, self._words, self._folder = plain, words, folder
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Write the file."""
+        if trainer.world.is_main:
+            sittings = [*settings.read_provenance(self._folder), provenance(self._words)]
+            settings.save(self._plain, sittings, self._folder)
 
 
 def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], console: Console) -> Outcome:
@@ -88,91 +117,115 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
         torch.set_num_threads(config.run.threads)
     world = init_world(config.trainer.parallel)
     try:
-        outcome, trainer, images, folder = _train(config, plain, words, world, console, started)
+        sources = _sources(config, world)
+        trainer, folder = _prepare(config, plain, words, sources, world, console, started)
+        outcome = trainer.fit()
     finally:
         leave_world()
     if outcome is Outcome.DONE and world.is_main:
-        _finish(config, trainer, images, folder, console)
+        _finish(config, trainer, sources, folder, console)
     return outcome
 
 
-def _train(
-    config: PretrainConfig, plain: DictConfig, words: list[str], world: World, console: Console, started: float
-) -> tuple[Outcome, Trainer, tuple[Images, Images] | None, Path]:
-    source = _train_source(config, world)
+def _together(world: World, work: Callable[[], T]) -> T:
+    """Do what may fail in one process only, and let all of them hear of it: nobody waits for one that is gone."""
+    problem: Exception | None = None
+    result: list[T] = []
+    try:
+        result.append(work())
+    except (ValueError, OSError) as error:
+        problem = error
+    failed, main_failed = world.any(problem is not None, problem is not None and world.is_main)
+    if problem is not None and (world.is_main or not main_failed):
+        raise problem
+    if failed:
+        raise OtherRankError("another process could not start; its line says why")
+    return result[0]
+
+
+def _sources(config: PretrainConfig, world: World) -> Sources:
+    """Open the shards; the demo's are made by the main rank, the others wait for them."""
+    if config.data.train is None and world.size > 1:
+        _together(world, lambda: open_sources(config) if world.is_main else None)
+    sources = _together(world, lambda: open_sources(config))
+    if len(sources[0]) < config.data.batch_size:
+        raise DataError(
+            f"data.train={config.data.train}: holds {len(sources[0])} images, less than one batch of data.batch_size="
+            f"{config.data.batch_size}; lower the batch or give more shards"
+        )
+    return sources
+
+
+def _prepare(
+    config: PretrainConfig,
+    plain: DictConfig,
+    words: list[str],
+    sources: Sources,
+    world: World,
+    console: Console,
+    started: float,
+) -> tuple[Trainer, Path]:
     task = build_task(config)
     stream = config.data.stream(config.trainer.accumulate).build(
-        source, seed=config.run.seed, rank=world.rank, world_size=world.size
+        sources[0], seed=config.run.seed, rank=world.rank, world_size=world.size
     )
-    images = load_run_images(config) if config.eval.at_end or config.eval.every_steps else None
-    folder = _folder(config, plain, words, world, console)
+    stamp = world.from_main(int(time.time()))
+    folder = _together(world, lambda: _folder(config, plain, stamp))
+    callbacks = _together(world, lambda: _callbacks(config, sources, folder, console, started))
     trainer = Trainer(
         task,
         stream,
         config.trainer,
         run_dir=folder,
-        callbacks=_callbacks(config, images, folder, console, started),
+        callbacks=[RunRecord(plain, words, folder), *callbacks],
         checkpoint=config.checkpoint,
         world=world,
-        blocks=_blocks(),
+        blocks=(Block,),
         metadata={"recipe": config.recipe, "model": config.model},
     )
     if world.is_main:
-        _announce(config, task, len(source), folder, console)
-    return trainer.fit(), trainer, images, folder
+        _announce(config, task, len(sources[0]), folder, console)
+    return trainer, folder
 
 
-def _train_source(config: PretrainConfig, world: World) -> ShardSource:
-    """Open the training shards; the demo's are made by the main rank, the others wait for them."""
-    if config.data.train is None and world.size > 1:
-        if world.is_main:
-            open_sources(config)
-        dist.barrier()
-    source, _ = open_sources(config)
-    if len(source) < config.data.batch_size:
-        raise DataError(
-            f"data.train={config.data.train}: holds {len(source)} images, less than one batch of data.batch_size="
-            f"{config.data.batch_size}; lower the batch or give more shards"
-        )
-    return source
-
-
-def _folder(config: PretrainConfig, plain: DictConfig, words: list[str], world: World, console: Console) -> Path:
-    """Make the run's folder with its configuration, or go back to it; the main rank names it for all."""
-    stamp = world.from_main(int(time.time()))
+def _folder(config: PretrainConfig, plain: DictConfig, stamp: int) -> Path:
+    """Make the run's folder, or go back to it."""
     name = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(stamp))}"
     folder = Path("runs") / name if config.run.dir is None else Path(config.run.dir)
     plain.run.dir = str(folder)
-    if world.is_main:
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        origin = settings.read_provenance(folder) or provenance(words)
-        settings.save(plain, origin, folder)
+    except OSError as error:
+        raise settings.SettingsError(f"run.dir={folder}: cannot be made ({error.strerror}); choose another") from error
+    if not (folder / settings.CONFIG_FILE).is_file():
+        strange = [name for name in ("checkpoints", "metrics.jsonl", "config.json") if (folder / name).exists()]
+        if strange:
+            raise settings.SettingsError(
+                f"run.dir={folder}: holds {', '.join(strange)} but no {settings.CONFIG_FILE}, so it is no run of this "
+                "program; choose another folder"
+            )
     return folder
 
 
 def _callbacks(
-    config: PretrainConfig, images: tuple[Images, Images] | None, folder: Path, console: Console, started: float
+    config: PretrainConfig, sources: Sources, folder: Path, console: Console, started: float
 ) -> list[Callback]:
     callbacks: list[Callback] = [CollapseMonitor(config.monitor)]
-    if images is not None and config.eval.every_steps is not None:
-        callbacks.append(OnlineEvaluation(config, *(each.head(config.eval.online_samples) for each in images)))
+    if config.eval.every_steps is not None:
+        images = load_pair(config, sources, config.eval.online_samples, config.eval.online_samples)
+        if images is not None:
+            callbacks.append(OnlineEvaluation(config, *images))
     callbacks += [
         SkippedImages(config.trainer.log_every, console),
         MetricsLog(folder / "metrics.jsonl"),
         TensorBoardLog(folder),
         ProgressBar(console=console),
     ]
-    if config.profiler is not None:
+    if config.profile:
         callbacks.append(Profiler(folder / "profile", config.profiler))
     if config.run.time_limit_seconds is not None:
         callbacks.append(TimeLimit(config.run.time_limit_seconds / 60, started=started))
     return callbacks
-
-
-def _blocks() -> tuple[type[torch.nn.Module], ...]:
-    from hjepa_models.layers.block import Block
-
-    return (Block,)
 
 
 def _announce(config: PretrainConfig, task: PretrainTask, images: int, folder: Path, console: Console) -> None:
@@ -190,18 +243,19 @@ def _announce(config: PretrainConfig, task: PretrainTask, images: int, folder: P
     console.print(f"run folder: {folder} (to go on after a stop: hjepa-pretrain run.dir={folder})", highlight=False)
 
 
-def _finish(
-    config: PretrainConfig, trainer: Trainer, images: tuple[Images, Images] | None, folder: Path, console: Console
-) -> None:
-    """Write weights, results and report; a run that was finished before only shows its table."""
-    results = read_results(folder, trainer.step)
-    if results is None or not (folder / "model.safetensors").is_file():
+def _finish(config: PretrainConfig, trainer: Trainer, sources: Sources, folder: Path, console: Console) -> None:
+    """Write weights, report and results; a run that was finished before only shows its table."""
+    results = read_results(config, trainer.step, folder)
+    if results is None:
         model = _final_model(config, trainer)
         save_pretrained(model, folder)
-        if images is not None and config.eval.at_end:
-            results = save_results(measure(model, config, *images, trainer.world.device), trainer.step, folder)
+        images = load_pair(config, sources, config.eval.train_samples, config.eval.eval_samples)
+        rows = [] if images is None or not config.eval.at_end else measure(model, config, *images, trainer.world.device)
+        results = results_content(rows, trainer.step, config)
         write_report(folder, config, model, images, results)
-    if results is not None:
+        # The last file: a run that has it is finished.
+        save_results(results, folder)
+    if results["rows"]:
         console.print(results_table(results))
     console.print(f"report: {folder / 'report.html'}", highlight=False)
 

@@ -16,7 +16,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 # What a run may change when it goes on; everything else would make it another run.
 CHANGEABLE = (
-    "run.dir", "run.steps", "run.time_limit", "run.device", "run.threads", "checkpoint.", "log.", "eval.", "parallel",
-    "data.workers",
+    "run.dir", "run.steps", "run.time_limit", "run.device", "run.threads", "parallel", "data.eval", "data.workers",
+    "data.cache_mib", "checkpoint.", "eval.", "monitor.", "profile", "profiler.", "trainer.log_every",
+    "trainer.learning_rate.", "trainer.weight_decay.", "trainer.precision",
 )  # fmt: skip
-GROUPS = ("recipe", "preset")
 DERIVED = {
     "trainer.steps": "run.steps",
     "trainer.parallel.kind": "parallel",
@@ -70,30 +70,30 @@ def load(words: Sequence[str]) -> tuple[PretrainConfig, DictConfig]:
         if "parallel" not in given:
             _fit_world(plain)
         _derive(plain)
-        if "trainer.learning_rate.warmup_steps" not in given:
+        if stored is None and "trainer.learning_rate.warmup_steps" not in given:
             _shorten_warmup(plain)
         config = OmegaConf.to_object(plain)
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, ValueError, AssertionError) as error:
         raise SettingsError(_one_line(error, plain_keys())) from error
     if not isinstance(config, PretrainConfig):
         raise SettingsError(f"the configuration is a {type(config).__name__}, not a PretrainConfig; check conf/")
     return config, plain
 
 
-def save(plain: DictConfig, provenance: dict[str, Any], folder: Path) -> None:
-    """Writes `config.yaml`: the resolved configuration, and where it came from under `provenance`."""
+def save(plain: DictConfig, sittings: list[dict[str, Any]], folder: Path) -> None:
+    """Writes `config.yaml`: the resolved configuration, and where each sitting came from under `provenance`."""
     content = OmegaConf.to_container(plain, resolve=True, enum_to_str=True)
-    text = yaml.safe_dump({**content, "provenance": provenance}, sort_keys=False)  # type: ignore[dict-item]
+    text = yaml.safe_dump({**content, "provenance": sittings}, sort_keys=False)  # type: ignore[dict-item]
     temporary = folder / (CONFIG_FILE + ".tmp")
     temporary.write_text(text)
     temporary.replace(folder / CONFIG_FILE)
 
 
-def read_provenance(folder: Path) -> dict[str, Any] | None:
-    """Returns where a stored run came from, or None where there is none."""
+def read_provenance(folder: Path) -> list[dict[str, Any]]:
+    """Returns where the sittings of a stored run came from; none where there is no run."""
     path = folder / CONFIG_FILE
-    content = yaml.safe_load(path.read_text()) if path.is_file() else None
-    return content.get("provenance") if isinstance(content, dict) else None
+    content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return list(content.get("provenance", []))
 
 
 def plain_keys() -> list[str]:
@@ -103,12 +103,16 @@ def plain_keys() -> list[str]:
 
 def _parse(words: Sequence[str]) -> list[Override]:
     try:
-        return list(OverridesParser.create().parse_overrides(overrides=[_quoted(word) for word in words]))
+        overrides = list(OverridesParser.create().parse_overrides(overrides=[_quoted(word) for word in words]))
     except HydraException as error:
         bad = next((word for word in words if "=" not in word), None)
         if bad is not None:
             raise SettingsError(f"{bad!r} is not a setting; write key=value, as in run.steps=1000") from error
         raise SettingsError(_one_line(error, [])) from error
+    for override in overrides:
+        if override.type is not OverrideType.CHANGE or override.is_sweep_override():
+            raise SettingsError(f"{override.input_line}: settings are written key=value; null switches a part off")
+    return overrides
 
 
 def _fresh(words: Sequence[str], given: dict[str, Override]) -> DictConfig:
@@ -196,31 +200,27 @@ def _stored(given: dict[str, Override]) -> DictConfig | None:
 
 
 def _amend(stored: DictConfig, overrides: Sequence[Override]) -> DictConfig:
+    """Apply overrides to a stored run, and refuse a change that would make it another run."""
     plain = stored.copy()
     for override in overrides:
-        key, value = str(override.key_or_group), override.value()
-        if key in GROUPS:
-            _refuse_change(plain, key, str(value))
-            continue
-        before = OmegaConf.select(plain, key, throw_on_missing=False)
-        OmegaConf.update(plain, key, value, merge=True)
-        after = OmegaConf.select(plain, key)
-        if before != after and not any(
-            key == name or (name[-1] == "." and key.startswith(name)) for name in CHANGEABLE
-        ):
+        OmegaConf.update(plain, str(override.key_or_group), override.value(), merge=True)
+    before, after = (dict(_leaves(OmegaConf.to_container(one, enum_to_str=True))) for one in (stored, plain))
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if old != new and not key.startswith(CHANGEABLE):
             raise SettingsError(
-                f"{key}={after}: the run in {stored.run.dir} was started with {before}, so its checkpoints belong to "
+                f"{key}={new}: the run in {stored.run.dir} was started with {old}, so its checkpoints belong to "
                 "another model or order; leave this setting out, or start another run.dir"
             )
     return plain
 
 
-def _refuse_change(plain: DictConfig, key: str, value: str) -> None:
-    if OmegaConf.select(plain, key) != value:
-        raise SettingsError(
-            f"{key}={value}: the run in {plain.run.dir} was started with {key}={OmegaConf.select(plain, key)}; "
-            "leave this setting out, or start another run.dir"
-        )
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _dotted(tree: Any, prefix: str = "") -> Iterator[str]:  # noqa: ANN401

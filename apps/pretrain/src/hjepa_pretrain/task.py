@@ -46,6 +46,10 @@ class PretrainTask(nn.Module):
         drawn = [masks(step, sample) for masks in self._masks]
         return torch.cat([one.context for one in drawn]), torch.cat([one.targets for one in drawn])
 
+    def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        """Return the pooled features of the target encoder for normalised images."""
+        return self.model.features(images)
+
     def forward(self, batch: Batch, step: int) -> StepOutput:
         """Return loss, losses by level and embeddings of one micro-batch."""
         views = [self._prepare(view, step, batch.sample, number) for number, view in enumerate(batch.views)]

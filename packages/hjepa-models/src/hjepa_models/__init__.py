@@ -6,7 +6,7 @@ from hjepa_models.global_level import GlobalConfig, GlobalLevel, GlobalObjective
 from hjepa_models.grid import Grid, coarsen, gather_tokens, grid_coordinates, num_tokens, sincos_positions
 from hjepa_models.hjepa import HJEPA, Branch, FeaturePool, HJEPAConfig, HJEPAOutput, Targets
 from hjepa_models.layers.attention import AttentionBackend
-from hjepa_models.layers.block import MlpKind
+from hjepa_models.layers.block import Block, MlpKind
 from hjepa_models.layers.patch import Stem, StemNorm, patchify
 from hjepa_models.layers.positions import Position
 from hjepa_models.objectives import (
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "HJEPA",
     "AttentionBackend",
+    "Block",
     "Branch",
     "Canvas",
     "Encoder",

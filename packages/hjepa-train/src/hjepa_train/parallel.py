@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -180,13 +180,15 @@ def gradient_sync(wrapped: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 def _shard(adapter: nn.Module, world: World, blocks: tuple[type[nn.Module], ...]) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     for child in adapter.modules():
         if isinstance(child, blocks):
             fully_shard(child, mesh=mesh)
     fully_shard(adapter, mesh=mesh)
+    # Weights are gathered for `forward` alone, unless another method is named.
+    register_fsdp_forward_method(adapter, "call")
     return adapter
 
 
@@ -204,6 +206,17 @@ class _Adapter(nn.Module):
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]:
         output = self.module(batch, step)
         return output.loss, dict(output.metrics), dict(output.embeddings)
+
+    def call(self, name: str, *arguments: Any) -> Any:  # noqa: ANN401
+        return getattr(self.module, name)(*arguments)
+
+
+def call(wrapped: nn.Module, name: str, *arguments: Any) -> Any:  # noqa: ANN401
+    """Call a method of the module inside what `wrap` returned, without gradient; under FSDP all ranks call it."""
+    adapter = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
+    # Weights that FSDP gathers here are used for training later, which tensors of inference mode cannot be.
+    with torch.inference_mode(False), torch.no_grad():
+        return adapter.call(name, *arguments)  # type: ignore[operator]
 
 
 def _backends() -> str:

@@ -20,7 +20,7 @@ from hjepa_train.ema import EMA
 from hjepa_train.errors import CheckpointError, TrainingError, choice, one_line
 from hjepa_train.optim import OptimizerConfig, OptimizerKind, set_rates
 from hjepa_train.outcome import Outcome
-from hjepa_train.parallel import ParallelConfig, ParallelKind, World, gradient_sync, init_world, wrap
+from hjepa_train.parallel import ParallelConfig, ParallelKind, World, call, gradient_sync, init_world, wrap
 from hjepa_train.precision import Precision, autocast
 from hjepa_train.protocols import Batch, Callback, HasEMA, Stream
 from hjepa_train.schedules import ScheduleConfig, ScheduleKind
@@ -177,6 +177,10 @@ class Trainer:
         """Add scalars to the row of this step; call it with the same values on every rank."""
         self._row.update(row)
 
+    def call(self, name: str, *arguments: Any) -> Any:  # noqa: ANN401
+        """Call a method of the module without gradient, wherever its weights are; under FSDP all ranks call it."""
+        return call(self.model, name, *arguments)
+
     def request_save(self) -> None:
         """Save a checkpoint when this step has ended."""
         self._save_requested = True
@@ -231,6 +235,7 @@ class Trainer:
             self.step += 1
             if self._is_logged():
                 self.log(self._read(result))
+            paused = time.perf_counter()
             for callback in self.callbacks:
                 callback.on_step_end(self, result)
             self._flush_row()
@@ -238,6 +243,8 @@ class Trainer:
             if save or stop or self.step == self.config.steps:
                 self._save_requested = False
                 self.save()
+            # What callbacks and checkpoints take is not the speed of training.
+            self._timer = (self._timer[0] + time.perf_counter() - paused, self._timer[1])
         if stop and self.step < self.config.steps:
             reason = self.stop_reason or "asked by another rank"
             logger.info("stopped after step %d of %d (%s)", self.step, self.config.steps, reason)

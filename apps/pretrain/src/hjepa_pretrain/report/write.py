@@ -25,7 +25,7 @@ def write_report(
     config: PretrainConfig,
     model: HJEPA,
     images: tuple[Images, Images] | None,
-    results: dict[str, Any] | None,
+    results: dict[str, Any],
 ) -> Path:
     """Write the page of a run: one file that opens offline.
 
@@ -34,7 +34,7 @@ def write_report(
         config: of the run.
         model: the trained model.
         images: training and held-out images, or None without held-out data.
-        results: content of `results.json`, or None.
+        results: content of `results.json`.
 
     Returns:
         The path of the page.
@@ -51,8 +51,8 @@ def write_report(
     return path
 
 
-def _learned(results: dict[str, Any] | None) -> Section:
-    if results is None:
+def _learned(results: dict[str, Any]) -> Section:
+    if not results["rows"]:
         return Section(
             title="What was learned", note="Nothing was measured: give data.eval, and labels for accuracies."
         )
@@ -95,15 +95,11 @@ def _ranks(rows: list[dict[str, Any]]) -> Section:
 
 
 def _masks(config: PretrainConfig, test: Images) -> Section:
-    from hjepa_pretrain.task import build_task
-
     shown = test.head(_SHOWN)
-    context, targets = build_task(config).draw_masks(0, torch.arange(len(shown.labels)))
+    drawn = config.masks.build(config.run.seed)(0, torch.arange(len(shown.labels)))
+    context, targets = drawn.context, drawn.targets
     grid = config.hjepa.encoder.grid
-    count = len(shown.labels)
-    picture = figures.masks(
-        _arrays(shown.pixels), (grid[-2], grid[-1]), context[:count].numpy(), targets[:count].numpy()
-    )
+    picture = figures.masks(_arrays(shown.pixels), (grid[-2], grid[-1]), context.numpy(), targets.numpy())
     note = (
         f"Of {config.hjepa.encoder.num_patches} patches the context encoder sees {context.shape[1]}; the predictor has "
         f"to predict the features of {targets.shape[1]} blocks of {targets.shape[2]}."
