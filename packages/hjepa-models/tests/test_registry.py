@@ -13,7 +13,8 @@ def test_sizes_have_the_known_number_of_parameters(size, millions):
 
 @pytest.mark.parametrize("name", list_models())
 def test_every_listed_name_builds(name):
-    encoder_config(name).build(device="meta")
+    encoder = encoder_config(name).build(device="meta")
+    assert f"_patch{encoder.config.patch_size[0]}" in name
 
 
 def test_any_patch_and_overrides():

@@ -81,13 +81,8 @@ class ConvStem(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels, self.patch_size = in_channels, patch_size
-        self.stages = nn.ModuleList()
-        size, width = patch_size, in_channels
-        for stride, out in zip(stage_strides(patch_size, len(channels)), channels, strict=True):
-            self.stages.append(Stage(width, out, (3,) * len(patch_size), stride, norm, nn.GELU()))
-            size = tuple(n // s for n, s in zip(size, stride, strict=True))
-            width = out
-        self.proj = nn.Linear(width * math.prod(size), embed_dim)
+        self.stages, size = halving_stages(in_channels, patch_size, channels, norm)
+        self.proj = nn.Linear((in_channels, *channels)[-1] * math.prod(size), embed_dim)
 
     def forward(self, patches: Float[Tensor, "B K P"], track: bool = True) -> Float[Tensor, "B K D"]:
         """Return one token per patch; `track` lets running statistics follow."""
@@ -117,16 +112,10 @@ class OverlapStem(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        axes = len(patch_size)
-        self.stages = nn.ModuleList()
-        size, width = patch_size, in_channels
-        for stride, out in zip(stage_strides(patch_size, len(channels)), channels, strict=True):
-            self.stages.append(Stage(width, out, (3,) * axes, stride, norm, nn.GELU()))
-            size = tuple(n // s for n, s in zip(size, stride, strict=True))
-            width = out
+        self.stages, size = halving_stages(in_channels, patch_size, channels, norm)
         # What is left of a patch becomes one place: by a kernel of 3 where it is small, else by one that tiles it.
         kernel = tuple(3 if n <= 2 else n for n in size)
-        self.stages.append(Stage(width, embed_dim, kernel, size, norm, nn.Identity()))
+        self.stages.append(Stage((in_channels, *channels)[-1], embed_dim, kernel, size, norm, nn.Identity()))
 
     def forward(
         self, images: Float[Tensor, "B C *S"], index: Int[Tensor, "B K"] | None, grid: Grid
@@ -160,6 +149,18 @@ class Stage(nn.Module):
             x = self.norm(x, track)
         out: Tensor = self.activation(x)
         return out
+
+
+def halving_stages(
+    in_channels: int, patch_size: Grid, channels: tuple[int, ...], norm: StemNorm
+) -> tuple[nn.ModuleList, Grid]:
+    """Return one stage per entry of `channels`, and the places per axis that they leave of a patch."""
+    stages, size, width = nn.ModuleList(), patch_size, in_channels
+    for stride, out in zip(stage_strides(patch_size, len(channels)), channels, strict=True):
+        stages.append(Stage(width, out, (3,) * len(patch_size), stride, norm, nn.GELU()))
+        size = tuple(n // s for n, s in zip(size, stride, strict=True))
+        width = out
+    return stages, size
 
 
 def blank_hidden(images: Float[Tensor, "B C *S"], index: Int[Tensor, "B K"], grid: Grid) -> Float[Tensor, "B C *S"]:
