@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hjepa_models._validation import check_not_negative, check_positive, coerce_choice
@@ -112,7 +112,7 @@ class GlobalLevel(nn.Module):
         out: Tensor = self.projector(pooled.flatten(0, -2))
         return out.reshape(*pooled.shape[:-1], -1)
 
-    def loss(self, z: Float[Tensor, "V B P"], step: int) -> Float[Tensor, ""]:
+    def loss(self, z: Float[Tensor, "V B P"], step: int | Int[Tensor, ""]) -> Float[Tensor, ""]:
         r"""Return the global term.
 
         SIGReg: $(1-\lambda)\,\frac1V\sum_v \|z_v - \bar z\|^2 / P + \lambda\,\frac1V\sum_v \mathrm{SIGReg}(z_v)$.

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hjepa_models.objectives import random_directions, sigreg
 
@@ -102,3 +103,29 @@ def test_autocast_does_not_touch_the_statistic(device):
     with torch.autocast(device.type, torch.bfloat16):
         inside = sigreg(z, 1, 32)
     assert torch.equal(inside, sigreg(z, 1, 32))
+
+
+@given(st.integers(0, 2**62))
+def test_a_tensor_seed_gives_the_numbers_of_the_int(device, seed):
+    tensor = torch.tensor(seed, dtype=torch.int64, device=device)
+    assert torch.equal(random_directions(tensor, 5, 7, device), random_directions(seed, 5, 7, device))
+
+
+def test_a_tensor_seed_is_not_read_on_the_host(device):
+    with FakeTensorMode():
+        seed = torch.empty((), dtype=torch.int64, device=device)
+        assert random_directions(seed, 5, 7).device.type == device.type
+        assert sigreg(torch.empty(16, 4, device=device), seed, 8).shape == ()
+
+
+def test_sigreg_takes_a_tensor_seed_and_is_not_compiled_anew_when_it_changes(device):
+    z = torch.randn(16, 4, device=device)
+    compiled = torch.compile(lambda x, seed: sigreg(x, seed, 8), fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(4):
+            x, y = (z.clone().requires_grad_() for _ in range(2))
+            fast, plain = compiled(x, torch.tensor(step, device=device)), sigreg(y, step, 8)
+            torch.testing.assert_close(fast, plain)
+            fast.backward()
+            plain.backward()
+            torch.testing.assert_close(x.grad, y.grad)

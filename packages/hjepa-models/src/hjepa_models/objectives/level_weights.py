@@ -1,16 +1,22 @@
-"""How much each level counts, as a pure function of the step."""
+"""How much each level counts: a pure function of the step, and of the levels' average losses where it adapts."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
 from hjepa_models._validation import check_not_negative, check_positive, coerce_choice
+from hjepa_models.distributed import all_reduce_mean
 
 
 class LevelWeighting(StrEnum):
-    """Whether the weights stand still or are raised coarse levels first."""
+    """Whether the weights stand still, are raised coarse levels first, or follow the inverse of each level's loss."""
 
     fixed = "fixed"
     curriculum = "curriculum"
+    adaptive = "adaptive"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -18,12 +24,16 @@ class LevelWeightsConfig:
     """Describes the weights of the masked levels.
 
     Attributes:
-        kind: `fixed`, or `curriculum`: level l rises linearly from 0 at `ramp_start[l]` to its weight at `ramp_end[l]`.
+        kind: `fixed`; `curriculum`: level l rises linearly from 0 at `ramp_start[l]` to its weight at `ramp_end[l]`; or
+            `adaptive`: the weights are shared out anew by the inverse of each level's average loss
+            (`adaptive_weights`).
         weights: final weight of each level, finest first.
         ramp_start: per level, in units of `ramp_steps`; empty means coarse first over the first half, level l of L from
             (L-1-l)/2L to (L-l)/2L.
         ramp_end: likewise.
         ramp_steps: steps in one unit of the ramps: the length of the run for fractions, 1 for steps.
+        momentum: of the average losses of `adaptive`, which move once with each forward pass in training (with each
+            micro-batch where gradients are accumulated); 0 takes the last loss alone.
     """
 
     kind: LevelWeighting = LevelWeighting.fixed
@@ -31,6 +41,7 @@ class LevelWeightsConfig:
     ramp_start: tuple[float, ...] = ()
     ramp_end: tuple[float, ...] = ()
     ramp_steps: int = 1
+    momentum: float = 0.99
 
     def __post_init__(self) -> None:
         """Coerce lists and names, and refuse what makes no sense."""
@@ -39,6 +50,11 @@ class LevelWeightsConfig:
         check_positive(ramp_steps=self.ramp_steps)
         for weight in self.weights:
             check_not_negative(weights=weight)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"momentum={self.momentum}: the average would never follow the losses; allowed: 0 <= momentum < 1; "
+                f"use e.g. 0.99"
+            )
         count = len(self.weights)
         if self.kind is LevelWeighting.curriculum and self.ramp_steps == 1 and not (self.ramp_start and self.ramp_end):
             raise ValueError(
@@ -69,10 +85,13 @@ class LevelWeightsConfig:
     def level_weights(self, step: int) -> tuple[float, ...]:
         """Return the weight of each level at a step.
 
+        For `adaptive` these are the weights that `adaptive_weights` shares out anew, by average losses that the model
+        holds and its checkpoint carries.
+
         >>> LevelWeightsConfig(kind="curriculum", weights=(1.0, 0.5), ramp_steps=100).level_weights(30)
         (0.2, 0.5)
         """
-        if self.kind is LevelWeighting.fixed:
+        if self.kind is not LevelWeighting.curriculum:
             return self.weights
         now = step / self.ramp_steps
         return tuple(
@@ -85,3 +104,56 @@ def _ramp(now: float, start: float, end: float) -> float:
     if now >= end:
         return 1.0
     return 0.0 if now <= start else (now - start) / (end - start)
+
+
+def adaptive_weights(average_losses: Float[Tensor, " L"], base: Float[Tensor, " L"]) -> Float[Tensor, " L"]:
+    r"""Share the base weights out anew, in inverse proportion to each level's average loss.
+
+    $$w_l = b_l \frac{1 / a_l}{\sum_k b_k / a_k} \sum_k b_k$$
+
+    over the levels that have a base weight $b > 0$ and an average $a > 0$: each then contributes to the loss in
+    proportion to its base weight, and the weights keep their sum. A level without an average yet keeps its base weight;
+    one of base weight 0 stays 0 and does not count.
+
+    Args:
+        average_losses: moving average of each level's loss, as `update_average` keeps it; 0 where there is none yet.
+        base: the configured weights.
+
+    Returns:
+        The weights, without gradient, on the device of the averages.
+
+    >>> adaptive_weights(torch.tensor([0.5, 2.0, 0.0]), torch.tensor([1.0, 1.0, 0.5]))
+    tensor([1.6000, 0.4000, 0.5000])
+    """
+    average = average_losses.detach()
+    weight = base.to(average.dtype)
+    known = average > 0
+    inverse = torch.where(known, average, 1).clamp(min=1e-12).reciprocal()
+    shared = torch.where(known, weight * inverse, 0)
+    total = shared.sum()
+    kept = torch.where(known, weight, 0).sum() / torch.where(total > 0, total, 1)
+    return torch.where(known, shared * kept, weight)
+
+
+def update_average(
+    average: Float[Tensor, " L"], losses: Float[Tensor, " L"], momentum: float, seen: Bool[Tensor, " L"]
+) -> Float[Tensor, " L"]:
+    r"""Return the moving averages of the levels' losses after a step.
+
+    $a \leftarrow m a + (1 - m) \ell$; the first loss of a level becomes its average as it is. Losses are averaged over
+    all processes, so that the averages, and the weights made of them, are the same everywhere.
+
+    Args:
+        average: the averages so far; 0 marks a level without one, so a run starts with zeros.
+        losses: unweighted loss of each level on this process; what stands where a level was not computed is ignored.
+        momentum: m.
+        seen: which levels were computed at this step, the same on every process; the others keep their average, and
+            so does one whose loss is not finite.
+
+    Returns:
+        The new averages, without gradient: the state that a checkpoint carries.
+    """
+    average, losses = average.detach(), losses.detach().to(average.dtype)
+    losses = all_reduce_mean(losses)
+    moved = torch.where(average > 0, torch.lerp(losses, average, momentum), losses)
+    return torch.where(seen & losses.isfinite(), moved, average)

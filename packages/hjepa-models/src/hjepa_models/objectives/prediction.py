@@ -6,14 +6,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hjepa_models.objectives.symlog import symlog as to_symlog
+
 
 class Objective(StrEnum):
-    """The distance that the masked levels minimise."""
+    """What the masked levels minimise: a distance, the cross entropy of bins, or telling targets apart."""
 
     smooth_l1 = "smooth_l1"
     l1 = "l1"
     l2 = "l2"
     cosine = "cosine"
+    two_hot = "two_hot"
+    patch_discrimination = "patch_discrimination"
+
+
+DISTANCES = (Objective.smooth_l1, Objective.l1, Objective.l2, Objective.cosine)
+"""The objectives that are distances, which `prediction_loss` computes."""
 
 
 def weighted_mean(distance: Float[Tensor, "B N"], weight: Float[Tensor, "B N"] | None) -> Float[Tensor, ""]:
@@ -25,6 +33,16 @@ def weighted_mean(distance: Float[Tensor, "B N"], weight: Float[Tensor, "B N"] |
         return distance.mean()
     total = weight.sum(1)
     return ((distance * weight).sum(1) / torch.where(total > 0, total, 1)).mean()
+
+
+def mean_token(tokens: Float[Tensor, "B N D"], weight: Float[Tensor, "B N"] | None = None) -> Float[Tensor, "B D"]:
+    r"""Return $\sum_n w_{bn} x_{bn} / \sum_n w_{bn}$, 0 for an image without a known token; float32 at least."""
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    if weight is None:
+        return tokens.mean(1)
+    total = weight.sum(1, keepdim=True)
+    share = weight / torch.where(total > 0, total, 1)
+    return (tokens * share.to(tokens.dtype).unsqueeze(-1)).sum(1)
 
 
 def smooth_l1(
@@ -84,8 +102,30 @@ def prediction_loss(
     target: Float[Tensor, "B N D"],
     weight: Float[Tensor, "B N"] | None,
     beta: float,
+    symlog: bool = False,
 ) -> Float[Tensor, ""]:
-    """Return the chosen distance."""
+    """Return the chosen distance.
+
+    Args:
+        objective: the distance.
+        prediction: predicted tokens.
+        target: wanted tokens.
+        weight: weight of each token; None means 1.
+        beta: where the quadratic part of `smooth_l1` ends.
+        symlog: compare the symlog of both sides, so that large channels weigh less.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: for an objective that is no distance.
+    """
+    if objective not in DISTANCES:
+        raise ValueError(
+            f"objective={objective}: no distance between tokens; allowed: {', '.join(DISTANCES)}; call its own function"
+        )
+    if symlog:
+        prediction, target = (to_symlog(tokens) for tokens in _promote(prediction, target))
     if objective is Objective.smooth_l1:
         return smooth_l1(prediction, target, weight, beta)
     return {Objective.l1: l1, Objective.l2: l2, Objective.cosine: cosine}[objective](prediction, target, weight)

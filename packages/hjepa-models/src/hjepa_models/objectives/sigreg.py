@@ -9,43 +9,29 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hjepa_models.distributed import all_reduce_mean, world_size
-
-# The two odd multipliers and the increment of splitmix64 as signed 64-bit integers; products wrap around.
-_INCREMENT = 0x9E3779B97F4A7C15 - 2**64
-_FIRST = 0xBF58476D1CE4E5B9 - 2**64
-_SECOND = 0x94D049BB133111EB - 2**64
+from hjepa_models.random import uniform
 
 
-def _shift(x: Int[Tensor, "..."], bits: int) -> Int[Tensor, "..."]:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    x = (x ^ _shift(x, 30)) * _FIRST
-    x = (x ^ _shift(x, 27)) * _SECOND
-    return x ^ _shift(x, 31)
-
-
-def random_directions(seed: int, dim: int, count: int, device: torch.device | None = None) -> Float[Tensor, "D M"]:
+def random_directions(
+    seed: int | Int[Tensor, ""], dim: int, count: int, device: torch.device | None = None
+) -> Float[Tensor, "D M"]:
     """Return unit vectors uniform on the sphere, a pure function of the seed: equal on every process and device.
 
-    A counter is hashed (splitmix64) into uniform numbers and those into normal ones (Box-Muller): no generator, no host
-    synchronisation.
+    Hashed counters make uniform numbers and those normal ones (Box-Muller): no generator, no host synchronisation.
 
     Args:
-        seed: e.g. the step.
+        seed: e.g. the step; an int64 tensor on the device gives the same numbers as the int, and a compiled step that
+            takes it is not compiled anew when it changes.
         dim: width of the vectors.
         count: number of vectors.
-        device: where they are made.
+        device: where they are made; None means the device of the seed, the CPU for an int.
 
     Returns:
         Columns of length 1, float32.
     """
-    start = torch.full((), seed, dtype=torch.int64, device=device)
-    key = _mix(_mix(start * _INCREMENT + _FIRST))
-    counter = torch.arange(2 * dim * count, device=device) * _INCREMENT + key
-    uniform = (_shift(_mix(counter), 40).to(torch.float32) + 0.5) * 2.0**-24
-    radius, angle = uniform.chunk(2)
+    if device is None and isinstance(seed, Tensor):
+        device = seed.device
+    radius, angle = uniform(seed, (2 * dim * count,), device).chunk(2)
     normal = ((-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()).view(dim, count)
     return torch.nn.functional.normalize(normal, dim=0)
 
@@ -88,7 +74,7 @@ def _multiples(cos: Tensor, sin: Tensor, count: int) -> Iterator[tuple[Tensor, T
 
 def sigreg(
     z: Float[Tensor, "*V n D"],
-    seed: int,
+    seed: int | Int[Tensor, ""],
     num_directions: int = 1024,
     knots: int = 17,
     t_max: float = 3.0,
@@ -103,7 +89,8 @@ def sigreg(
 
     Args:
         z: embeddings; leading axes are separate samples (views), whose statistics are averaged.
-        seed: seed of the directions, e.g. the step; must be equal on all processes.
+        seed: seed of the directions, e.g. the step, as an int or as an int64 tensor on the device of z; must be equal
+            on all processes.
         num_directions: number of random directions.
         knots: points of the quadrature.
         t_max: end of the quadrature.

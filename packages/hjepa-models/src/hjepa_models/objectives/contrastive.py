@@ -1,0 +1,120 @@
+"""Contrast: a prediction must find its own target among others, token by token or image by image."""
+
+from enum import StrEnum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hjepa_models._validation import check_positive, coerce_choice
+from hjepa_models.distributed import all_gather_rows, rank
+from hjepa_models.objectives.prediction import weighted_mean
+
+
+class ContrastScope(StrEnum):
+    """Among which targets a predicted token must find its own."""
+
+    image = "image"
+    batch = "batch"
+
+
+def patch_discrimination(
+    prediction: Float[Tensor, "B K D"],
+    target: Float[Tensor, "B K D"],
+    temperature: float = 0.1,
+    scope: ContrastScope | str = ContrastScope.image,
+    weight: Float[Tensor, "B K"] | None = None,
+) -> Float[Tensor, ""]:
+    r"""Return the cross entropy with which predicted tokens find their own target tokens.
+
+    $$-\frac1B \sum_b \frac{1}{\sum_k w_{bk}} \sum_k w_{bk} \ln \frac{e^{\cos(\hat y_{bk},\,y_{bk}) / \tau}}
+    {\sum_{c \in \mathcal C} e^{\cos(\hat y_{bk},\,y_c) / \tau}}$$
+
+    The candidates $\mathcal C$ are the K targets of the same image, or those of all images of all processes. Every
+    image counts the same.
+
+    Tokens that share a position have equal targets, and none can tell them apart: give each position once (a canvas).
+    Targets are not detached here.
+
+    Args:
+        prediction: predicted tokens.
+        target: their targets, token by token.
+        temperature: τ.
+        scope: `image` (memory B K²) or `batch` (memory B K times the number of all targets).
+        weight: weight of each token; a token of weight 0 is neither asked nor a candidate. None means 1.
+
+    Returns:
+        The loss: from 0 up; the logarithm of the number of candidates where the prediction says nothing.
+
+    Raises:
+        ValueError: for an unknown scope or a temperature that is not above 0.
+
+    Source:
+        Wei et al. 2024 (Latent MIM, arXiv 2407.15837), patch discrimination; OlmoEarth (arXiv 2511.13655), which
+        scores within an image and multiplies the loss by 2τ, a factor that is left to the caller's weight here; van den
+        Oord et al. 2018 (CPC, arXiv 1807.03748), equation 4.
+    """
+    scope = coerce_choice(ContrastScope, "scope", scope)
+    check_positive(temperature=temperature)
+    images, tokens, _ = prediction.shape
+    with torch.autocast(prediction.device.type, enabled=False):
+        prediction, target = _unit(prediction), _unit(target)
+        own = torch.arange(images * tokens, device=target.device).view(images, tokens)
+        if scope is ContrastScope.image:
+            own = own[:1].expand(images, -1)
+            candidates = target
+            known = None if weight is None else weight.unsqueeze(1)
+        else:
+            own = own + rank() * images * tokens
+            candidates = all_gather_rows(target.flatten(0, 1))
+            known = None if weight is None else all_gather_rows(weight.flatten())
+        logits = prediction @ candidates.mT / temperature
+        if known is not None:
+            # Finite, so that the row of a token of weight 0 comes to 0 and not to NaN.
+            logits = logits.masked_fill(known <= 0, -1e30)
+        return weighted_mean(_cross_entropy(logits, own), weight)
+
+
+def info_nce(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"], temperature: float = 0.1) -> Float[Tensor, ""]:
+    r"""Return the cross entropy with which the rows of two views of the same images find one another, both ways.
+
+    $$-\frac{1}{2n} \sum_i \left[\ln \frac{e^{s_{ii}}}{\sum_j e^{s_{ij}}} + \ln \frac{e^{s_{ii}}}{\sum_j e^{s_{ji}}}
+    \right], \qquad s_{ij} = \cos(z_i, z'_j) / \tau$$
+
+    over the rows of all processes. The other rows of a row's own view are no candidates, unlike in SimCLR.
+
+    Args:
+        first: embeddings of one view, the rows of this process.
+        second: embeddings of the other, row by row.
+        temperature: τ.
+
+    Returns:
+        The mean over this process's rows; its mean over processes is the loss of the whole batch.
+
+    Raises:
+        ValueError: for a temperature that is not above 0.
+
+    Source:
+        van den Oord et al. 2018 (CPC, arXiv 1807.03748), equation 4; Chen et al. 2020 (SimCLR, arXiv 2002.05709),
+        equation 1, for cosine and temperature; OlmoEarth (arXiv 2511.13655), instance contrast.
+
+    >>> rows = torch.eye(3)
+    >>> [round(float(info_nce(rows, rows.roll(k, 0))), 3) for k in (0, 1)]
+    [0.0, 10.0]
+    """
+    check_positive(temperature=temperature)
+    with torch.autocast(first.device.type, enabled=False):
+        first, second = _unit(first), _unit(second)
+        own = torch.arange(len(first), device=first.device) + rank() * len(first)
+        forth = _cross_entropy(first @ all_gather_rows(second).T / temperature, own)
+        back = _cross_entropy(second @ all_gather_rows(first).T / temperature, own)
+        return (forth.mean() + back.mean()) / 2
+
+
+def _unit(x: Tensor) -> Tensor:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.nn.functional.normalize(x, dim=-1, eps=1e-6)
+
+
+def _cross_entropy(logits: Float[Tensor, "... C"], own: Tensor) -> Float[Tensor, "..."]:
+    return logits.logsumexp(-1) - logits.gather(-1, own.unsqueeze(-1)).squeeze(-1)
