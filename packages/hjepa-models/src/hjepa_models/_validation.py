@@ -27,15 +27,21 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
 def check_positive(**fields: float) -> None:
     """Refuse the first field that is not above 0."""
     for field, value in fields.items():
-        if value <= 0:
+        if not value > 0:  # so that what is no number is refused too
             raise ValueError(f"{field}={value}: must be above 0; allowed: > 0; give a positive number")
 
 
 def check_not_negative(**fields: float) -> None:
     """Refuse the first field that is below 0."""
     for field, value in fields.items():
-        if value < 0:
+        if not value >= 0:
             raise ValueError(f"{field}={value}: must not be negative; allowed: >= 0; use 0 to switch it off")
+
+
+def check_drop_path(owner: str, drop_path: float) -> None:
+    """Refuse a rate at which everything would be dropped."""
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"{owner}={drop_path}: no rate of what is dropped; allowed: 0 to below 1; use e.g. 0.1")
 
 
 def check_axes(field: str, sizes: Sequence[int]) -> tuple[int, ...]:

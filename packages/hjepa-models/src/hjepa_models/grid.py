@@ -83,18 +83,28 @@ def gather_tokens(values: Float[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> 
     return values.reshape(batch * count, width).index_select(0, (index + offset).flatten()).view(batch, -1, width)
 
 
-def axis_upsampling(size: int, coarse: int, factor: int, device: torch.device) -> Float[Tensor, "n m"]:
+def hat_matrix(position: Float[Tensor, " n"], size: int) -> Float[Tensor, "n {size}"]:
+    """Return the linear interpolation at positions along an axis of `size` tokens, clamped at its ends."""
+    place = torch.arange(size, device=position.device, dtype=position.dtype)
+    return (1 - (position.clamp(0, size - 1).unsqueeze(1) - place).abs()).clamp(min=0)
+
+
+def axis_upsampling(size: int, coarse: int, factor: float, device: torch.device) -> Float[Tensor, "n m"]:
     r"""Return the linear interpolation along one axis, from `coarse` cells of `factor` tokens to `size` tokens.
 
     Token $i$ reads the coarse axis at $(i + 1/2) / factor - 1/2$ (`align_corners=False`), clamped at the ends. The
     factor is the true size of a cell, so an axis that was rounded up keeps its cells in place.
     """
-    position = ((torch.arange(size, device=device, dtype=torch.float32) + 0.5) / factor - 0.5).clamp(0, coarse - 1)
-    distance = (position.unsqueeze(1) - torch.arange(coarse, device=device, dtype=torch.float32)).abs()
-    return (1 - distance).clamp(min=0)
+    return hat_matrix((torch.arange(size, device=device, dtype=torch.float32) + 0.5) / factor - 0.5, coarse)
 
 
 def upsampling_matrix(grid: Grid, coarse: Grid, factor: int, device: torch.device) -> Float[Tensor, "N M"]:
     """Return the multilinear interpolation from the tokens of `coarse` to those of `grid`, any number of axes."""
     axes = [axis_upsampling(size, small, factor, device) for size, small in zip(grid, coarse, strict=True)]
+    return reduce(torch.kron, axes)
+
+
+def resampling_matrix(grid: Grid, reference: Grid, device: torch.device) -> Float[Tensor, "N M"]:
+    """Return the multilinear interpolation from `reference` to a finer or coarser `grid` of the same extent."""
+    axes = [axis_upsampling(size, old, size / old, device) for size, old in zip(grid, reference, strict=True)]
     return reduce(torch.kron, axes)

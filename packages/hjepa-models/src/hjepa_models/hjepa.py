@@ -1,119 +1,28 @@
 """The composed model: two branches, one path, a loss per level."""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hjepa_models._validation import check_not_negative, check_positive, coerce_choice
+from hjepa_models._validation import coerce_choice
 from hjepa_models.canvas import Canvas, dense_canvas, scatter_to_canvas
-from hjepa_models.encoder import Encoder, EncoderConfig
-from hjepa_models.global_level import GlobalConfig, GlobalLevel
-from hjepa_models.grid import Grid, gather_tokens
-from hjepa_models.initialization import construct
-from hjepa_models.layers.patch import Stem, StemNorm
-from hjepa_models.objectives import LevelWeighting, LevelWeightsConfig, Objective, prediction_loss, vicreg_terms
-from hjepa_models.pooling import check_levels
-from hjepa_models.predictor import Predictor, PredictorConfig
-from hjepa_models.pyramid import Pyramid, PyramidConfig
-
-
-class Targets(StrEnum):
-    """Where the targets of the masked levels come from."""
-
-    ema = "ema"
-    pooled = "pooled"
-    detached = "detached"
-
-
-class Branch(StrEnum):
-    """Which branch features are taken from."""
-
-    target = "target"
-    online = "online"
-
-
-class FeaturePool(StrEnum):
-    """How the tokens of a level become a feature."""
-
-    mean = "mean"
-    none = "none"
-    flatten = "flatten"
-
-
-@dataclass(kw_only=True, slots=True)
-class HJEPAConfig:
-    """Describes a hierarchical JEPA.
-
-    Attributes:
-        encoder: the encoder.
-        predictor: the predictor.
-        pyramid: the levels.
-        targets: `ema` (moving averages of encoder and pyramid), `pooled` (moving average of the encoder, plain pooling)
-            or `detached` (the online encoder's own features without gradient, plain pooling).
-        objective: distance between predicted and target tokens.
-        beta: where the quadratic part of `smooth_l1` ends.
-        level_weights: weight of each level over the steps; one weight per level.
-        global_level: the level above all grids, over several views; None leaves it out.
-        masked_views: how many of the views carry masked prediction, the first ones.
-        masked_every: the masked term is computed at every k-th step only: at step k - 1 (counted from 0), 2k - 1, ...
-        vicreg_weight: weight of VICReg's variance and covariance terms on the mean predicted token (C-JEPA); 0 is off.
-        vicreg_variance: weight of the variance inside that term.
-        vicreg_covariance: weight of the covariance inside that term.
-    """
-
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    predictor: PredictorConfig = field(default_factory=PredictorConfig)
-    pyramid: PyramidConfig = field(default_factory=PyramidConfig)
-    targets: Targets = Targets.ema
-    objective: Objective = Objective.smooth_l1
-    beta: float = 1.0
-    level_weights: LevelWeightsConfig = field(default_factory=LevelWeightsConfig)
-    global_level: GlobalConfig | None = None
-    masked_views: int = 1
-    masked_every: int = 1
-    vicreg_weight: float = 0.0
-    vicreg_variance: float = 25.0
-    vicreg_covariance: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Coerce names and refuse parts that do not fit one another."""
-        self.targets = coerce_choice(Targets, "targets", self.targets)
-        self.objective = coerce_choice(Objective, "objective", self.objective)
-        check_positive(beta=self.beta, masked_views=self.masked_views, masked_every=self.masked_every)
-        check_not_negative(
-            vicreg_weight=self.vicreg_weight,
-            vicreg_variance=self.vicreg_variance,
-            vicreg_covariance=self.vicreg_covariance,
-        )
-        levels = self.pyramid.levels
-        check_levels(self.encoder.grid, levels, self.pyramid.pooling, self.pyramid.pad)
-        weights = self.level_weights.weights
-        if len(weights) != levels:
-            raise ValueError(
-                f"level_weights.weights={weights}: has {len(weights)} entries for pyramid.levels={levels}; "
-                f"allowed: one per level; change one of them"
-            )
-        whole = self.targets is Targets.detached or self.global_level is not None
-        if self.encoder.stem is Stem.overlap and self.encoder.stem_norm is StemNorm.batch and not whole:
-            raise ValueError(
-                f"encoder.stem_norm=batch: with targets={self.targets} and no global level the encoder sees no whole "
-                "image in training, so the statistics for evaluation would never be measured; allowed: "
-                "stem_norm=none, targets=detached or a global level; change one of them"
-            )
-        if not any(weights) and (self.global_level is None or self.global_level.weight == 0):
-            raise ValueError(
-                f"level_weights.weights={weights}: nothing would be learned without a global level; "
-                f"allowed: a weight above 0; raise one or add global_level"
-            )
-
-    def build(self, *, seed: int = 0, device: torch.device | str | None = None) -> "HJEPA":
-        """Return the model, its weights drawn from `seed`; on the device "meta" it has no storage yet."""
-        return construct(lambda: HJEPA(self), seed, device)
+from hjepa_models.config import ONLINE_TARGETS, WITHOUT_EMA, Branch, FeaturePool, HJEPAConfig, Targets
+from hjepa_models.encoder import Encoder, tokens_per_axis
+from hjepa_models.global_level import GlobalLevel
+from hjepa_models.grid import Grid, gather_tokens, num_tokens
+from hjepa_models.layers.patch import PixelProjection
+from hjepa_models.layers.upsampler import children_index, sample_children, upsampling_ratio
+from hjepa_models.losses import MaskedLosses
+from hjepa_models.objectives import LevelWeighting, adaptive_weights, mean_token, sigreg, update_average
+from hjepa_models.predictor import Predictor
+from hjepa_models.pretrained import PretrainedMixin
+from hjepa_models.pyramid import Pyramid
 
 
 @dataclass(slots=True)
@@ -123,10 +32,12 @@ class HJEPAOutput:
     Attributes:
         loss: weighted sum of all terms.
         level_losses: the unweighted, detached loss of each level computed at this step: "0", "1", ..., "global", and
-            "vicreg" where that term is on. A level whose weight is 0 at this step has no key.
+            of each term that is on: "vicreg", "sigreg", "disentanglement", "instance", "state". A level whose weight
+            is 0 at this step has no key.
         embeddings: detached mean features, one row per image: "encoder" (all tokens of the first view: of the online
-            encoder where there is a global level, else of the target's), each masked level ("0", ...: its hidden
-            tokens on the target side, at steps with a masked term) and "global" (the projected first view).
+            encoder where there is a global level, else of the target's; the visible tokens where whole images are not
+            encoded), each masked level ("0", ...: its hidden tokens on the target side, at steps with a masked term)
+            and "global" (the projected first view).
     """
 
     loss: Float[Tensor, ""]
@@ -134,30 +45,57 @@ class HJEPAOutput:
     embeddings: dict[str, Float[Tensor, "B D"]]
 
 
-class HJEPA(nn.Module):
+class StepPlan(NamedTuple):
+    """What of a step is decided before it runs; a compiled step has one graph for each plan.
+
+    Attributes:
+        masked: whether the masked term is computed.
+        active: whether each level has weight.
+        output_patch: pixels of an output token.
+    """
+
+    masked: bool
+    active: tuple[bool, ...]
+    output_patch: Grid
+
+
+class HJEPA(nn.Module, PretrainedMixin):
     """Predicts the features of hidden patches at every level of a pyramid, and of whole views at the top."""
+
+    level_average: Float[Tensor, " L"]
 
     def __init__(self, config: HJEPAConfig) -> None:
         super().__init__()
         self.config = config
+        width = config.encoder.embed_dim
         self.encoder = Encoder(config.encoder)
         self.predictor = Predictor(config.predictor, config.encoder)
-        self.pyramid = Pyramid(config.pyramid, config.encoder.grid, config.encoder.embed_dim)
-        width = config.encoder.embed_dim
+        self.pyramid = Pyramid(config.pyramid, config.encoder.output_grid, width)
         self.global_level = GlobalLevel(config.global_level, width) if config.global_level is not None else None
-        has_target = config.targets is not Targets.detached
+        self.losses = MaskedLosses(config)
+        self.projection = None
+        if config.targets is Targets.projection:
+            self.projection = PixelProjection(config.encoder.in_channels, config.output_patches, width)
+        if config.level_weights.kind is LevelWeighting.adaptive:
+            self.register_buffer("level_average", torch.empty(config.pyramid.levels))
+        has_target = config.targets not in WITHOUT_EMA
         self.target_encoder = copy.deepcopy(self.encoder) if has_target else None
         self.target_pyramid = copy.deepcopy(self.pyramid) if config.targets is Targets.ema else None
         self.target_global_level = copy.deepcopy(self.global_level) if has_target else None
         for _, target in self.ema_pairs():
             target.requires_grad_(False)
+        # A function of any model, so that a copy of this one runs itself.
+        self._compiled_step: Callable[..., HJEPAOutput] | None = None
         self.train(self.training)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter and buffer from a CPU generator; the target branch starts equal to the online one."""
-        for part in (self.encoder, self.predictor, self.pyramid, self.global_level):
+        parts = (self.encoder, self.predictor, self.pyramid, self.global_level, self.losses, self.projection)
+        for part in parts:
             if part is not None:
                 part.init_weights(generator)
+        if self.config.level_weights.kind is LevelWeighting.adaptive:
+            nn.init.zeros_(self.level_average)
         for online, target in self.ema_pairs():
             target.load_state_dict(online.state_dict())
 
@@ -193,6 +131,24 @@ class HJEPA(nn.Module):
             or not all(config.level_weights.weights)
         )
 
+    def plan(self, step: int) -> StepPlan:
+        """Return what is decided before a step runs."""
+        config = self.config
+        active = tuple(weight > 0 for weight in config.level_weights.level_weights(step))
+        masked = any(active) and (step + 1) % config.masked_every == 0
+        return StepPlan(masked, active, config.output_patch(step))
+
+    def compile_step(self, **options: Any) -> None:  # noqa: ANN401
+        """Compile the forward pass in place; its backward follows.
+
+        There is one graph for each different `plan`: one for the whole run with fixed or adaptive level weights,
+        `masked_every=1` and no schedule of patch sizes. The step enters as a tensor, so it causes no recompiles.
+
+        Args:
+            options: of `torch.compile`; `fullgraph=True` and `dynamic=False` unless given.
+        """
+        self._compiled_step = torch.compile(HJEPA._step, **({"fullgraph": True, "dynamic": False} | options))
+
     def forward(
         self,
         views: Sequence[Float[Tensor, "B C *S"]],
@@ -206,10 +162,11 @@ class HJEPA(nn.Module):
 
         Args:
             views: normalised pixels of each view of the same images; one is enough without a global level.
-            context_index: flat positions of the visible patches. R rows: masked_views * B (view-major), or at most B:
-                then the first R images of each masked view share them, and only those images carry the masked term.
+            context_index: flat positions of the visible patches, on the grid that the blocks see. R rows:
+                masked_views * B (view-major), or at most B: then the first R images of each masked view share them, and
+                only those images carry the masked term.
             target_index: flat positions of the hidden patches, M blocks.
-            step: the step of the run; decides level weights and SIGReg's directions.
+            step: the step of the run; decides level weights, output patch size and everything that is drawn.
 
         Returns:
             Loss, unweighted losses and embeddings.
@@ -218,19 +175,31 @@ class HJEPA(nn.Module):
             ValueError: for too few views, or masks that do not fit the batch.
         """
         self._check_views(views)
-        config = self.config
-        weights = config.level_weights.level_weights(step)
-        masked = any(weights) and (step + 1) % config.masked_every == 0
-        loss = torch.zeros((), device=views[0].device)
-        output = HJEPAOutput(loss, {}, {})
+        device = views[0].device
+        # Filled on the device: a tensor made of a list would be copied there.
+        weights = [torch.full((), weight, device=device) for weight in self.config.level_weights.level_weights(step)]
+        clock = torch.full((), step, dtype=torch.int64, device=device)
+        run = self._compiled_step or HJEPA._step
+        return run(self, views, context_index, target_index, torch.stack(weights), clock, self.plan(step))
+
+    def _step(
+        self,
+        views: Sequence[Tensor],
+        context_index: Tensor,
+        target_index: Tensor,
+        weights: Float[Tensor, " L"],
+        step: Int[Tensor, ""],
+        plan: StepPlan,
+    ) -> HJEPAOutput:
+        output = HJEPAOutput(torch.zeros((), device=views[0].device), {}, {})
         full = self._encode_full(views) if self.global_level is not None else None
         if full is not None:
             output.embeddings["encoder"] = full[0].detach().mean(1)
-        if masked:
-            self._masked_term(views, full, context_index, target_index, weights, output)
+        if plan.masked:
+            self._masked_term(views, full, context_index, target_index, weights, step, plan, output)
         if full is not None:
             self._global_term(full, step, output)
-        elif not masked:
+        elif not plan.masked:
             output.loss = output.loss + 0.0 * self.predictor.mask_token.sum()
         return output
 
@@ -254,36 +223,121 @@ class HJEPA(nn.Module):
         full: list[Tensor] | None,
         context_index: Tensor,
         target_index: Tensor,
-        weights: tuple[float, ...],
+        weights: Tensor,
+        step: Tensor,
+        plan: StepPlan,
         output: HJEPAOutput,
     ) -> None:
         config = self.config
         context_index, target_index, rows = self._spread_masks(context_index, target_index, len(views[0]))
         images = torch.cat([view[:rows] for view in views[: config.masked_views]])
         grid = self.encoder.grid_of(images)
+        index, output_grid = self._output_index(images, target_index.flatten(1), grid, step, plan)
         # The gradient branch runs first, so that the half-precision weights that autocast keeps are made with gradient.
         context = self.encoder(images, context_index)
-        predicted = self.predictor(context, context_index, target_index, grid).flatten(1, 2)
-        with torch.no_grad():
-            if full is not None and config.targets is Targets.detached:
-                tokens = torch.cat([view[:rows] for view in full[: config.masked_views]])
-            else:
-                tokens = (self.target_encoder or self.encoder)(images)
-            index = target_index.flatten(1)
-            targets = self.target_levels(gather_tokens(normalize(tokens), index), index, grid)
-            output.embeddings["encoder"] = tokens[:rows].mean(1) if full is None else output.embeddings["encoder"]
-        predictions = self.pyramid(scatter_to_canvas(predicted, index, grid))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.targets is Targets.online):
+            whole, wanted = self._target_tokens(images, full, rows, index, plan)
+            targets = self.target_levels(wanted, index, output_grid)
+        if full is None:
+            seen = context if whole is None else whole
+            output.embeddings["encoder"] = seen[:rows].detach().mean(1)
+        predicted, terms = self._predict(context, context_index, target_index, grid, wanted, step)
+        if config.encoder.output_patch_size:
+            canvas = scatter_to_canvas(predicted, target_index.flatten(1), grid)
+            predicted = self.encoder.upsample(canvas, output_grid, index)
+        finest = index if config.encoder.output_patch_size else None
+        predictions = self.pyramid(scatter_to_canvas(predicted, index, output_grid), finest)
+        if config.level_weights.kind is LevelWeighting.adaptive:
+            weights = adaptive_weights(self.level_average, weights)
+        terms |= self.losses.regularizers(predicted, wanted, predictions, weights)
+        terms |= self.losses.instance(context, whole)
+        if config.sigreg_weight:
+            seen = full if whole is None or full is not None else whole.chunk(config.masked_views)
+            assert seen is not None
+            terms["sigreg"] = (config.sigreg_weight, sigreg(torch.stack([tokens.mean(1) for tokens in seen]), step))
+        self._add_levels(predictions, targets, index, weights, plan, output)
+        for name, (weight, term) in terms.items():
+            output.level_losses[name] = term.detach()
+            output.loss = output.loss + weight * term
+
+    def _output_index(
+        self, images: Tensor, target_index: Int[Tensor, "B K"], grid: Grid, step: Tensor, plan: StepPlan
+    ) -> tuple[Int[Tensor, "B O"], Grid]:
+        """Return the places that the loss scores, inside the hidden patches, and the grid that they are counted on."""
+        config = self.config
+        if not config.encoder.output_patch_size:
+            return target_index, grid
+        output_grid = tokens_per_axis(tuple(images.shape[2:]), plan.output_patch)
+        if config.output_tokens:
+            # A schedule may start at patches that hold fewer.
+            count = min(config.output_tokens, num_tokens(upsampling_ratio(grid, output_grid)))
+            return sample_children(target_index, grid, output_grid, count, step), output_grid
+        return children_index(target_index, grid, output_grid), output_grid
+
+    def _target_tokens(
+        self, images: Tensor, full: list[Tensor] | None, rows: int, index: Tensor, plan: StepPlan
+    ) -> tuple[Float[Tensor, "B N D"] | None, Float[Tensor, "B O D"]]:
+        """Return the target branch's tokens of whole images, if there are any, and the layer-normed ones at `index`."""
+        config = self.config
+        if self.projection is not None:
+            return None, normalize(self.projection(images, index, plan.output_patch))
+        if config.targets in ONLINE_TARGETS:
+            masked = None if full is None else torch.cat([view[:rows] for view in full[: config.masked_views]])
+            whole: Tensor = self.encoder(images) if masked is None else masked
+            return whole, normalize(gather_tokens(whole, index))
+        assert self.target_encoder is not None
+        if not config.encoder.output_patch_size:
+            whole = self.target_encoder(images)
+            return whole, normalize(gather_tokens(whole, index))
+        patch = config.target_patch_size or plan.output_patch
+        whole = self.target_encoder(images, processing_patch_size=patch)
+        if patch == plan.output_patch:
+            return whole, normalize(gather_tokens(whole, index))
+        sizes = tuple(images.shape[2:])
+        canvas = dense_canvas(whole, tokens_per_axis(sizes, patch))
+        finer = self.target_encoder.upsample(canvas, tokens_per_axis(sizes, plan.output_patch), index)
+        return whole, normalize(finer)
+
+    def _predict(
+        self,
+        context: Tensor,
+        context_index: Tensor,
+        target_index: Tensor,
+        grid: Grid,
+        wanted: Tensor,
+        step: Tensor,
+    ) -> tuple[Float[Tensor, "B K D"], dict[str, tuple[float, Tensor]]]:
+        """Return the predicted tokens of all blocks, and the term of a hybrid state."""
+        condition, terms = None, {}
+        if self.predictor.state is not None:
+            blocks = rearrange(wanted.detach(), "b (m k) d -> b m k d", m=target_index.shape[1]).mean(2)
+            condition, divergence = self.predictor.rollout(context, target_index, grid, step, blocks)
+            assert divergence is not None
+            terms["state"] = (1.0, divergence.loss)
+            if not self.training:
+                condition, _ = self.predictor.rollout(context, target_index, grid, step)
+        return self.predictor(context, context_index, target_index, grid, condition).flatten(1, 2), terms
+
+    def _add_levels(
+        self,
+        predictions: list[Canvas],
+        targets: list[Canvas],
+        index: Tensor,
+        weights: Tensor,
+        plan: StepPlan,
+        output: HJEPAOutput,
+    ) -> None:
+        config = self.config.level_weights
+        losses = torch.zeros_like(weights)
         for level, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-            output.embeddings[str(level)] = weighted_pool(target)
-            if weights[level]:
+            output.embeddings[str(level)] = mean_token(target.values, target.weight).detach()
+            if plan.active[level]:
                 loss = self.level_loss(prediction, target, index if level == 0 else None)
-                output.level_losses[str(level)] = loss.detach()
+                output.level_losses[str(level)] = losses[level] = loss.detach()
                 output.loss = output.loss + weights[level] * loss
-        if config.vicreg_weight:
-            terms = vicreg_terms(predicted.mean(1))
-            loss = config.vicreg_variance * terms.variance + config.vicreg_covariance * terms.covariance
-            output.level_losses["vicreg"] = loss.detach()
-            output.loss = output.loss + config.vicreg_weight * loss
+        if config.kind is LevelWeighting.adaptive and self.training:
+            seen = torch.stack([torch.full((), active, device=losses.device) for active in plan.active])
+            self.level_average.copy_(update_average(self.level_average, losses, config.momentum, seen))
 
     def _spread_masks(self, context_index: Tensor, target_index: Tensor, batch: int) -> tuple[Tensor, Tensor, int]:
         """Return masks with one row for each masked image, and how many images of each view those are."""
@@ -307,13 +361,9 @@ class HJEPA(nn.Module):
         self, prediction: Canvas, target: Canvas, index: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, ""]:
         """Return the loss of one level: on the weighted canvas, or on the tokens at `index` where one is given."""
-        objective, beta = self.config.objective, self.config.beta
-        if index is None:
-            return prediction_loss(objective, prediction.values, target.values, target.weight, beta)
-        wanted = gather_tokens(target.values, index)
-        return prediction_loss(objective, gather_tokens(prediction.values, index), wanted, None, beta)
+        return self.losses.level(prediction, target, index)
 
-    def _global_term(self, full: list[Tensor], step: int, output: HJEPAOutput) -> None:
+    def _global_term(self, full: list[Tensor], step: Tensor, output: HJEPAOutput) -> None:
         assert self.global_level is not None
         z = self.global_level(torch.stack([tokens.mean(1) for tokens in full]))
         loss = self.global_level.loss(z, step)
@@ -334,7 +384,7 @@ class HJEPA(nn.Module):
         Args:
             images: normalised pixels.
             level: "encoder" (tokens after the final norm), a pyramid level l (all tokens known, layer-normed as in
-                training) or "global" (mean token through the projector).
+                training, level 0 at the output patch size) or "global" (mean token through the projector).
             pool: `mean` [B, D], `none` [B, N_l, D] or `flatten` [B, N_l * D]; "global" is [B, P] whatever the pool.
             branch: `target` (the moving average of each part that has one, else the part itself) or `online`.
 
@@ -354,8 +404,7 @@ class HJEPA(nn.Module):
             projected: Tensor = head(tokens.mean(1))
             return projected
         if isinstance(level, int):
-            canvas = dense_canvas(normalize(tokens), self.encoder.grid_of(images))
-            tokens = pyramid(canvas)[level].values
+            tokens = pyramid(self._feature_canvas(images, tokens, encoder))[level].values
         return _pooled(tokens, pool)
 
     @torch.no_grad()
@@ -369,12 +418,20 @@ class HJEPA(nn.Module):
         pool, branch = coerce_choice(FeaturePool, "pool", pool), coerce_choice(Branch, "branch", branch)
         encoder, pyramid, head = self._branch(branch)
         tokens: Tensor = encoder(images)
-        levels = pyramid(dense_canvas(normalize(tokens), self.encoder.grid_of(images)))
+        levels = pyramid(self._feature_canvas(images, tokens, encoder))
         found: dict[str | int, Tensor] = {"encoder": _pooled(tokens, pool)}
         found |= {level: _pooled(canvas.values, pool) for level, canvas in enumerate(levels)}
         if head is not None:
             found["global"] = head(tokens.mean(1))
         return found
+
+    def _feature_canvas(self, images: Tensor, tokens: Tensor, encoder: Encoder) -> Canvas:
+        """Return the canvas that the pyramid sees of whole images: upsampled to the output patch where there is one."""
+        grid, config = encoder.grid_of(images), self.config.encoder
+        if not config.output_patch_size:
+            return dense_canvas(normalize(tokens), grid)
+        output_grid = tokens_per_axis(tuple(images.shape[2:]), config.output_patch)
+        return dense_canvas(normalize(encoder.upsample(dense_canvas(tokens, grid), output_grid)), output_grid)
 
     def _branch(self, branch: Branch) -> tuple[Encoder, Pyramid, GlobalLevel | None]:
         """Return the parts of a branch; a part without a moving average serves both."""
@@ -397,9 +454,3 @@ def normalize(tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
     """Layer-norm tokens over their channels, without parameters, in float32 at least."""
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])
-
-
-def weighted_pool(canvas: Canvas) -> Float[Tensor, "B D"]:
-    """Return the mean of the known tokens of each sample, detached."""
-    weight = canvas.weight / canvas.weight.sum(1, keepdim=True)
-    return (canvas.values * weight.unsqueeze(-1)).sum(1).detach()

@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hjepa_models._validation import check_positive, coerce_choice
-from hjepa_models.canvas import Canvas
-from hjepa_models.grid import Grid
+from hjepa_models._validation import check_axes, check_not_negative, check_positive, coerce_choice
+from hjepa_models.canvas import Canvas, scatter_to_canvas
+from hjepa_models.grid import Grid, gather_tokens
 from hjepa_models.initialization import construct, initialize
-from hjepa_models.pooling import Pooling, check_levels, pool_canvas, upsample_canvas
+from hjepa_models.layers.level_attention import LevelAttention
+from hjepa_models.pooling import Pooling, check_levels, pool_canvas, pooling_grid, upsample_canvas
 
 
 class Fpn(StrEnum):
@@ -32,6 +34,9 @@ class PyramidConfig:
             the grid with a learned positive weight per place and channel, equal at first).
         fpn: top-down path: `none`, `add` or `concat`.
         fpn_dim: width inside the top-down path.
+        level_dims: width of each level inside the pyramid, finest first: a bottleneck per level, with or without a
+            top-down path; empty means `fpn_dim` for all (or the encoder's width without a top-down path).
+        attention_heads: heads with which each level attends to the next coarser one after fusion; 0 leaves it out.
         projection: a linear map per level back to the encoder's width.
         output_norm: layer-norm each level's output over its channels, without parameters. Learned maps on both branches
             could otherwise lower the loss by shrinking together.
@@ -42,6 +47,8 @@ class PyramidConfig:
     pooling: Pooling = Pooling.grid
     fpn: Fpn = Fpn.none
     fpn_dim: int = 512
+    level_dims: tuple[int, ...] = ()
+    attention_heads: int = 0
     projection: bool = True
     output_norm: bool = True
     pad: bool = False
@@ -51,6 +58,26 @@ class PyramidConfig:
         self.pooling = coerce_choice(Pooling, "pooling", self.pooling)
         self.fpn = coerce_choice(Fpn, "fpn", self.fpn)
         check_positive(levels=self.levels, fpn_dim=self.fpn_dim)
+        check_not_negative(attention_heads=self.attention_heads)
+        self.level_dims = tuple(self.level_dims)
+        if self.level_dims and len(check_axes("level_dims", self.level_dims)) != self.levels:
+            raise ValueError(
+                f"level_dims={self.level_dims}: has {len(self.level_dims)} entries for levels={self.levels}; "
+                "allowed: one width per level, or empty; change one of them"
+            )
+        if self.attention_heads and self.levels == 1:
+            raise ValueError(
+                f"attention_heads={self.attention_heads}: one level has no coarser one to attend to; "
+                "allowed: 0 with levels=1; change one of them"
+            )
+
+    def widths(self, embed_dim: int) -> tuple[int, ...]:
+        """Return the width of each level inside the pyramid, for tokens of width `embed_dim`.
+
+        >>> PyramidConfig(levels=2, fpn="add", fpn_dim=64).widths(96), PyramidConfig(levels=2).widths(96)
+        ((64, 64), (96, 96))
+        """
+        return self.level_dims or (embed_dim if self.fpn is Fpn.none else self.fpn_dim,) * self.levels
 
     def build(
         self, grid: Grid, embed_dim: int, *, seed: int = 0, device: torch.device | str | None = None
@@ -60,7 +87,7 @@ class PyramidConfig:
 
 
 class Pyramid(nn.Module):
-    """Bottom-up pooling, optional top-down fusion, one projection per level.
+    """Bottom-up pooling, optional bottlenecks, top-down fusion and attention between levels, one projection per level.
 
     Weights of a canvas go through arithmetic only, so that a token that is not known never reaches one that is.
     """
@@ -68,25 +95,31 @@ class Pyramid(nn.Module):
     def __init__(self, config: PyramidConfig, grid: Grid, embed_dim: int) -> None:
         super().__init__()
         check_levels(grid, config.levels, config.pooling, config.pad)
-        width = embed_dim if config.fpn is Fpn.none else config.fpn_dim
-        if width != embed_dim and not config.projection:
+        widths, axes = config.widths(embed_dim), len(pooling_grid(grid, config.pooling))
+        if any(width != embed_dim for width in widths) and not config.projection:
             raise ValueError(
-                f"projection=False: the top-down path leaves width fpn_dim={width}, not embed_dim={embed_dim}; "
-                f"allowed: projection=True or fpn_dim={embed_dim}; change one of them"
+                f"projection=False: leaves widths {widths} inside the pyramid, not embed_dim={embed_dim}; "
+                f"allowed: projection=True or widths of {embed_dim}; change one of them"
             )
+        if config.attention_heads:
+            _check_attention(config.attention_heads, widths[:-1], axes)
         self.config = config
         self.embed_dim = embed_dim
-        levels, axes = config.levels, len(grid)
+        self.grid = pooling_grid(grid, config.pooling)
+        levels = config.levels
         learned = levels - 1 if config.pooling is Pooling.learned else 0
         self.cell_logits = nn.ParameterList(
             nn.Parameter(torch.empty(2 ** (level * axes), embed_dim)) for level in range(1, learned + 1)
         )
-        fused = 0 if config.fpn is Fpn.none else levels
-        self.lateral = nn.ModuleList(_linear_norm(embed_dim, width) for _ in range(fused))
-        self.top_down = nn.ModuleList(_linear_norm(width, width) for _ in range(fused - 1))
-        fusions = fused - 1 if config.fpn is Fpn.concat else 0
-        self.fusion = nn.ModuleList(_linear_norm(2 * width, width).append(nn.ReLU()) for _ in range(fusions))
-        self.projection = nn.ModuleList(nn.Linear(width, embed_dim) for _ in range(levels if config.projection else 0))
+        narrowed = config.fpn is not Fpn.none or bool(config.level_dims)
+        self.lateral = nn.ModuleList(_linear_norm(embed_dim, width) for width in widths if narrowed)
+        fused = [] if config.fpn is Fpn.none else list(pairwise(widths))
+        self.top_down = nn.ModuleList(_linear_norm(coarse, fine) for fine, coarse in fused)
+        both = fused if config.fpn is Fpn.concat else []
+        self.fusion = nn.ModuleList(_linear_norm(2 * fine, fine).append(nn.ReLU()) for fine, _ in both)
+        attending = pairwise(widths) if config.attention_heads else ()
+        self.attention = nn.ModuleList(LevelAttention(*pair, config.attention_heads) for pair in attending)
+        self.projection = nn.ModuleList(nn.Linear(width, embed_dim) for width in widths if config.projection)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter from a CPU generator; learned pooling starts as the plain mean.
@@ -97,11 +130,27 @@ class Pyramid(nn.Module):
         for logits in self.cell_logits:
             nn.init.zeros_(logits)
 
-    def forward(self, canvas: Canvas) -> list[Canvas]:
-        """Return the levels, finest first, at the width of the input."""
+    def forward(self, canvas: Canvas, index: Int[Tensor, "B K"] | None = None) -> list[Canvas]:
+        """Return the levels, finest first, at the width of the input.
+
+        Args:
+            canvas: the finest tokens.
+            index: the places that are known, where they are few: where no level looks at the finest one's neighbours
+                (no top-down path, no attention) its learned maps then run on those places only, and the others are 0.
+        """
         levels = [self._pool(canvas, level) for level in range(self.config.levels)]
-        if self.config.fpn is not Fpn.none:
-            levels = self._fuse(levels)
+        if index is not None and not len(self.top_down) and not len(self.attention):
+            known = Canvas(gather_tokens(canvas.values, index), torch.ones_like(index), canvas.grid)
+            finest = self._finish(self._narrow(known, 0), 0).values
+            coarse = [self._finish(self._narrow(one, i), i) for i, one in enumerate(levels[1:], start=1)]
+            return [scatter_to_canvas(finest, index, levels[0].grid), *coarse]
+        levels = [self._narrow(one, level) for level, one in enumerate(levels)]
+        scale = tuple(size / now for size, now in zip(self.grid, levels[0].grid, strict=True))
+        for level in reversed(range(len(levels) - 1)):
+            if len(self.top_down):
+                levels[level] = self._fuse(levels[level], levels[level + 1], level)
+            if len(self.attention):
+                levels[level] = self.attention[level](levels[level], levels[level + 1], level, scale)
         return [self._finish(pooled, level) for level, pooled in enumerate(levels)]
 
     def pool(self, canvas: Canvas) -> list[Canvas]:
@@ -115,15 +164,16 @@ class Pyramid(nn.Module):
         factors = self.cell_logits[level - 1].exp() if learned else None
         return pool_canvas(canvas, level, self.config.pooling, pad=self.config.pad, cell_weight=factors)
 
-    def _fuse(self, levels: list[Canvas]) -> list[Canvas]:
-        fused = [Canvas(self.lateral[-1](levels[-1].values), levels[-1].weight, levels[-1].grid)]
-        for level in reversed(range(len(levels) - 1)):
-            canvas = levels[level]
-            side = self.lateral[level](canvas.values)
-            down = self.top_down[level](upsample_canvas(fused[0], canvas.grid).values)
-            both = self.fusion[level](torch.cat([side, down], dim=-1)) if len(self.fusion) else side + down
-            fused.insert(0, Canvas(both, canvas.weight, canvas.grid))
-        return fused
+    def _narrow(self, canvas: Canvas, level: int) -> Canvas:
+        if not len(self.lateral):
+            return canvas
+        return Canvas(self.lateral[level](canvas.values), canvas.weight, canvas.grid)
+
+    def _fuse(self, side: Canvas, coarse: Canvas, level: int) -> Canvas:
+        down = self.top_down[level](upsample_canvas(coarse, side.grid).values)
+        both = [side.values, down]
+        values = self.fusion[level](torch.cat(both, dim=-1)) if len(self.fusion) else side.values + down
+        return Canvas(values, side.weight, side.grid)
 
     def _finish(self, canvas: Canvas, level: int) -> Canvas:
         values = self.projection[level](canvas.values) if len(self.projection) else canvas.values
@@ -135,3 +185,12 @@ class Pyramid(nn.Module):
 
 def _linear_norm(wide: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(wide, out), nn.LayerNorm(out))
+
+
+def _check_attention(num_heads: int, widths: tuple[int, ...], axes: int) -> None:
+    for width in widths:
+        if width % (2 * num_heads) or width // num_heads < 2 * axes:
+            raise ValueError(
+                f"attention_heads={num_heads}: does not divide the width {width} into even heads of {2 * axes} "
+                "channels or more; allowed: e.g. 1; change attention_heads, fpn_dim or level_dims"
+            )

@@ -2,35 +2,107 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hjepa_models.layers.attention import Attention, AttentionBackend, explicit_attention
-from hjepa_models.layers.positions import GridPositions, Position
+from hjepa_models.layers.attention import Attention, AttentionBackend, attend, flex, group_mask
+from hjepa_models.layers.positions import GridPositions, Place, Position
+
+GROUP = (0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3)
+
+
+@torch.no_grad()
+def place_of(device, position, *, grouped=False, prefix=0):
+    positions = GridPositions(position, 24, 2, 1, 100.0, (3, 4))
+    positions.init_weights(torch.Generator().manual_seed(0), 1.0)
+    place = positions.to(device).places((3, 4), None, device, prefix)[0]
+    return place._replace(group=torch.tensor(GROUP, device=device)) if grouped else place
 
 
 def test_explicit_attention_equals_a_loop_in_float64(device):
     query, key, value = torch.randn(3, 1, 2, 4, 6, device=device)
-    result = explicit_attention(query, key, value)
+    bias, group = torch.randn(1, 2, 4, 4, device=device), [0, 0, 1, 2]
+    place = Place(bias=bias, group=torch.tensor(group, device=device))
+    result = attend(query, key, value, place, AttentionBackend.explicit)
     for h in range(2):
         for i in range(4):
-            scores = [math.exp(float(query[0, h, i].double() @ key[0, h, j].double()) / math.sqrt(6)) for j in range(4)]
-            expected = sum(s * value[0, h, j].double() for j, s in enumerate(scores)) / sum(scores)
+            seen = [j for j in range(4) if group[j] == 0 or group[j] == group[i]]
+            scores = [
+                math.exp(
+                    float(query[0, h, i].double() @ key[0, h, j].double()) / math.sqrt(6) + float(bias[0, h, i, j])
+                )
+                for j in seen
+            ]
+            expected = sum(s * value[0, h, j].double() for s, j in zip(scores, seen, strict=True)) / sum(scores)
             torch.testing.assert_close(result[0, h, i].double(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("position", list(Position))
-def test_backends_agree_in_value_and_gradient(device, qk_norm, position):
+def test_backends_agree_in_value_and_gradient(device, qk_norm, grouped, position):
     layers = [Attention(24, 2, qk_norm=qk_norm, backend=backend).to(device) for backend in AttentionBackend]
-    layers[1].load_state_dict(layers[0].state_dict())
-    rotation = GridPositions(position, 24, 2, 100.0, (3, 4)).rotation((3, 4), None, device)
+    place = place_of(device, position, grouped=grouped)
     results = []
     for layer in layers:
+        layer.load_state_dict(layers[0].state_dict())
         x = torch.linspace(-2, 2, 2 * 12 * 24, device=device).sin().view(2, 12, 24).requires_grad_()
-        out = layer(x, rotation)
+        out = layer(x, place)
         out.square().sum().backward()
         results.append((out, x.grad))
-    for first, second in zip(*results, strict=True):
-        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+    for one in results[1:]:
+        for first, second in zip(results[0], one, strict=True):
+            torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("position", list(Position))
+@pytest.mark.parametrize("rows", [1, 2])
+def test_flex_attention_computes_the_same(device, grouped, position, rows):
+    """On a CPU it has no backward and is not what a model takes; the numbers are checked all the same."""
+    place = place_of(device, position, grouped=grouped)
+    if place.bias is not None:
+        place = place._replace(bias=torch.cat([place.bias, 2 * place.bias])[:rows])
+    query, key, value = torch.randn(3, 2, 2, 12, 16, device=device)
+    expected = attend(query, key, value, place)
+    torch.testing.assert_close(flex(query, key, value, place), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_a_context_picks_the_kernel(device, kernel):
+    if device.type == "cuda" and kernel is SDPBackend.FLASH_ATTENTION:
+        pytest.skip("flash attention on a GPU takes half precision only")
+    layer = Attention(24, 2, qk_norm=False, backend=AttentionBackend.sdpa).to(device)
+    x = torch.randn(2, 12, 24, device=device)
+    with sdpa_kernel(kernel):
+        torch.testing.assert_close(layer(x), layer(x.clone()), atol=1e-6, rtol=1e-5)
+        chosen = layer(x)
+    torch.testing.assert_close(chosen, layer(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("position", list(Position))
+@pytest.mark.parametrize("backend", list(AttentionBackend))
+def test_weights_explain_the_output(device, position, backend):
+    layer = Attention(24, 2, qk_norm=True, backend=backend).to(device)
+    place, x = place_of(device, position, grouped=True), torch.randn(2, 12, 24, device=device)
+    weights = layer.weights(x, place)
+    assert weights.shape == (2, 2, 12, 12)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    assert weights[:, :, ~group_mask(place.group)].eq(0).all()
+    value = layer.qkv(x).view(2, 12, 3, 2, 12)[:, :, 2]
+    mixed = torch.einsum("bhij,bjhd->bihd", weights, value).flatten(2)
+    torch.testing.assert_close(layer.proj(mixed), layer(x, place), atol=1e-5, rtol=1e-4)
+
+
+def test_groups_do_not_see_one_another(device):
+    layer = Attention(24, 2, qk_norm=False, backend=AttentionBackend.sdpa).to(device)
+    place, x = Place(group=torch.tensor(GROUP, device=device)), torch.randn(1, 12, 24, device=device)
+    before = layer(x, place)
+    x[:, 4:7] += 1
+    changed = (layer(x, place) - before).abs().amax((0, 2)) > 1e-6
+    assert changed.tolist() == [False] * 4 + [True] * 3 + [False] * 5
+    x[:, 0] += 1
+    assert ((layer(x, place) - before).abs().amax((0, 2)) > 1e-6).all()
 
 
 def test_normalised_queries_bound_the_logits(device):

@@ -4,7 +4,7 @@ from timm.layers import DropPath, LayerScale
 
 from hjepa_models.encoder import EncoderConfig
 from hjepa_models.layers.attention import AttentionBackend
-from hjepa_models.layers.block import Block, MlpKind, Transformer, build_mlp
+from hjepa_models.layers.block import Block, DropPathSchedule, MlpKind, Transformer, build_mlp
 
 OPTIONS = {"mlp": MlpKind.mlp, "mlp_ratio": 4.0, "qk_norm": False, "attention": AttentionBackend.sdpa}
 
@@ -26,13 +26,20 @@ def test_layer_scale_does_not_switch_drop_path_off(device):
     assert (block(x) != x).flatten(1).any(1).all()
 
 
-def test_drop_path_grows_with_depth():
-    stack = Transformer(16, 5, 2, layer_scale=None, drop_path=0.2, activation_checkpointing=False, **OPTIONS)
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [(DropPathSchedule.linear, [0.0, 0.05, 0.1, 0.15, 0.2]), (DropPathSchedule.constant, [0.2] * 5)],
+)
+def test_drop_path_follows_its_schedule(schedule, expected):
+    options = {"layer_scale": None, "drop_path": 0.2, "activation_checkpointing": False, "drop_path_schedule": schedule}
+    stack = Transformer(16, 5, 2, **options, **OPTIONS)
     rates = [block.drop1.drop_prob if isinstance(block.drop1, DropPath) else 0.0 for block in stack.blocks]
-    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+    assert rates == pytest.approx(expected)
+    assert [block.drop2.drop_prob for block in stack.blocks[1:]] == pytest.approx(expected[1:])
 
 
-def test_checkpointing_gives_identical_gradients(device):
+@pytest.mark.parametrize("position", ["rope", "rope_mixed", "relative"])
+def test_checkpointing_gives_identical_gradients(device, position):
     images = torch.randn(2, 3, 16, 16, device=device)
     gradients = []
     for checkpointing in (False, True):
@@ -43,9 +50,12 @@ def test_checkpointing_gives_identical_gradients(device):
             depth=3,
             num_heads=2,
             registers=1,
+            position=position,
+            drop_path=0.2,
             activation_checkpointing=checkpointing,
         )
         encoder = config.build(seed=1, device=device)
+        torch.manual_seed(3)  # of the dropped paths
         encoder(images).square().mean().backward()
         gradients.append([p.grad for p in encoder.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -1,28 +1,104 @@
-"""Multi-head self-attention with optional rotary positions and normalised queries and keys."""
+"""Multi-head self-attention with positions, normalised queries and keys, and a choice of how it is computed."""
 
 from enum import StrEnum
+from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hjepa_models.layers.positions import Rotation, rotate
+from hjepa_models.layers.positions import Place, rotate
 
 
 class AttentionBackend(StrEnum):
-    """How the softmax attention is computed; the results agree to 1e-5 in float32."""
+    """How the softmax attention is computed; the results agree to 1e-5 in float32.
+
+    `sdpa`: PyTorch's fused kernels; `torch.nn.attention.sdpa_kernel` around a call picks flash, cuDNN, efficient, math.
+    `explicit`: plain products with a softmax between them; a faster backward for short sequences on a CPU.
+    `flex`: FlexAttention, which adds biases and groups inside a fused kernel and never lays them out in memory; on a
+    CPU, for which PyTorch has no backward of it, `sdpa` computes the same.
+    """
 
     sdpa = "sdpa"
     explicit = "explicit"
+    flex = "flex"
 
 
-def explicit_attention(
-    query: Float[Tensor, "B H Q d"], key: Float[Tensor, "B H K d"], value: Float[Tensor, "B H K d"]
-) -> Float[Tensor, "B H Q d"]:
-    r"""Return $\mathrm{softmax}(QK^T/\sqrt d)\,V$ by plain products: a faster backward for short sequences on a CPU."""
-    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    mixed: Tensor = logits.softmax(dim=-1).to(value.dtype) @ value
+def group_mask(group: Int[Tensor, " K"]) -> Bool[Tensor, "K K"]:
+    """Return which token (row) sees which (column): its own group, and group 0."""
+    return (group.unsqueeze(0) == 0) | (group.unsqueeze(1) == group.unsqueeze(0))
+
+
+def attention_logits(
+    query: Float[Tensor, "B H Q d"], key: Float[Tensor, "B H K d"], place: Place
+) -> Float[Tensor, "B H Q K"]:
+    r"""Return $QK^T/\sqrt d$ plus the bias, minus infinity where a token is not seen."""
+    logits: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if place.bias is not None:
+        logits = logits + place.bias.to(logits.dtype)
+    if place.group is not None:
+        logits = logits.masked_fill(~group_mask(place.group), -torch.inf)
+    return logits
+
+
+def attend(
+    query: Float[Tensor, "B H K d"],
+    key: Float[Tensor, "B H K d"],
+    value: Float[Tensor, "B H K d"],
+    place: Place,
+    backend: AttentionBackend = AttentionBackend.sdpa,
+) -> Float[Tensor, "B H K d"]:
+    r"""Return $\mathrm{softmax}(QK^T/\sqrt d + \mathrm{bias})\,V$ over the tokens that each token sees.
+
+    Args:
+        query: rotated already, like the keys.
+        key: one per token.
+        value: one per token.
+        place: bias and groups; its rotation is not used here.
+        backend: how it is computed.
+
+    Returns:
+        The mixed values.
+    """
+    if backend is AttentionBackend.explicit:
+        mixed: Tensor = attention_logits(query, key, place).softmax(dim=-1).to(value.dtype) @ value
+        return mixed
+    plain = place.bias is None and place.group is None
+    if backend is AttentionBackend.flex and not plain and not query.is_cpu:
+        return flex(query, key, value, place)
+    mask: Tensor | None = None if place.group is None else group_mask(place.group)
+    if place.bias is not None:
+        bias = place.bias.to(query.dtype)
+        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+_compiled_flex: Any = None
+
+
+def flex(
+    query: Float[Tensor, "B H K d"], key: Float[Tensor, "B H K d"], value: Float[Tensor, "B H K d"], place: Place
+) -> Float[Tensor, "B H K d"]:
+    """Return what `attend` does by FlexAttention, compiled on a GPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    global _compiled_flex  # noqa: PLW0603 - compiled once for the process, where it is first used
+    compiled: Any = flex_attention
+    if not query.is_cpu and not torch.compiler.is_compiling():
+        # Outside a compiled step the operator itself has to be compiled to be fused.
+        _compiled_flex = compiled = _compiled_flex or torch.compile(flex_attention, dynamic=False)
+    bias, group = place.bias, place.group
+
+    def score(logit: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        if bias is not None:
+            logit = logit + bias[batch if bias.shape[0] > 1 else 0, head, row, column].to(logit.dtype)
+        if group is not None:
+            seen = (group[column] == 0) | (group[row] == group[column])
+            logit = torch.where(seen, logit, -torch.inf)
+        return logit
+
+    mixed: Tensor = compiled(query, key, value, score_mod=score)
     return mixed
 
 
@@ -34,19 +110,24 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.query_norm: nn.Module = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.key_norm: nn.Module = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.query_norm: nn.Module = nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.key_norm: nn.Module = nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "B K D"], rotation: Rotation | None = None) -> Float[Tensor, "B K D"]:
-        """Return the attended tokens; queries and keys are rotated where a rotation is given."""
-        query, key, value = rearrange(self.qkv(x), "b k (three h d) -> three b h k d", three=3, h=self.num_heads)
-        query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        if self.backend is AttentionBackend.sdpa:
-            mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-        else:
-            mixed = explicit_attention(query, key, value)
+    def forward(self, x: Float[Tensor, "B K D"], place: Place = Place()) -> Float[Tensor, "B K D"]:  # noqa: B008
+        """Return the attended tokens."""
+        mixed = attend(*self._project(x, place), place, self.backend)
         out: Tensor = self.proj(rearrange(mixed, "b h k d -> b k (h d)"))
         return out
+
+    def weights(self, x: Float[Tensor, "B K D"], place: Place = Place()) -> Float[Tensor, "B H K K"]:  # noqa: B008
+        """Return how much each token (row) takes of each (column), to be looked at; every row sums up to 1."""
+        query, key, _ = self._project(x, place)
+        return attention_logits(query, key, place).softmax(dim=-1)
+
+    def _project(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = rearrange(self.qkv(x), "b k (three h d) -> three b h k d", three=3, h=self.num_heads)
+        query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
+        if place.rotation is not None:
+            query, key = rotate(query, place.rotation), rotate(key, place.rotation)
+        return query, key, value

@@ -1,5 +1,6 @@
 """The transformer block and the stack of blocks that encoder and predictor share."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 from jaxtyping import Float
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hjepa_models.layers.attention import Attention, AttentionBackend
-from hjepa_models.layers.positions import Rotation
+from hjepa_models.layers.positions import Place
 
 
 class MlpKind(StrEnum):
@@ -15,6 +16,26 @@ class MlpKind(StrEnum):
 
     mlp = "mlp"
     swiglu = "swiglu"
+
+
+class DropPathSchedule(StrEnum):
+    """How the rate at which residuals are dropped goes with depth."""
+
+    linear = "linear"
+    constant = "constant"
+
+
+def drop_path_rates(rate: float, depth: int, schedule: DropPathSchedule) -> list[float]:
+    """Return the rate of each block: rising linearly from 0 to `rate`, or `rate` throughout.
+
+    >>> drop_path_rates(0.2, 3, DropPathSchedule.linear)
+    [0.0, 0.1, 0.2]
+
+    Source: Huang et al., "Deep networks with stochastic depth", arXiv 1603.09382, section 3.
+    """
+    if schedule is DropPathSchedule.constant:
+        return [rate] * depth
+    return [rate * layer / max(depth - 1, 1) for layer in range(depth)]
 
 
 def build_mlp(kind: MlpKind, dim: int, ratio: float) -> nn.Module:
@@ -56,15 +77,15 @@ class Block(nn.Module):
         self.scale2: nn.Module = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop2: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "B K D"], rotation: Rotation | None = None) -> Float[Tensor, "B K D"]:
+    def forward(self, x: Float[Tensor, "B K D"], place: Place = Place()) -> Float[Tensor, "B K D"]:  # noqa: B008
         """Return the tokens after one block."""
-        x = x + self.drop1(self.scale1(self.attn(self.norm1(x), rotation)))
+        x = x + self.drop1(self.scale1(self.attn(self.norm1(x), place)))
         out: Tensor = x + self.drop2(self.scale2(self.mlp(self.norm2(x))))
         return out
 
 
 class Transformer(nn.Module):
-    """A stack of blocks and a final norm; DropPath grows linearly with depth."""
+    """A stack of blocks and a final norm."""
 
     def __init__(
         self,
@@ -77,6 +98,7 @@ class Transformer(nn.Module):
         qk_norm: bool,
         layer_scale: float | None,
         drop_path: float,
+        drop_path_schedule: DropPathSchedule,
         attention: AttentionBackend,
         activation_checkpointing: bool,
     ) -> None:
@@ -90,19 +112,28 @@ class Transformer(nn.Module):
                 mlp_ratio=mlp_ratio,
                 qk_norm=qk_norm,
                 layer_scale=layer_scale,
-                drop_path=drop_path * layer / max(depth - 1, 1),
+                drop_path=rate,
                 attention=attention,
             )
-            for layer in range(depth)
+            for rate in drop_path_rates(drop_path, depth, drop_path_schedule)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def forward(self, x: Float[Tensor, "B K D"], rotation: Rotation | None = None) -> Float[Tensor, "B K D"]:
-        """Return the normalised tokens after all blocks."""
-        for block in self.blocks:
+    def forward(self, x: Float[Tensor, "B K D"], places: Sequence[Place]) -> Float[Tensor, "B K D"]:
+        """Return the normalised tokens after all blocks, each of which gets its place."""
+        for block, place in zip(self.blocks, places, strict=True):
             if self.activation_checkpointing and self.training and x.requires_grad:
-                x = checkpoint(block, x, rotation, use_reentrant=False)
+                x = checkpoint(block, x, place, use_reentrant=False)
             else:
-                x = block(x, rotation)
+                x = block(x, place)
         out: Tensor = self.norm(x)
         return out
+
+    def attention_maps(self, x: Float[Tensor, "B K D"], places: Sequence[Place]) -> list[Float[Tensor, "B H K K"]]:
+        """Return the attention weights of each block."""
+        maps = []
+        for block, place in zip(self.blocks, places, strict=True):
+            assert isinstance(block, Block)
+            maps.append(block.attn.weights(block.norm1(x), place))
+            x = block(x, place)
+        return maps

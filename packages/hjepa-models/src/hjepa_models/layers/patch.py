@@ -18,6 +18,7 @@ class Stem(StrEnum):
     """How the pixels of a patch become a token."""
 
     linear = "linear"
+    flexi = "flexi"
     conv = "conv"
     overlap = "overlap"
 
@@ -66,6 +67,35 @@ class LinearStem(nn.Module):
         """Return one token per patch."""
         out: Tensor = self.proj(patches)
         return out
+
+
+class PixelProjection(nn.Module):
+    """A frozen random linear map of the pixels of each patch, one for each patch size: targets that need no encoder.
+
+    Source: BEST-RQ (arXiv 2202.01855), section 3.1, without its codebook; the targets of latent masked image modelling
+    in OlmoEarth (arXiv 2511.13655).
+    """
+
+    def __init__(self, in_channels: int, patch_sizes: tuple[Grid, ...], embed_dim: int) -> None:
+        super().__init__()
+        for size in patch_sizes:
+            self.register_buffer(_size_name(size), torch.empty(in_channels * math.prod(size), embed_dim))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw the maps, of deviation fan_in^-1/2, from a CPU generator."""
+        for weight in self.buffers():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[0] ** -0.5)
+
+    def forward(
+        self, images: Float[Tensor, "B C *S"], index: Int[Tensor, "B K"], patch_size: Grid
+    ) -> Float[Tensor, "B K D"]:
+        """Return the projected patches at `index` of the grid of this patch size."""
+        weight = self.get_buffer(_size_name(patch_size))
+        return gather_tokens(patchify(images, patch_size), index) @ weight.to(images.dtype)
+
+
+def _size_name(patch_size: Grid) -> str:
+    return "patch_" + "x".join(map(str, patch_size))
 
 
 class ConvStem(nn.Module):

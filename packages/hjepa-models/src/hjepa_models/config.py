@@ -1,0 +1,332 @@
+"""What a hierarchical JEPA is made of, checked part against part."""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import torch
+
+from hjepa_models._validation import check_not_negative, check_positive, coerce_choice
+from hjepa_models.aggregate import AggregateConfig
+from hjepa_models.encoder import EncoderConfig, check_image_size, tokens_per_axis
+from hjepa_models.global_level import GlobalConfig
+from hjepa_models.grid import Grid
+from hjepa_models.initialization import construct
+from hjepa_models.layers.patch import Stem, StemNorm
+from hjepa_models.objectives import DISTANCES, ContrastScope, LevelWeightsConfig, Objective, TwoHotConfig
+from hjepa_models.patch_schedule import PatchScheduleConfig
+from hjepa_models.pooling import check_levels
+from hjepa_models.predictor import PredictorConfig
+from hjepa_models.pyramid import PyramidConfig
+
+if TYPE_CHECKING:
+    from hjepa_models.hjepa import HJEPA
+
+
+class Targets(StrEnum):
+    """Where the targets of the masked levels come from.
+
+    `ema`: moving averages of encoder and pyramid. `pooled`: moving average of the encoder, plain pooling. `detached`:
+    the online encoder's own features without gradient, plain pooling. `online`: the same with gradient, so that
+    something has to keep them from collapsing. `projection`: a frozen random linear map of the pixels, plain pooling;
+    no second encoder.
+    """
+
+    ema = "ema"
+    pooled = "pooled"
+    detached = "detached"
+    online = "online"
+    projection = "projection"
+
+
+ONLINE_TARGETS = (Targets.detached, Targets.online)
+"""The kinds that take the online encoder's own features."""
+
+WITHOUT_EMA = (*ONLINE_TARGETS, Targets.projection)
+"""The kinds that keep no moving average of the encoder."""
+
+
+class Branch(StrEnum):
+    """Which branch features are taken from."""
+
+    target = "target"
+    online = "online"
+
+
+class FeaturePool(StrEnum):
+    """How the tokens of a level become a feature."""
+
+    mean = "mean"
+    none = "none"
+    flatten = "flatten"
+
+
+@dataclass(kw_only=True, slots=True)
+class HJEPAConfig:
+    """Describes a hierarchical JEPA.
+
+    Attributes:
+        encoder: the encoder.
+        predictor: the predictor.
+        pyramid: the levels.
+        targets: `ema`, `pooled`, `detached`, `online` or `projection`, see `Targets`.
+        target_patch_size: pixels of a patch for which the moving average of the encoder sees one token; empty means the
+            output patch, so that targets are exact at its resolution, for as many tokens. Needs an encoder with
+            `output_patch_size`; another size than `patch_size` needs `stem=flexi`.
+        output_tokens: how many output tokens of each hidden patch the loss scores, drawn anew each step; 0 means all.
+        patch_schedule: output patch size by the step; None means `encoder.output_patch_size` throughout.
+        objective: what a level's loss is: a distance of predicted and target tokens (`smooth_l1`, `l1`, `l2`,
+            `cosine`), the cross entropy of bins (`two_hot`), or telling a token's target from other targets
+            (`patch_discrimination`).
+        beta: where the quadratic part of `smooth_l1` ends.
+        symlog: compare symlog of predictions and targets, where the objective is a distance.
+        two_hot: the bins of `objective=two_hot`.
+        temperature: of `objective=patch_discrimination` and of the instance term.
+        contrast: which other targets `patch_discrimination` tells apart: those of the `image` or of the `batch`, which
+            spans all processes.
+        level_weights: weight of each level over the steps; one weight per level.
+        global_level: the level above all grids, over several views; None leaves it out.
+        masked_views: how many of the views carry masked prediction, the first ones.
+        masked_every: the masked term is computed at every k-th step only: at step k - 1 (counted from 0), 2k - 1, ...
+        instance_weight: weight of the instance contrast: projected and pooled context tokens of the first masked view
+            against those of the second, or against the target tokens of the whole image where one view is masked; 0 is
+            off.
+        aggregate: how tokens become the instance embeddings of that term.
+        vicreg_weight: weight of VICReg on the mean predicted token of each image (C-JEPA); 0 is off.
+        vicreg_levels: put variance and covariance on the mean prediction of every level, weighted as the levels are.
+        vicreg_invariance: weight of the invariance inside that term: the squared difference of the mean predicted and
+            the mean target token. `cjepa_loss` has the weights of the paper: 0.001 (25, 25, 1).
+        vicreg_variance: weight of the variance inside that term.
+        vicreg_covariance: weight of the covariance inside that term.
+        sigreg_weight: weight of SIGReg on the mean token of whole images, which keeps `targets=online` from collapsing;
+            0 is off.
+        disentanglement_weight: weight of the squared correlation between the predictions of different levels; 0 is off.
+    """
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    pyramid: PyramidConfig = field(default_factory=PyramidConfig)
+    targets: Targets = Targets.ema
+    target_patch_size: tuple[int, ...] = ()
+    output_tokens: int = 0
+    patch_schedule: PatchScheduleConfig | None = None
+    objective: Objective = Objective.smooth_l1
+    beta: float = 1.0
+    symlog: bool = False
+    two_hot: TwoHotConfig = field(default_factory=TwoHotConfig)
+    temperature: float = 0.1
+    contrast: ContrastScope = ContrastScope.image
+    level_weights: LevelWeightsConfig = field(default_factory=LevelWeightsConfig)
+    global_level: GlobalConfig | None = None
+    masked_views: int = 1
+    masked_every: int = 1
+    instance_weight: float = 0.0
+    aggregate: AggregateConfig = field(default_factory=AggregateConfig)
+    vicreg_weight: float = 0.0
+    vicreg_levels: bool = False
+    vicreg_invariance: float = 0.0
+    vicreg_variance: float = 25.0
+    vicreg_covariance: float = 1.0
+    sigreg_weight: float = 0.0
+    disentanglement_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Coerce names and refuse parts that do not fit one another."""
+        self.targets = coerce_choice(Targets, "targets", self.targets)
+        self.objective = coerce_choice(Objective, "objective", self.objective)
+        self.contrast = coerce_choice(ContrastScope, "contrast", self.contrast)
+        check_positive(
+            beta=self.beta,
+            masked_views=self.masked_views,
+            masked_every=self.masked_every,
+            temperature=self.temperature,
+        )
+        check_not_negative(
+            output_tokens=self.output_tokens,
+            instance_weight=self.instance_weight,
+            sigreg_weight=self.sigreg_weight,
+            disentanglement_weight=self.disentanglement_weight,
+            vicreg_weight=self.vicreg_weight,
+            vicreg_invariance=self.vicreg_invariance,
+            vicreg_variance=self.vicreg_variance,
+            vicreg_covariance=self.vicreg_covariance,
+        )
+        self._check_levels()
+        self._check_patch_sizes()
+        self._check_collapse()
+        self._check_instance()
+        self._check_effect()
+        whole = self.targets in ONLINE_TARGETS or self.global_level is not None
+        if self.encoder.stem is Stem.overlap and self.encoder.stem_norm is StemNorm.batch and not whole:
+            raise ValueError(
+                f"encoder.stem_norm=batch: with targets={self.targets} and no global level the encoder sees no whole "
+                "image in training, so the statistics for evaluation would never be measured; allowed: "
+                "stem_norm=none, targets=detached or a global level; change one of them"
+            )
+
+    def _check_levels(self) -> None:
+        levels, weights = self.pyramid.levels, self.level_weights.weights
+        for patch in self.output_patches:
+            grid = tokens_per_axis(self.encoder.image_size, patch)
+            check_levels(grid, levels, self.pyramid.pooling, self.pyramid.pad)
+        if len(weights) != levels:
+            raise ValueError(
+                f"level_weights.weights={weights}: has {len(weights)} entries for pyramid.levels={levels}; "
+                f"allowed: one per level; change one of them"
+            )
+        if not any(weights) and (self.global_level is None or self.global_level.weight == 0):
+            raise ValueError(
+                f"level_weights.weights={weights}: nothing would be learned without a global level; "
+                f"allowed: a weight above 0; raise one or add global_level"
+            )
+        if self.disentanglement_weight and levels == 1:
+            raise ValueError(
+                f"disentanglement_weight={self.disentanglement_weight}: one level has nothing to differ from; "
+                "allowed: 0 with pyramid.levels=1; change one of them"
+            )
+
+    def _check_patch_sizes(self) -> None:
+        encoder = self.encoder
+        self.target_patch_size = tuple(self.target_patch_size)
+        if not encoder.output_patch_size:
+            sizes = None if self.patch_schedule is None else self.patch_schedule.sizes
+            given = {
+                "target_patch_size": self.target_patch_size,
+                "output_tokens": self.output_tokens,
+                "patch_schedule.sizes": sizes,
+            }
+            for name, value in given.items():
+                if value:
+                    raise ValueError(
+                        f"{name}={value}: the encoder upsamples nothing; allowed: with "
+                        "encoder.output_patch_size only; set that, or leave this out"
+                    )
+            return
+        if self.targets in ONLINE_TARGETS:
+            raise ValueError(
+                f"targets={self.targets}: the online encoder sees patches of {encoder.processing_patch}, not of "
+                f"output_patch_size={encoder.output_patch}; allowed: projection, ema, pooled; change one of them"
+            )
+        self._check_schedule()
+        self._check_target_patches()
+
+    def _check_schedule(self) -> None:
+        encoder, schedule = self.encoder, self.patch_schedule
+        cells = math.prod(p // o for p, o in zip(encoder.processing_patch, encoder.output_patch, strict=True))
+        if self.output_tokens > cells:
+            raise ValueError(
+                f"output_tokens={self.output_tokens}: a patch of {encoder.processing_patch} holds {cells} output "
+                f"tokens of {encoder.output_patch}; allowed: 0 (all) to {cells}; change one of them"
+            )
+        if schedule is not None:
+            scheduled = [(size,) * len(encoder.patch_size) for size in schedule.sizes]
+            fits = all(p % o == 0 for size in scheduled for p, o in zip(encoder.processing_patch, size, strict=True))
+            if not fits or scheduled[-1] != encoder.output_patch:
+                raise ValueError(
+                    f"patch_schedule.sizes={schedule.sizes}: must divide the processing patch "
+                    f"{encoder.processing_patch} and end at output_patch_size={encoder.output_patch}; "
+                    "allowed: e.g. 8, 4, 2, 1; change one of them"
+                )
+
+    def _check_target_patches(self) -> None:
+        encoder = self.encoder
+        if self.target_patch_size and self.targets is Targets.projection:
+            raise ValueError(
+                f"target_patch_size={self.target_patch_size}: targets=projection has no encoder to apply it to; "
+                "allowed: with ema or pooled; change one of them"
+            )
+        if self.target_patch_size:
+            check_image_size("encoder.image_size", encoder.image_size, self.target_patch_size)
+        if self.targets is not Targets.projection and encoder.stem is not Stem.flexi:
+            wanted = {self.target_patch_size or patch for patch in self.output_patches}
+            if wanted != {encoder.patch_size}:
+                raise ValueError(
+                    f"target_patch_size={self.target_patch_size}: the target encoder would see patches of "
+                    f"{sorted(wanted)[0]}, and stem={encoder.stem} has weights for {encoder.patch_size} only; allowed: "
+                    f"stem=flexi, targets=projection or target_patch_size={encoder.patch_size}; change one of them"
+                )
+        for patch in self.output_patches:
+            if any(t % o for t, o in zip(self.target_patch_size or patch, patch, strict=False)):
+                raise ValueError(
+                    f"target_patch_size={self.target_patch_size}: the output patch {patch} does not divide it; "
+                    "allowed: multiples of every output patch, or empty; change one of them"
+                )
+
+    def _check_collapse(self) -> None:
+        whole = self.targets is Targets.online or self.global_level is not None
+        if self.sigreg_weight and not whole:
+            raise ValueError(
+                f"sigreg_weight={self.sigreg_weight}: with targets={self.targets} and no global level no whole image "
+                "is encoded with gradient; allowed: 0, targets=online or a global level; change one of them"
+            )
+        kept = (
+            self.sigreg_weight
+            or self.vicreg_weight
+            or self.instance_weight
+            or self.objective is Objective.patch_discrimination
+            or (self.global_level is not None and self.global_level.weight)
+        )
+        if self.targets is Targets.online and not kept:
+            raise ValueError(
+                "targets=online: with gradients through both branches everything would collapse to one point; allowed: "
+                "with sigreg_weight, vicreg_weight, instance_weight, a global level or objective=patch_discrimination; "
+                "set e.g. sigreg_weight=0.05"
+            )
+
+    def _check_effect(self) -> None:
+        """Refuse settings that would do nothing."""
+        masked = any(self.level_weights.weights)
+        needs_masks = {
+            name: value
+            for name in ("vicreg_weight", "sigreg_weight", "instance_weight", "disentanglement_weight")
+            if (value := getattr(self, name))
+        }
+        if needs_masks and not masked:
+            name, value = next(iter(needs_masks.items()))
+            raise ValueError(
+                f"{name}={value}: the masked term, to which it belongs, is off with level_weights.weights="
+                f"{self.level_weights.weights}; allowed: with a level weight above 0; raise one or leave it out"
+            )
+        if self.symlog and self.objective not in DISTANCES:
+            raise ValueError(
+                f"symlog=True: objective={self.objective} is no distance that it could apply to; "
+                f"allowed: with {', '.join(DISTANCES)}; change one of them"
+            )
+        if (self.vicreg_levels or self.vicreg_invariance) and not self.vicreg_weight:
+            name = "vicreg_levels" if self.vicreg_levels else "vicreg_invariance"
+            raise ValueError(
+                f"{name}={getattr(self, name)}: vicreg_weight=0 switches the term off; allowed: with vicreg_weight "
+                "above 0; set it"
+            )
+        if self.vicreg_levels and self.vicreg_invariance:
+            raise ValueError(
+                f"vicreg_invariance={self.vicreg_invariance}: the levels have their own losses for that; "
+                "allowed: 0 with vicreg_levels; change one of them"
+            )
+
+    def _check_instance(self) -> None:
+        if self.instance_weight and self.masked_views == 1 and self.targets is Targets.projection:
+            raise ValueError(
+                f"instance_weight={self.instance_weight}: with one masked view it needs target tokens of whole images, "
+                "which targets=projection has not; allowed: masked_views=2 or other targets; change one of them"
+            )
+
+    @property
+    def output_patches(self) -> tuple[Grid, ...]:
+        """Every output patch size that a run uses, in its order."""
+        if self.patch_schedule is None:
+            return (self.encoder.output_patch,)
+        return tuple((size,) * len(self.encoder.patch_size) for size in self.patch_schedule.sizes)
+
+    def output_patch(self, step: int) -> Grid:
+        """Return the output patch size at a step."""
+        if self.patch_schedule is None:
+            return self.encoder.output_patch
+        return (self.patch_schedule.patch_size(step),) * len(self.encoder.patch_size)
+
+    def build(self, *, seed: int = 0, device: torch.device | str | None = None) -> "HJEPA":
+        """Return the model, its weights drawn from `seed`; on the device "meta" it has no storage yet."""
+        from hjepa_models.hjepa import HJEPA
+
+        return construct(lambda: HJEPA(self), seed, device)

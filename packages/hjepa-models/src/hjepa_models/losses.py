@@ -1,0 +1,105 @@
+"""The terms of the loss that predictions at masked places are scored by."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hjepa_models.aggregate import ProjectAndAggregate
+from hjepa_models.canvas import Canvas
+from hjepa_models.config import HJEPAConfig
+from hjepa_models.grid import gather_tokens
+from hjepa_models.objectives import (
+    Objective,
+    TwoHotHead,
+    disentanglement,
+    info_nce,
+    mean_token,
+    patch_discrimination,
+    prediction_loss,
+    vicreg_terms,
+)
+
+
+class MaskedLosses(nn.Module):
+    """The objective of a level and the terms beside it, with the heads that some of them need."""
+
+    def __init__(self, config: HJEPAConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.encoder.embed_dim
+        self.two_hot = TwoHotHead(config.two_hot, width) if config.objective is Objective.two_hot else None
+        self.aggregate = ProjectAndAggregate(config.aggregate, width) if config.instance_weight else None
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every parameter from a CPU generator."""
+        for head in (self.two_hot, self.aggregate):
+            if head is not None:
+                head.init_weights(generator)
+
+    def level(self, prediction: Canvas, target: Canvas, index: Int[Tensor, "B K"] | None = None) -> Float[Tensor, ""]:
+        """Return the loss of one level: on the weighted canvas, or on the tokens at `index` where one is given."""
+        config = self.config
+        if config.objective is Objective.patch_discrimination:
+            # On the canvas each place stands once: blocks that overlap would have targets that none can tell apart.
+            return patch_discrimination(
+                prediction.values, target.values, config.temperature, config.contrast, target.weight
+            )
+        guess, wanted, weight = prediction.values, target.values, target.weight if index is None else None
+        if index is not None:
+            guess, wanted = gather_tokens(guess, index), gather_tokens(wanted, index)
+        if self.two_hot is not None:
+            return self.two_hot.loss(self.two_hot(guess), wanted, weight)
+        return prediction_loss(config.objective, guess, wanted, weight, config.beta, config.symlog)
+
+    def regularizers(
+        self,
+        predicted: Float[Tensor, "B K D"],
+        wanted: Float[Tensor, "B K D"],
+        levels: Sequence[Canvas],
+        weights: Float[Tensor, " L"],
+    ) -> dict[str, tuple[float, Float[Tensor, ""]]]:
+        """Return the terms on all predictions, (weight, term) by name; those whose weight is 0 are left out.
+
+        Args:
+            predicted: predicted tokens.
+            wanted: layer-normed target tokens.
+            levels: the predicted tokens through the pyramid.
+            weights: of the levels at this step.
+        """
+        config, terms = self.config, {}
+        if config.vicreg_weight and config.vicreg_levels:
+            each = torch.stack([self._spread(mean_token(level.values, level.weight)) for level in levels])
+            terms["vicreg"] = (config.vicreg_weight, (weights * each).sum())
+        elif config.vicreg_weight:
+            mean = predicted.mean(1)
+            term = self._spread(mean)
+            if config.vicreg_invariance:
+                difference = torch.nn.functional.mse_loss(mean.to(wanted.dtype), wanted.mean(1))
+                term = term + config.vicreg_invariance * difference
+            terms["vicreg"] = (config.vicreg_weight, term)
+        if config.disentanglement_weight:
+            terms["disentanglement"] = (config.disentanglement_weight, disentanglement(levels))
+        return terms
+
+    def instance(
+        self, context: Float[Tensor, "R Kc D"], whole: Float[Tensor, "R N D"] | None
+    ) -> dict[str, tuple[float, Float[Tensor, ""]]]:
+        """Return the instance term, likewise.
+
+        Args:
+            context: tokens of the visible patches, view after view.
+            whole: target tokens of the same images, which are taken where only one view is masked.
+        """
+        if self.aggregate is None:
+            return {}
+        one, *others = self.aggregate(context).chunk(self.config.masked_views)
+        if not others:
+            assert whole is not None
+            others = [self.aggregate(whole)]
+        return {"instance": (self.config.instance_weight, info_nce(one, others[0], self.config.temperature))}
+
+    def _spread(self, mean_tokens: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+        terms = vicreg_terms(mean_tokens)
+        return self.config.vicreg_variance * terms.variance + self.config.vicreg_covariance * terms.covariance
