@@ -3,12 +3,18 @@
 import json
 
 import pytest
+import torch
 
 from hjepa_benchmark.cli import main
+from hjepa_benchmark.quantize import measure_quantization
 from hjepa_data import ShardSource
+from hjepa_models import load_pretrained
+from hjepa_models.quantization import quantize_int8, weight_bytes
+from hjepa_pretrain import settings
 from hjepa_pretrain.cli import main as pretrain
 from hjepa_pretrain.demo import compose_demo
 from hjepa_pretrain.demo.shards import write_demo_shards
+from hjepa_pretrain.evaluation import load_pair, open_sources
 
 TINY = (
     "model=vit_nano_patch8",
@@ -34,15 +40,55 @@ def shards(tmp_path_factory):
     return folder
 
 
-def test_probes_of_a_run(shards, tmp_path, capsys):
-    run = tmp_path / "run"
-    words = [f"run.dir={run}", f"data.train={shards}/train-*.tar", f"data.eval={shards}/eval-*.tar", "run.steps=2"]
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    words = [f"run.dir={folder}", f"data.train={shards}/train-*.tar", f"data.eval={shards}/eval-*.tar", "run.steps=2"]
     assert pretrain([*words, *TINY, "eval.every_steps=null"]) == 0
-    capsys.readouterr()
+    return folder
+
+
+def test_probes_of_a_run(run, tmp_path, capsys):
     assert main(["probes", str(run), "--json", str(tmp_path / "rows.json")]) == 0
     assert "untrained" in capsys.readouterr().out
     again, first = (json.loads(path.read_text())["rows"] for path in (tmp_path / "rows.json", run / "results.json"))
     assert again == first
+
+
+def test_quantize_prints_the_accuracy_of_both_and_their_bytes(run, tmp_path, capsys):
+    pytest.importorskip("torchao")
+    assert main(["quantize", str(run), "--json", str(tmp_path / "rows.json")]) == 0
+    found = json.loads((tmp_path / "rows.json").read_text())
+    model = load_pretrained(run)
+    assert [row["level"] for row in found["rows"]] == [str(level) for level in model.feature_levels]
+    # The accuracy of the floats is the one that the run was measured with; two steps of so small a model tell little.
+    measured = {
+        row["level"]: row[f"knn_{found['k']}"]
+        for row in json.loads((run / "results.json").read_text())["rows"]
+        if row["features"] == "trained"
+    }
+    assert {row["level"]: row["floats"] for row in found["rows"]} == measured
+    assert all(row["drop"] == pytest.approx(100 * (row["floats"] - row["int8"])) for row in found["rows"])
+    assert found["bytes"] == {"floats": weight_bytes(model), "int8": weight_bytes(quantize_int8(model))}
+    assert found["bytes"]["int8"] < 0.5 * found["bytes"]["floats"]
+    printed = " ".join(capsys.readouterr().out.split())
+    for row in found["rows"]:
+        assert f"{row['level']} {row['floats']:.3f} {row['int8']:.3f} {row['drop']:+.2f}" in printed
+    assert f"{found['bytes']['floats']:,} -> {found['bytes']['int8']:,} bytes" in printed
+
+
+def test_quantized_weights_are_those_that_are_measured(run):
+    pytest.importorskip("torchao")
+    config, _ = settings.load([f"run.dir={run}"])
+    train, test = load_pair(config, open_sources(config), 100, 60)
+    model = load_pretrained(run)
+    broken = load_pretrained(run)
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.zero_()
+    rows = measure_quantization(model, broken, config, train, test, torch.device("cpu"))
+    assert any(row.drop != 0 for row in rows)
+    assert all(row.drop == 0 for row in measure_quantization(model, model, config, train, test, torch.device("cpu")))
 
 
 def test_throughput_prints_a_speed(capsys):
@@ -65,6 +111,7 @@ def test_loader_prints_both_speeds(shards, capsys):
     ("arguments", "expected"),
     [
         (["probes", "nowhere"], "nowhere"),
+        (["quantize", "nowhere"], "nowhere"),
         (["loader", "nowhere.tar"], "nowhere.tar"),
         (["throughput", "run.stpes=2"], "run.steps"),
     ],

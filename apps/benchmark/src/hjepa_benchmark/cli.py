@@ -1,4 +1,4 @@
-"""`hjepa-benchmark probes|throughput|loader ...`."""
+"""`hjepa-benchmark probes|quantize|throughput|loader ...`."""
 
 import argparse
 import sys
@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hjepa-benchmark", description="Measure what a run learned and how fast it ran."
     )
-    commands = parser.add_subparsers(required=True, metavar="probes|throughput|loader")
+    commands = parser.add_subparsers(required=True, metavar="probes|quantize|throughput|loader")
 
     probes = commands.add_parser("probes", help="kNN, linear probe and ranks of every level of a run")
     probes.add_argument("run_dir", type=Path, help="folder of a finished hjepa-pretrain run")
@@ -31,6 +31,13 @@ def _parser() -> argparse.ArgumentParser:
     probes.add_argument("--eval", help="held-out shards; default: those of the run")
     probes.add_argument("--json", type=Path, help="also write the rows to this file")
     probes.set_defaults(run=_probes)
+
+    quantize = commands.add_parser("quantize", help="kNN of every level of a run with its weights in 8 bits, and bytes")
+    quantize.add_argument("run_dir", type=Path, help="folder of a finished hjepa-pretrain run")
+    quantize.add_argument("--train", help="shards for the kNN bank; default: those of the run")
+    quantize.add_argument("--eval", help="held-out shards; default: those of the run")
+    quantize.add_argument("--json", type=Path, help="also write the rows to this file")
+    quantize.set_defaults(run=_quantize)
 
     throughput = commands.add_parser("throughput", help="training steps a second on synthetic images on the device")
     throughput.add_argument("--steps", type=int, default=30, help="timed steps (default 30)")
@@ -56,6 +63,12 @@ def _probes(options: argparse.Namespace) -> None:
     from hjepa_benchmark.probes import probe_run
 
     probe_run(options.run_dir, train=options.train, held_out=options.eval, output=options.json)
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from hjepa_benchmark.quantize import quantize_run
+
+    quantize_run(options.run_dir, train=options.train, held_out=options.eval, output=options.json)
 
 
 def _throughput(options: argparse.Namespace) -> None:

@@ -1,0 +1,227 @@
+"""The features of a model as a graph that runs without this package: a torch.export program or an ONNX file."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from hjepa_models._validation import check_axes, coerce_choice
+from hjepa_models.config import Branch, FeaturePool
+from hjepa_models.hjepa import HJEPA
+from hjepa_models.layers.attention import Attention, AttentionBackend
+
+INPUT_NAME = "images"
+
+
+def output_names(model: HJEPA, level: int | str | None) -> tuple[str, ...]:
+    """Return the names of what an exported graph gives, in order.
+
+    One level gives "features"; all of them (`level=None`) give "encoder", "level_0", "level_1", ... and, where the
+    model has that level, "global".
+    """
+    if level is not None:
+        return ("features",)
+    return tuple(f"level_{each}" if isinstance(each, int) else each for each in model.feature_levels)
+
+
+def export_features(
+    model: HJEPA,
+    level: int | str | None = "encoder",
+    pool: FeaturePool | str = FeaturePool.mean,
+    branch: Branch | str = Branch.target,
+    *,
+    image_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> ExportedProgram:
+    r"""Export `features` (or `all_features`) for any batch size, in evaluation mode.
+
+    With a mean $\mu$ and a deviation $\sigma$ per channel the graph takes pixels in [0, 1] and computes
+    $f((x - \mu) / \sigma)$; without them it takes normalised pixels, as `features` does.
+
+    The program owns copies of the weights that it uses and needs no gradient; the model is left as it was, its modes
+    included. `torch.export.save` and `torch.export.load` write and read it, `program.module()` runs it. Its one input
+    is "images", [B, C, *S].
+
+    Args:
+        model: any HJEPA, on any device; the program stays on that device.
+        level: a level of `features`; None means all of them, as a tuple in the order of `output_names`.
+        pool: `mean`, `none` or `flatten`.
+        branch: `target` or `online`.
+        image_size: pixels per axis; None means the configured ones. The size is fixed in the graph.
+        mean: mean of each channel, for pixels in [0, 1]; goes with `std`.
+        std: deviation of each channel.
+
+    Returns:
+        The program.
+
+    Raises:
+        ValueError: for a level that the model does not have, an image size that the patches cannot tile, or statistics
+            that do not fit the channels.
+    """
+    pool, branch = coerce_choice(FeaturePool, "pool", pool), coerce_choice(Branch, "branch", branch)
+    graph = _Features(model, level, pool, branch, _statistics(model, mean, std))
+    shape = _example_shape(model, image_size)
+    parameter = next(model.parameters())
+    # Two images: a batch of one would be taken for a constant.
+    example = torch.zeros(2, *shape, dtype=parameter.dtype, device=parameter.device)
+    # Gradients are off around the trace, so that switching them off inside leaves no operator in the graph.
+    with _evaluation(model), torch.no_grad():
+        graph(example)  # Says in one line what does not fit; the tracer would bury it.
+        # Strict: the other tracer makes constants of lengths that are asked for by `len`.
+        program = torch.export.export(graph, (example,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=True)
+    _own_weights(program)
+    return program
+
+
+def export_onnx(
+    model: HJEPA,
+    path: str | Path,
+    level: int | str | None = None,
+    pool: FeaturePool | str = FeaturePool.mean,
+    branch: Branch | str = Branch.target,
+    *,
+    image_size: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    opset: int | None = None,
+) -> None:
+    """Write `features` (or `all_features`) to an ONNX file, for any batch size; needs the extra `onnx`.
+
+    The input is "images", [batch, C, *S]; the outputs are named by `output_names`. The metadata of the file tell level,
+    pool, branch, and the mean and deviation that the graph applies.
+
+    Args:
+        model: any HJEPA.
+        path: the file; weights above 2 GB go to a second one beside it, named `<path>.data`.
+        level: a level of `features`; None means all of them, the images being encoded once.
+        pool: `mean`, `none` or `flatten`.
+        branch: `target` or `online`.
+        image_size: pixels per axis; None means the configured ones.
+        mean: mean of each channel, for pixels in [0, 1]; goes with `std`.
+        std: deviation of each channel.
+        opset: version of the ONNX operators; None takes the one that torch recommends.
+
+    Raises:
+        ValueError: as `export_features`, or where onnx or onnxscript is not installed.
+    """
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            raise ValueError(
+                f"package={package!r}: not installed, ONNX export needs it; allowed: the extra `onnx`; "
+                "pip install 'hjepa-models[onnx]'"
+            )
+    names = output_names(model, level)
+    program = export_features(model, level, pool, branch, image_size=image_size, mean=mean, std=std)
+    with warnings.catch_warnings():
+        # Some releases of torch warn of classes of their own.
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+        exported = torch.onnx.export(
+            program,
+            (),
+            input_names=[INPUT_NAME],
+            output_names=names,
+            opset_version=opset,
+            dynamic_shapes=({0: "batch"},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert exported is not None
+    exported.model.producer_name = "hjepa-models"
+    exported.model.metadata_props.update(
+        {
+            "level": "all" if level is None else str(level),
+            "pool": FeaturePool(pool).value,
+            "branch": Branch(branch).value,
+            "mean": "" if mean is None else ", ".join(map(str, mean)),
+            "std": "" if std is None else ", ".join(map(str, std)),
+        }
+    )
+    exported.save(path)
+
+
+class _Features(nn.Module):
+    """The call that is traced."""
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(
+        self,
+        model: HJEPA,
+        level: int | str | None,
+        pool: FeaturePool,
+        branch: Branch,
+        statistics: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.model, self.level, self.pool, self.branch = model, level, pool, branch
+        mean, std = (None, None) if statistics is None else statistics
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.mean is not None and self.std is not None:
+            images = (images - self.mean) / self.std
+        if self.level is None:
+            return tuple(self.model.all_features(images, self.pool, self.branch).values())
+        return self.model.features(images, self.level, self.pool, self.branch)
+
+
+def _statistics(
+    model: HJEPA, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Tensor, Tensor] | None:
+    """Return mean and deviation, shaped to fit images, or None without them."""
+    if mean is None and std is None:
+        return None
+    channels, axes = model.config.encoder.in_channels, len(model.config.encoder.patch_size)
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None or len(values) != channels:
+            raise ValueError(f"{name}={values}: does not fit; allowed: {channels} numbers, one per channel; give both")
+    assert mean is not None
+    assert std is not None
+    if any(value <= 0 for value in std):
+        raise ValueError(f"std={tuple(std)}: divides by 0 or less; allowed: > 0; correct it")
+    like = next(model.parameters())
+    shape = (1, channels, *(1,) * axes)
+    return (like.new_tensor(mean).reshape(shape), like.new_tensor(std).reshape(shape))
+
+
+def _example_shape(model: HJEPA, image_size: Sequence[int] | None) -> tuple[int, ...]:
+    config = model.config.encoder
+    return (config.in_channels, *(config.image_size if image_size is None else check_axes("image_size", image_size)))
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and plain operators inside; afterwards every module is as it was before."""
+    modes = [(module, module.training) for module in model.modules()]
+    fused = [one for one in model.modules() if isinstance(one, Attention) and one.backend is AttentionBackend.flex]
+    model.eval()
+    # FlexAttention's operator is PyTorch's own; the others compute the same.
+    for attention in fused:
+        attention.backend = AttentionBackend.sdpa
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for attention in fused:
+            attention.backend = AttentionBackend.flex
+
+
+def _own_weights(program: ExportedProgram) -> None:
+    """Drop the weights that the graph does not use, and copy the rest: training the model must not change a program."""
+    used = {*program.graph_signature.parameters, *program.graph_signature.buffers}
+    state = program.state_dict
+    for key, value in list(state.items()):
+        if key not in used:
+            del state[key]
+            continue
+        copied = value.detach().clone()
+        state[key] = nn.Parameter(copied, requires_grad=False) if isinstance(value, nn.Parameter) else copied
