@@ -10,6 +10,17 @@ import pytest
 
 import hjepa_models
 
+CHOICES = (
+    hjepa_models.Position,
+    hjepa_models.AttentionBackend,
+    hjepa_models.PredictorMode,
+    hjepa_models.Pooling,
+    hjepa_models.Fpn,
+    hjepa_models.Targets,
+    hjepa_models.Objective,
+    hjepa_models.LevelWeighting,
+    hjepa_models.GlobalObjective,
+)
 README = Path(__file__).parents[1] / "README.md"
 MODULES = [module.name for module in pkgutil.walk_packages(hjepa_models.__path__, "hjepa_models.")]
 
@@ -27,8 +38,47 @@ def test_readme_examples_run(tmp_path, monkeypatch):
         exec(compile(block, str(README), "exec"), {})
 
 
-def test_importing_the_package_does_not_import_timm():
-    code = "import sys, hjepa_models; hjepa_models.HJEPAConfig(); assert 'timm' not in sys.modules"
+def table_rows():
+    """The rows of the README's table that have something to try, and the lines that each shows."""
+    rows = {}
+    for line in README.read_text().splitlines():
+        cells = re.split(r"(?<!\\)\|", line)[1:-1]
+        shown = [part.replace("\\|", "|") for part in re.findall(r"`([^`]+)`", cells[-1])] if len(cells) == 4 else []
+        if shown:
+            rows[cells[0].strip()] = cells, shown
+    return rows
+
+
+@pytest.fixture
+def prelude(tmp_path, monkeypatch):
+    """What the lines of the table continue."""
+    monkeypatch.chdir(tmp_path)
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "def hjepa(" in b)
+    namespace = {}
+    exec(compile(block, str(README), "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("row", table_rows())
+def test_rows_of_the_table_run(row, prelude):
+    """Three lines at most; each names how it is configured and where it comes from."""
+    cells, lines = table_rows()[row]
+    assert all(cell.strip() for cell in cells)
+    assert len(lines) <= 3
+    exec(compile("\n".join(lines), str(README), "exec"), prelude)
+
+
+def test_the_table_names_every_choice():
+    """A choice that a config allows is in the table, so that none is there that nobody can find."""
+    text = " ".join(cells[1] for cells, _ in table_rows().values())
+    for choices in CHOICES:
+        for choice in choices:
+            assert re.search(rf"\b{choice}\b", text), f"{choices.__name__}.{choice} is not in the table"
+
+
+def test_importing_the_package_imports_nothing_that_takes_long():
+    slow = ["timm", "huggingface_hub", "onnx", "torchao", "torch._dynamo"]
+    code = f"import sys, hjepa_models; hjepa_models.HJEPAConfig(); assert not sys.modules.keys() & set({slow})"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

@@ -1,43 +1,92 @@
 """Hierarchical JEPA architectures and objectives: encoder, predictor, pyramid, heads."""
 
+from hjepa_models.aggregate import AggregateConfig, Aggregation, ProjectAndAggregate
 from hjepa_models.canvas import Canvas, dense_canvas, scatter_to_canvas
+from hjepa_models.config import Branch, FeaturePool, HJEPAConfig, Targets
+from hjepa_models.converters import (
+    encoder_from_ijepa,
+    encoder_from_vjepa2,
+    from_ijepa,
+    from_timm,
+    from_vjepa2,
+    to_timm,
+)
 from hjepa_models.encoder import Encoder, EncoderConfig
+from hjepa_models.export import export_features, export_onnx, output_names
 from hjepa_models.global_level import GlobalConfig, GlobalLevel, GlobalObjective, ProjectorNorm
 from hjepa_models.grid import Grid, coarsen, gather_tokens, grid_coordinates, num_tokens, sincos_positions
-from hjepa_models.hjepa import HJEPA, Branch, FeaturePool, HJEPAConfig, HJEPAOutput, Targets
+from hjepa_models.hjepa import HJEPA, HJEPAOutput, StepPlan
 from hjepa_models.layers.attention import AttentionBackend
-from hjepa_models.layers.block import Block, MlpKind
+from hjepa_models.layers.block import Block, DropPathSchedule, MlpKind
+from hjepa_models.layers.flexi import FlexiPatchEmbed, resize_patch_weights
 from hjepa_models.layers.patch import Stem, StemNorm, patchify
 from hjepa_models.layers.positions import Position
+from hjepa_models.layers.upsampler import PatchUpsampler, Upsampling, children_index, interpolate_at, sample_children
 from hjepa_models.objectives import (
+    ContrastScope,
+    KLBalance,
     LevelWeighting,
     LevelWeightsConfig,
     Objective,
+    TwoHotConfig,
+    TwoHotHead,
+    VICRegForm,
+    adaptive_weights,
+    categorical_kl,
+    cjepa_loss,
     cosine,
+    disentanglement,
+    info_nce,
+    kl_balance,
     l1,
     l2,
+    patch_discrimination,
     sigreg,
     smooth_l1,
+    symexp,
+    symlog,
+    symlog_bins,
+    two_hot,
+    two_hot_loss,
+    two_hot_mean,
+    update_average,
     vicreg_loss,
     vicreg_terms,
 )
+from hjepa_models.patch_schedule import PatchScheduleConfig
 from hjepa_models.pooling import Pooling, max_levels, pool_canvas, upsample_canvas
 from hjepa_models.predictor import Predictor, PredictorConfig, PredictorMode
-from hjepa_models.pretrained import load_pretrained, save_pretrained
+from hjepa_models.pretrained import load_model, load_pretrained, save_pretrained
 from hjepa_models.pyramid import Fpn, Pyramid, PyramidConfig
+from hjepa_models.quantization import quantize_int8, weight_bytes
 from hjepa_models.registry import encoder_config, list_models
+from hjepa_models.resolution import PositionResize, at_resolution
+from hjepa_models.state import (
+    HybridState,
+    Imagination,
+    Rollout,
+    State,
+    StateConfig,
+    latent_overshooting,
+    overshooting_loss,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "HJEPA",
+    "AggregateConfig",
+    "Aggregation",
     "AttentionBackend",
     "Block",
     "Branch",
     "Canvas",
+    "ContrastScope",
+    "DropPathSchedule",
     "Encoder",
     "EncoderConfig",
     "FeaturePool",
+    "FlexiPatchEmbed",
     "Fpn",
     "GlobalConfig",
     "GlobalLevel",
@@ -45,41 +94,89 @@ __all__ = [
     "Grid",
     "HJEPAConfig",
     "HJEPAOutput",
+    "HybridState",
+    "Imagination",
+    "KLBalance",
     "LevelWeighting",
     "LevelWeightsConfig",
     "MlpKind",
     "Objective",
+    "PatchScheduleConfig",
+    "PatchUpsampler",
     "Pooling",
     "Position",
+    "PositionResize",
     "Predictor",
     "PredictorConfig",
     "PredictorMode",
+    "ProjectAndAggregate",
     "ProjectorNorm",
     "Pyramid",
     "PyramidConfig",
+    "Rollout",
+    "State",
+    "StateConfig",
     "Stem",
     "StemNorm",
+    "StepPlan",
     "Targets",
+    "TwoHotConfig",
+    "TwoHotHead",
+    "Upsampling",
+    "VICRegForm",
+    "adaptive_weights",
+    "at_resolution",
+    "categorical_kl",
+    "children_index",
+    "cjepa_loss",
     "coarsen",
     "cosine",
     "dense_canvas",
+    "disentanglement",
     "encoder_config",
+    "encoder_from_ijepa",
+    "encoder_from_vjepa2",
+    "export_features",
+    "export_onnx",
+    "from_ijepa",
+    "from_timm",
+    "from_vjepa2",
     "gather_tokens",
     "grid_coordinates",
+    "info_nce",
+    "interpolate_at",
+    "kl_balance",
     "l1",
     "l2",
+    "latent_overshooting",
     "list_models",
+    "load_model",
     "load_pretrained",
     "max_levels",
     "num_tokens",
+    "output_names",
+    "overshooting_loss",
+    "patch_discrimination",
     "patchify",
     "pool_canvas",
+    "quantize_int8",
+    "resize_patch_weights",
+    "sample_children",
     "save_pretrained",
     "scatter_to_canvas",
     "sigreg",
     "sincos_positions",
     "smooth_l1",
+    "symexp",
+    "symlog",
+    "symlog_bins",
+    "to_timm",
+    "two_hot",
+    "two_hot_loss",
+    "two_hot_mean",
+    "update_average",
     "upsample_canvas",
     "vicreg_loss",
     "vicreg_terms",
+    "weight_bytes",
 ]
