@@ -25,10 +25,12 @@ def test_matrices_decay_and_offsets_do_not(device):
 
 def test_a_name_counts_only_at_the_end(device):
     module = nn.ModuleDict({"tokenizer": nn.Linear(2, 2)}).to(device)
-    module.register_parameter("registers", nn.Parameter(torch.zeros(1, 4, 2, device=device)))
+    learned = ("registers", "table", "frequencies")  # tokens and positions
+    for name in learned:
+        module.register_parameter(name, nn.Parameter(torch.zeros(1, 4, 2, device=device)))
     decay, rest = (_names(module, group) for group in parameter_groups(module))
     assert decay == {"tokenizer.weight"}
-    assert rest == {"registers", "tokenizer.bias"}
+    assert rest == {*learned, "tokenizer.bias"}
 
 
 def test_rates_reach_the_groups(device):

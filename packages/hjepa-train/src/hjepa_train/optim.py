@@ -36,7 +36,7 @@ class OptimizerConfig:
     """Decay of the running means of the gradient and of its square."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
-    no_decay_names: tuple[str, ...] = ("bias", "token", "position", "pos_embed", "register")
+    no_decay_names: tuple[str, ...] = ("bias", "token", "position", "pos_embed", "register", "table", "frequencies")
     """A parameter whose own name (after the last dot) contains one of these words has no weight decay."""
     fused: bool | None = None
     """One kernel for all parameters; None means fused on CUDA and for-each on a CPU."""
