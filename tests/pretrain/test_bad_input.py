@@ -45,6 +45,11 @@ def refuse(finished, *words):
         (["+foo=1"], ["+foo=1", "key=value"]),
         (["trainer.steps=5"], ["trainer.steps", "run.steps"]),
         (["recipe=hjepa", "hjepa.global_level.weight=2"], ["null in this recipe"]),
+        (["hjepa.predictor.state={groups: 4}"], ["groups", "num_groups"]),
+        (["hjepa.predictor.state={num_classes: 1}"], ["num_classes=1", "2 and more"]),
+        (["hjepa.patch_schedule={sizes: [8, 4]}"], ["patch_schedule", "output_patch_size"]),
+        (["hjepa.patch_schedule.total_steps=5"], ["total_steps", "run.steps"]),
+        (["recipe=hjepa", "hjepa.targets=online"], ["targets=online", "sigreg_weight"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

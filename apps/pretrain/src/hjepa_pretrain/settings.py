@@ -39,6 +39,7 @@ DERIVED = {
     "trainer.parallel.kind": "parallel",
     "trainer.parallel.device": "run.device",
     "hjepa.level_weights.ramp_steps": "run.steps",
+    "hjepa.patch_schedule.total_steps": "run.steps",
     "hjepa.encoder.image_size": "data.image_size",
     "masks.grid": "data.image_size",
 }
@@ -97,8 +98,11 @@ def read_provenance(folder: Path) -> list[dict[str, Any]]:
 
 
 def plain_keys() -> list[str]:
-    """Returns every key that can be set, dotted."""
-    return sorted(_dotted(OmegaConf.to_container(OmegaConf.structured(PretrainConfig), enum_to_str=True)))
+    """Returns every key that can be set, dotted, those of parts that are off by default among them."""
+    tree = OmegaConf.structured(PretrainConfig)
+    for part, kind in _optional_parts(tree).items():
+        OmegaConf.update(tree, part, OmegaConf.structured(kind), merge=False)
+    return sorted(_dotted(OmegaConf.to_container(tree, enum_to_str=True)))
 
 
 def _parse(words: Sequence[str]) -> list[Override]:
@@ -150,9 +154,12 @@ def _derive(plain: DictConfig) -> None:
     plain.trainer.parallel.device = plain.run.device
     # Ramps are fractions of the run; a run of one step has none.
     plain.hjepa.level_weights.ramp_steps = max(2, plain.run.steps)
+    if plain.hjepa.patch_schedule is not None:
+        plain.hjepa.patch_schedule.total_steps = max(2, plain.run.steps)
     encoder = plain.hjepa.encoder
     encoder.image_size = plain.data.image_size
-    sides = list(zip(encoder.image_size, encoder.patch_size, strict=False))
+    # Masks hide what the blocks of the encoder see.
+    sides = list(zip(encoder.image_size, encoder.processing_patch_size or encoder.patch_size, strict=False))
     if all(size % patch == 0 for size, patch in sides):
         plain.masks.grid = [size // patch for size, patch in sides]
     else:
@@ -175,11 +182,33 @@ def _plain(value: object) -> str:
 def _compose(words: Sequence[str]) -> DictConfig:
     store = ConfigStore.instance()
     store.store(name="schema", node=PretrainConfig)
+    # hydra cannot fill a part that is off: parts that are given whole are put in once the recipe is composed.
+    parts = _optional_parts(OmegaConf.structured(PretrainConfig))
+    late = [word for word in words if word.partition("=")[0] in parts and "={" in word]
     try:
         with initialize_config_module(config_module="hjepa_pretrain.conf", version_base="1.3"):
-            return compose(config_name="config", overrides=list(words))
+            plain = compose(config_name="config", overrides=[word for word in words if word not in late])
+        for override in OverridesParser.create().parse_overrides(overrides=late):
+            part = str(override.key_or_group)
+            if OmegaConf.select(plain, part) is None:
+                OmegaConf.update(plain, part, OmegaConf.structured(parts[part]), merge=False)
+            OmegaConf.update(plain, part, override.value(), merge=True)
+        return plain
     except (HydraException, OmegaConfBaseException, AssertionError) as error:
         raise SettingsError(_one_line(error, plain_keys())) from error
+
+
+def _optional_parts(tree: DictConfig, prefix: str = "") -> dict[str, type]:
+    """Return the parts that are off and what class they would have, by their dotted names."""
+    found: dict[str, type] = {}
+    for key in () if tree._is_none() else map(str, tree):
+        node = tree._get_node(key)
+        if isinstance(node, DictConfig):
+            kind = node._metadata.ref_type
+            if node._is_none() and isinstance(kind, type):
+                found[f"{prefix}{key}"] = kind
+            found |= _optional_parts(node, f"{prefix}{key}.")
+    return found
 
 
 def _stored(given: dict[str, Override]) -> DictConfig | None:
@@ -238,7 +267,10 @@ def _one_line(error: BaseException, known: Sequence[str]) -> str:
         chain.append(chain[-1].__cause__)
     text = "\n".join(str(link) for link in chain)
     if "Unexpected type for root: NoneType" in text:
-        return "a setting is of a part that is null in this recipe, such as hjepa.global_level; choose another recipe"
+        return (
+            "a setting is of a part that is null in this recipe; choose another recipe, or give the part whole, "
+            "as in hjepa.global_level={weight: 1}"
+        )
     unknown = re.search(r"Could not override '([^'=]+)", text) or (
         re.search(r"full_key: (\S+)", text) if re.search(r"Key '\S+' (is )?not in", text) else None
     )

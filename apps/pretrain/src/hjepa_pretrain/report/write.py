@@ -115,7 +115,8 @@ def _features(config: PretrainConfig, model: HJEPA, test: Images) -> Section:
     on_grid = config.hjepa.pyramid.pooling is not Pooling.sequence
     levels = {}
     for level in ("encoder", *range(config.hjepa.pyramid.levels if on_grid else 1)):
-        grid = coarsen(config.hjepa.encoder.grid, level if isinstance(level, int) else 0)
+        encoder = config.hjepa.encoder
+        grid = coarsen(encoder.output_grid, level) if isinstance(level, int) else encoder.grid
         name = f"level {level}" if isinstance(level, int) else level
         tokens = found[level].float().cpu().numpy()
         levels[name] = tokens.reshape(len(tokens), *grid, -1)
