@@ -18,15 +18,16 @@ section 3, with budgets that do not depend on the batch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hjepa_data.errors import refuse
+from hjepa_data.masks.base import Masks, keep, repeat_over_time
 from hjepa_data.masks.config import MultiBlockConfig
-from hjepa_data.random import bits, hash_int, integers_below, unit
+from hjepa_data.masks.rectangles import Rectangles, free_cells, place_rectangles
+from hjepa_data.random import bits, hash_int, unit
 
 __all__ = ["Masks", "MultiBlockMasks"]
 
@@ -36,43 +37,6 @@ _TRIALS = 4096
 _MIN_SUCCESS = 0.25
 _MAX_CANDIDATES = 32
 _FALLBACK_PROBABILITY = 1e-6
-_LAST = (1 << 63) - 1
-
-
-@dataclass(kw_only=True, slots=True)
-class Masks:
-    """Which tokens are seen and which are predicted, as ascending flat indices on the grid.
-
-    Attributes:
-        context: tokens that the model sees.
-        targets: tokens of each block that it predicts; disjoint from the context, blocks may overlap one another.
-    """
-
-    context: Int[Tensor, "B Kc"]
-    targets: Int[Tensor, "B M Kt"]
-
-
-@dataclass(slots=True)
-class _Blocks:
-    """Rectangles by their top row, left column, height and width; any leading shape."""
-
-    top: Tensor
-    left: Tensor
-    height: Tensor
-    width: Tensor
-
-    def take(self, candidate: Int[Tensor, " B"]) -> _Blocks:
-        """Choose one of the candidates [B, C, ...] of each image."""
-        row = torch.arange(len(candidate), device=candidate.device)
-        return _Blocks(*(field[row, candidate] for field in (self.top, self.left, self.height, self.width)))
-
-    def rows(self, grid_height: int) -> Bool[Tensor, "*B H"]:
-        place = torch.arange(grid_height, device=self.top.device)
-        return (place >= self.top[..., None]) & (place < (self.top + self.height)[..., None])
-
-    def columns(self, grid_width: int) -> Bool[Tensor, "*B W"]:
-        place = torch.arange(grid_width, device=self.left.device)
-        return (place >= self.left[..., None]) & (place < (self.left + self.width)[..., None])
 
 
 class MultiBlockMasks:
@@ -121,12 +85,12 @@ class MultiBlockMasks:
         chosen, free = self._rescue(blocks.take(first), free[row, first], failed)
         return Masks(
             context=self._repeat(
-                _keep(bits(key, _CONTEXT_CELLS, sample, n=free.shape[1]), free, self.config.context_cells)
+                keep(bits(key, _CONTEXT_CELLS, sample, n=free.shape[1]), free, self.config.context_cells)
             ),
             targets=self._repeat(self._target_cells(key, sample, chosen)),
         )
 
-    def _draw_blocks(self, key: int, sample: Int[Tensor, " B"], candidates: int) -> tuple[_Blocks, _Blocks]:
+    def _draw_blocks(self, key: int, sample: Int[Tensor, " B"], candidates: int) -> tuple[Rectangles, Rectangles]:
         """Draw the target blocks [B, C, M] and the context block [B, C] of every candidate."""
         config = self.config
         height, width = config.spatial
@@ -145,23 +109,20 @@ class MultiBlockMasks:
         context_height = (side * height).round().long().clamp(1, height)
         context_width = (side * width).round().long().clamp(1, width)
         place = random[..., 2:]
-        targets = _placed(place[..., :-1, :], block_height, block_width, height, width)
-        return targets, _placed(place[..., -1, :], context_height, context_width, height, width)
+        targets = place_rectangles(place[..., :-1, :], block_height, block_width, height, width)
+        return targets, place_rectangles(place[..., -1, :], context_height, context_width, height, width)
 
-    def _free_cells(self, blocks: _Blocks, context: _Blocks) -> tuple[Bool[Tensor, "B C N"], Int[Tensor, "B C"]]:
+    def _free_cells(self, blocks: Rectangles, context: Rectangles) -> tuple[Bool[Tensor, "B C N"], Int[Tensor, "B C"]]:
         """Find the cells of the context block that no target block covers, and their number."""
-        height, width = self.config.spatial
-        # A matrix product over the blocks counts how many of them cover each cell.
-        covered = blocks.rows(height).float().transpose(-1, -2) @ blocks.columns(width).float()
-        inside = context.rows(height)[..., :, None] & context.columns(width)[..., None, :]
-        free = (inside & (covered == 0)).flatten(-2)
-        return free, free.sum(-1)
+        return free_cells(blocks, context, *self.config.spatial)
 
-    def _rescue(self, blocks: _Blocks, free: Bool[Tensor, "B N"], failed: Bool[Tensor, " B"]) -> tuple[_Blocks, Tensor]:
+    def _rescue(
+        self, blocks: Rectangles, free: Bool[Tensor, "B N"], failed: Bool[Tensor, " B"]
+    ) -> tuple[Rectangles, Tensor]:
         """Where no candidate was valid, put all targets on one smallest block and free all cells outside."""
         height, width = self.config.spatial
         small_height, small_width = self._smallest
-        alone = _Blocks(
+        alone = Rectangles(
             blocks.top[:, :1].clamp(max=height - small_height).expand_as(blocks.top),
             blocks.left[:, :1].clamp(max=width - small_width).expand_as(blocks.left),
             torch.full_like(blocks.height, small_height),
@@ -169,7 +130,7 @@ class MultiBlockMasks:
         )
         outside = ~(alone.rows(height)[:, 0, :, None] & alone.columns(width)[:, 0, None, :]).flatten(-2)
         which = failed[:, None]
-        rescued = _Blocks(
+        rescued = Rectangles(
             torch.where(which, alone.top, blocks.top),
             torch.where(which, alone.left, blocks.left),
             torch.where(which, alone.height, blocks.height),
@@ -177,22 +138,18 @@ class MultiBlockMasks:
         )
         return rescued, torch.where(which, outside, free)
 
-    def _target_cells(self, key: int, sample: Int[Tensor, " B"], blocks: _Blocks) -> Int[Tensor, "B M Kt"]:
+    def _target_cells(self, key: int, sample: Int[Tensor, " B"], blocks: Rectangles) -> Int[Tensor, "B M Kt"]:
         """Keep Kt cells of each block: cell j of a block is its row j // width, its column j % width."""
-        num_targets, keep = self.config.num_targets, self.config.target_cells
+        num_targets, count = self.config.num_targets, self.config.target_cells
         random = bits(key, _TARGET_CELLS, sample, n=num_targets * self._max_area).view(-1, num_targets, self._max_area)
         cell = torch.arange(self._max_area, device=sample.device)
-        kept = _keep(random, cell < (blocks.height * blocks.width)[..., None], keep)
+        kept = keep(random, cell < (blocks.height * blocks.width)[..., None], count)
         width = blocks.width[..., None]
         row = kept // width
         return (blocks.top[..., None] + row) * self.config.spatial[1] + blocks.left[..., None] + kept - row * width
 
     def _repeat(self, index: Int[Tensor, "*B K"]) -> Int[Tensor, "*B K2"]:
-        """Repeat spatial indices over time."""
-        if not self.config.tube:
-            return index
-        start = torch.arange(self.config.repeats, device=index.device) * self.config.num_cells
-        return (index[..., None, :] + start[:, None]).flatten(-2)
+        return repeat_over_time(index, self.config.num_cells, self.config.repeats)
 
     def _grown_on(self, device: torch.device) -> Tensor:
         if device not in self._tables:
@@ -223,22 +180,6 @@ class MultiBlockMasks:
             return rate, 2
         needed = math.ceil(math.log(_FALLBACK_PROBABILITY) / math.log1p(-rate))
         return rate, min(max(needed, 2), _MAX_CANDIDATES)
-
-
-def _placed(random: Tensor, height: Tensor, width: Tensor, grid_height: int, grid_width: int) -> _Blocks:
-    top = integers_below(random[..., 0], grid_height - height + 1)
-    left = integers_below(random[..., 1], grid_width - width + 1)
-    return _Blocks(top, left, height, width)
-
-
-def _keep(random: Int[Tensor, "*B N"], allowed: Bool[Tensor, "*B N"], count: int) -> Int[Tensor, "*B K"]:
-    """Keep ``count`` of the allowed places, uniformly; ascending."""
-    places = random.shape[-1]
-    low_bits = (1 << max(1, (places - 1).bit_length())) - 1
-    # The place stands in the low bits of its key: no two keys are equal, and no gather is needed to find it.
-    key = (random & (_LAST & ~low_bits)) | torch.arange(places, device=random.device)
-    key = torch.where(allowed, key, _LAST)
-    return key.topk(count, dim=-1, largest=False, sorted=False).values.bitwise_and(low_bits).sort(dim=-1).values
 
 
 def _grown_sizes(height: int, width: int, cells: int) -> Int[Tensor, "H W 2"]:

@@ -1,0 +1,198 @@
+"""Block masks: one contiguous box is hidden, on a grid of any number of axes.
+
+The law of one image: the sides of the box are drawn uniformly from all those whose volume lies within ``block_scale``
+and whose shape is like that of the grid within ``max_aspect``; it lands uniformly on all its places. Kt of its cells
+are the targets, uniformly, and Kc of the cells outside are the context, uniformly. A box that is longer than half the
+grid along every axis hides the middle wherever it lands: there no cell is ever context.
+
+Source: Assran et al., "Self-supervised learning from images with a joint-embedding predictive architecture" (2023),
+section 6, where one block is compared with several.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hjepa_data.errors import refuse
+from hjepa_data.masks.base import Masks, keep, repeat_over_time
+from hjepa_data.masks.budget import GridConfig, check_ratio, check_scale, check_tokens
+from hjepa_data.random import bits, hash_int, integers_below
+
+__all__ = ["BlockMaskConfig", "BlockMasks"]
+
+_BLOCK = 9
+_PLACE, _CELLS = 0, 1
+_ROUNDING = 1e-9
+
+
+@dataclass(kw_only=True, slots=True)
+class BlockMaskConfig(GridConfig):
+    """The law of block masks.
+
+    Attributes:
+        grid: tokens along each axis, any number of axes.
+        tube: repeat one spatial mask over the first axis of the grid.
+        block_scale: smallest and largest volume of the hidden box as a part of the spatial grid.
+        max_aspect: how much more of one axis than of another the box may cover; 1: the shape of the grid itself.
+        target_tokens: cells Kt of the box that are targets; by default all cells of the smallest box.
+        context_ratio: context Kc as a part of the spatial grid: floor(ratio * cells).
+        context_tokens: Kc itself; it overrides ``context_ratio``.
+    """
+
+    block_scale: tuple[float, ...] = (0.5, 0.6)
+    max_aspect: float = 1.5
+    target_tokens: int | None = None
+    context_ratio: float = 0.25
+    context_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        self.check_grid()
+        self.block_scale = tuple(self.block_scale)
+        check_scale("block_scale", self.block_scale)
+        check_ratio("context_ratio", self.context_ratio)
+        if not self.max_aspect >= 1:
+            refuse("max_aspect", self.max_aspect, "no ratio of a longer to a shorter side", "allowed: 1 and more")
+        volumes = self.shapes.prod(-1)
+        if not len(volumes):
+            self._refuse_scale()
+        smallest, largest, cells = int(volumes.min()), int(volumes.max()), self.num_cells
+        check_tokens("target_tokens", self.target_tokens, smallest, f"the smallest box holds {smallest} cells")
+        left = cells - largest
+        if self.context_cells > left:
+            field = "context_ratio" if self.context_tokens is None else "context_tokens"
+            refuse(
+                field,
+                getattr(self, field),
+                f"{self.context_cells} context cells beside a box of up to {largest} of {cells} cells",
+                f"allowed: 1 to {left} cells ({left / cells:.2f} of the grid), or lower block_scale={self.block_scale}",
+            )
+        check_tokens("context_tokens", self.context_tokens, left, "no context")
+
+    def _refuse_scale(self) -> None:
+        possible = sorted(set(_boxes(self.spatial, self.max_aspect).prod(-1).tolist()))
+        low, high = (scale * self.num_cells for scale in self.block_scale)
+        nearest = min(possible, key=lambda volume: max(low - volume, volume - high))
+        refuse(
+            "block_scale",
+            self.block_scale,
+            f"no box of whole cells has {low:.1f} to {high:.1f} of {self.num_cells} cells at "
+            f"max_aspect={self.max_aspect}",
+            f"allowed: ranges that hold {nearest} cells ({nearest / self.num_cells:.4f} of the grid), which is nearest",
+        )
+
+    @property
+    def shapes(self) -> Int[Tensor, "S axes"]:
+        """All sides that the box may have."""
+        boxes = _boxes(self.spatial, self.max_aspect)
+        volume = boxes.prod(-1)
+        low, high = (scale * self.num_cells for scale in self.block_scale)
+        return boxes[(volume >= low - _ROUNDING) & (volume <= high + _ROUNDING)]
+
+    @property
+    def num_targets(self) -> int:
+        """Target blocks M of an image: one."""
+        return 1
+
+    @property
+    def target_cells(self) -> int:
+        """Spatial cells that are targets."""
+        return self.target_tokens if self.target_tokens is not None else int(self.shapes.prod(-1).min())
+
+    @property
+    def context_cells(self) -> int:
+        """Spatial cells of the context."""
+        if self.context_tokens is not None:
+            return self.context_tokens
+        return max(1, math.floor(self.context_ratio * self.num_cells))
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Tokens Kt on the whole grid."""
+        return self.target_cells * self.repeats
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens Kc of the context on the whole grid."""
+        return self.context_cells * self.repeats
+
+    def build(self, seed: int) -> BlockMasks:
+        """Build the sampler.
+
+        Args:
+            seed: of the draws.
+
+        Returns:
+            The sampler.
+        """
+        return BlockMasks(self, seed)
+
+
+class BlockMasks:
+    """Draws block masks: a pure function of (seed, step, sample), the same on every device, rank and worker.
+
+    >>> import torch
+    >>> masks = BlockMaskConfig(grid=(4, 8, 8)).build(seed=0)(3, torch.arange(5))
+    >>> masks.context.shape, masks.targets.shape
+    (torch.Size([5, 64]), torch.Size([5, 1, 144]))
+
+    Args:
+        config: the law.
+        seed: of the draws.
+    """
+
+    def __init__(self, config: BlockMaskConfig, seed: int) -> None:
+        self.config = config
+        self._seed = seed
+        self._shapes = {torch.device("cpu"): config.shapes}
+        self._target_cells = config.target_cells
+
+    def __call__(self, step: int, sample: Int[Tensor, " B"]) -> Masks:
+        """Draw the masks of a batch.
+
+        Args:
+            step: number of the step.
+            sample: number of each image in its source; the masks are drawn on its device.
+
+        Returns:
+            Indices of the context and of the targets, M = 1.
+        """
+        config = self.config
+        key = hash_int(self._seed, _BLOCK, step)
+        inside = self._inside(bits(key, _PLACE, sample, n=1 + len(config.spatial)))
+        # Inside and outside are disjoint: one number for each cell serves both choices.
+        random = bits(key, _CELLS, sample, n=config.num_cells)
+        context, targets = keep(random, ~inside, config.context_cells), keep(random, inside, self._target_cells)
+        return Masks(
+            context=repeat_over_time(context, config.num_cells, config.repeats),
+            targets=repeat_over_time(targets[:, None], config.num_cells, config.repeats),
+        )
+
+    def _inside(self, random: Int[Tensor, "B n"]) -> Bool[Tensor, "B N"]:
+        """Draw a box for each image and mark its cells."""
+        shapes = self._shapes_on(random.device)
+        sides = shapes[integers_below(random[:, 0], len(shapes))]
+        inside = torch.ones(len(random), 1, dtype=torch.bool, device=random.device)
+        for axis, length in enumerate(self.config.spatial):
+            side = sides[:, axis]
+            start = integers_below(random[:, 1 + axis], length - side + 1)
+            place = torch.arange(length, device=random.device)
+            crossed = (place >= start[:, None]) & (place < (start + side)[:, None])
+            inside = (inside[:, :, None] & crossed[:, None, :]).flatten(1)
+        return inside
+
+    def _shapes_on(self, device: torch.device) -> Tensor:
+        if device not in self._shapes:
+            self._shapes[device] = self._shapes[torch.device("cpu")].to(device)
+        return self._shapes[device]
+
+
+def _boxes(grid: tuple[int, ...], max_aspect: float) -> Int[Tensor, "S axes"]:
+    """List the sides of all boxes that fit into a grid and are like it in shape."""
+    boxes = torch.cartesian_prod(*(torch.arange(1, length + 1) for length in grid)).view(-1, len(grid))
+    covered = boxes / torch.tensor(grid, dtype=torch.float64)
+    return boxes[covered.amax(-1) <= max_aspect * covered.amin(-1) + _ROUNDING]

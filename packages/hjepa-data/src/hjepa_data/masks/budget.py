@@ -1,0 +1,74 @@
+"""Grids and constant budgets, checked once for all laws that are no multi-block masks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hjepa_data.errors import refuse
+
+__all__ = ["GridConfig", "check_ratio", "check_scale", "check_tokens"]
+
+
+@dataclass(kw_only=True, slots=True)
+class GridConfig:
+    """The grid that a law fills.
+
+    Budgets are counted in cells of the spatial grid; with ``tube`` that is the grid without its first axis, and each
+    budget is repeated over time.
+
+    Attributes:
+        grid: tokens along each axis: (n,), (h, w), (t, h, w) or more.
+        tube: repeat one spatial mask over the first axis of the grid.
+    """
+
+    grid: tuple[int, ...] = (14, 14)
+    tube: bool = False
+
+    def check_grid(self, axes: int | None = None) -> None:
+        """Check the grid; ``axes`` is the number of spatial axes that the law needs, None allows any."""
+        self.grid = tuple(int(side) for side in self.grid)
+        if not self.grid or min(self.grid) < 1:
+            refuse("grid", self.grid, "no grid", "allowed: a positive number of tokens along each axis")
+        if axes is not None and len(self.spatial) != axes:
+            refuse(
+                "grid",
+                self.grid,
+                f"this law fills a grid of {axes} spatial axes, and here are {len(self.spatial)}",
+                "allowed: (h, w), or (t, h, w) with tube=True",
+            )
+        if self.num_cells < 2:
+            refuse("grid", self.grid, "a spatial grid of one cell has no context beside a target", "allowed: 2 or more")
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """Cells along each spatial axis."""
+        return self.grid[1:] if self.tube else self.grid
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the spatial grid."""
+        return math.prod(self.spatial)
+
+    @property
+    def repeats(self) -> int:
+        """How often a spatial mask is repeated over time."""
+        return self.grid[0] if self.tube else 1
+
+
+def check_scale(field: str, scale: tuple[float, ...]) -> None:
+    """Check a range of areas, as parts of the grid."""
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        refuse(field, scale, "no range of areas", "allowed: 0 < smallest <= largest <= 1")
+
+
+def check_ratio(field: str, ratio: float) -> None:
+    """Check a part of the grid."""
+    if not 0 < ratio < 1:
+        refuse(field, ratio, "no part of the grid", "allowed: above 0, below 1")
+
+
+def check_tokens(field: str, tokens: int | None, most: int, why: str) -> None:
+    """Check a budget of cells; ``why`` says what limits it."""
+    if tokens is not None and not 1 <= tokens <= most:
+        refuse(field, tokens, why, f"allowed: 1 to {most}")

@@ -1,0 +1,305 @@
+"""The masks of I-JEPA's released code, reproduced statistically with constant budgets, for ablation only.
+
+The law of one step and image, on a grid of h x w cells:
+
+1. The *step* draws one number for the target blocks, which fixes both their area and their aspect, and one for the
+   context block, whose aspect is 1. A side is at most h - 1 or w - 1.
+2. Each target block and the context block land uniformly with their top row below h - side and their left column
+   below w - side. So no block ever reaches the last row or the last column, and a context block of side h - 1
+   always lies at the top left.
+3. The context is the context block without all targets, cut to the first Kc of its cells in raster order. The
+   released code cuts to the smallest image of the batch: Kc is the expectation of that smallest number for a batch of
+   ``batch_size`` images, and an image that has fewer is drawn again. Lower rows are starved, and the more so the
+   larger the batch.
+
+What differs: Kc does not vary from batch to batch; Kt of the cells of each target block are kept, uniformly, where the
+released code keeps all and so has another Kt at each step; and context and targets are always disjoint.
+
+Source: Assran et al., "Self-supervised learning from images with a joint-embedding predictive architecture" (2023), as
+its public code behaves; written anew from that behaviour.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hjepa_data.errors import refuse
+from hjepa_data.masks.base import Masks, keep, repeat_over_time
+from hjepa_data.masks.budget import GridConfig, check_scale, check_tokens
+from hjepa_data.masks.rectangles import Rectangles, free_cells, place_rectangles
+from hjepa_data.random import Draws, bits, hash_int
+
+__all__ = ["ReleasedMaskConfig", "ReleasedMasks"]
+
+_RELEASED = 8
+_SIZES, _PLACES, _TARGET_CELLS = 0, 1, 2
+_TRIALS = 4096
+_MINIMUM_CELLS = 1 << 23
+_LEVELS = 1024
+_MIN_SUCCESS = 0.25
+_MAX_CANDIDATES = 16
+_FALLBACK_PROBABILITY = 1e-5
+
+Size = tuple[int, int]
+
+
+@dataclass(kw_only=True, slots=True)
+class ReleasedMaskConfig(GridConfig):
+    """The law of the released masks.
+
+    Attributes:
+        grid: tokens along each axis: (h, w), or (t, h, w) with ``tube``.
+        tube: repeat one spatial mask over the first axis of the grid.
+        num_targets: target blocks M of an image.
+        target_scale: smallest and largest area of a target block as a part of the grid.
+        target_aspect: smallest and largest height / width of a target block, tied to its area.
+        target_tokens: tokens Kt of a target block; by default all cells of the smallest.
+        context_scale: smallest and largest area of the context block, before the targets are cut out of it.
+        batch_size: images whose smallest context is the length to which all are cut; it only matters for Kc.
+        context_tokens: Kc itself; it overrides ``batch_size``.
+    """
+
+    num_targets: int = 4
+    target_scale: tuple[float, ...] = (0.15, 0.2)
+    target_aspect: tuple[float, ...] = (0.75, 1.5)
+    target_tokens: int | None = None
+    context_scale: tuple[float, ...] = (0.85, 1.0)
+    batch_size: int = 128
+    context_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        self.check_grid(axes=2)
+        if min(self.spatial) < 2:
+            refuse("grid", self.grid, "the last row and column are never used", "allowed: sides of 2 and more")
+        for name in ("target_scale", "target_aspect", "context_scale"):
+            setattr(self, name, tuple(getattr(self, name)))
+        check_scale("target_scale", self.target_scale)
+        check_scale("context_scale", self.context_scale)
+        if len(self.target_aspect) != 2 or not 0 < self.target_aspect[0] <= self.target_aspect[1]:
+            refuse("target_aspect", self.target_aspect, "no range of aspects", "allowed: 0 < smallest <= largest")
+        if self.num_targets < 1:
+            refuse("num_targets", self.num_targets, "an image has at least one target block", "allowed: 1 and more")
+        if self.batch_size < 1:
+            refuse("batch_size", self.batch_size, "no batch", "allowed: 1 and more")
+        smallest = self._smallest_target()
+        check_tokens("target_tokens", self.target_tokens, smallest, f"the smallest block has {smallest} cells")
+        check_tokens("context_tokens", self.context_tokens, self.num_cells - 1, f"a grid of {self.num_cells} cells")
+
+    def target_size(self, number: float) -> Size:
+        """Height and width of a target block from one number in [0, 1)."""
+        return _block_size(number, self.target_scale, self.target_aspect, self.spatial)
+
+    def context_size(self, number: float) -> Size:
+        """Height and width of the context block from one number in [0, 1)."""
+        return _block_size(number, self.context_scale, (1.0, 1.0), self.spatial)
+
+    def sizes(self) -> dict[tuple[Size, Size], float]:
+        """Probability of each pair of sizes of target and context blocks."""
+        return dict(_sizes(self.spatial, self.target_scale, self.target_aspect, self.context_scale))
+
+    def _smallest_target(self) -> int:
+        return min(height * width for (height, width), _ in self.sizes())
+
+    @property
+    def target_cells(self) -> int:
+        """Spatial cells of a target block."""
+        return self.target_tokens if self.target_tokens is not None else self._smallest_target()
+
+    @property
+    def context_cells(self) -> int:
+        """Spatial cells of the context."""
+        if self.context_tokens is not None:
+            return self.context_tokens
+        law = (self.spatial, self.num_targets, self.target_scale, self.target_aspect, self.context_scale)
+        return _expected_minimum(*law, batch_size=self.batch_size)
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Tokens Kt of a target block on the whole grid."""
+        return self.target_cells * self.repeats
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens Kc of the context on the whole grid."""
+        return self.context_cells * self.repeats
+
+    def build(self, seed: int) -> ReleasedMasks:
+        """Build the sampler.
+
+        Args:
+            seed: of the draws.
+
+        Returns:
+            The sampler.
+
+        Raises:
+            ValueError: too few draws leave enough cells for the context.
+        """
+        return ReleasedMasks(self, seed)
+
+
+class ReleasedMasks:
+    """Draws the released masks: a pure function of (seed, step, sample), the same on every device, rank and worker.
+
+    Args:
+        config: the law.
+        seed: of the draws.
+
+    Raises:
+        ValueError: too few draws leave enough cells for the context.
+    """
+
+    def __init__(self, config: ReleasedMaskConfig, seed: int) -> None:
+        self.config = config
+        self._seed = seed
+        self._target_cells, self._context_cells = config.target_cells, config.context_cells
+        self._num_candidates = self._plan()
+
+    def __call__(self, step: int, sample: Int[Tensor, " B"]) -> Masks:
+        """Draw the masks of a batch.
+
+        Args:
+            step: number of the step.
+            sample: number of each image in its source; the masks are drawn on its device.
+
+        Returns:
+            Indices of the context and of the targets.
+        """
+        config = self.config
+        height, width = config.spatial
+        key = hash_int(self._seed, _RELEASED, step)
+        # The sizes are those of the step: they are drawn on the host and nothing waits for the device.
+        sizes = Draws(key, _SIZES)
+        target_size, context_size = config.target_size(sizes.uniform()), config.context_size(sizes.uniform())
+        candidates = self._num_candidates.get((target_size, context_size), _MAX_CANDIDATES)
+        random = bits(key, _PLACES, sample, n=candidates * (config.num_targets + 1) * 2)
+        random = random.view(len(sample), candidates, config.num_targets + 1, 2)
+        targets, context = _place(random, target_size, context_size, height, width)
+        free, count = free_cells(targets, context, height, width)
+        enough = count >= self._context_cells
+        # The largest of distinct numbers is the first valid candidate; of equal ones argmax may take any.
+        first = (enough * torch.arange(candidates, 0, -1, device=enough.device)).argmax(1)
+        targets, context = targets.take(first), context.take(first)
+        # Should no candidate be valid, all targets of the image move onto its first.
+        failed = ~enough.any(1, keepdim=True)
+        targets.top = torch.where(failed, targets.top[:, :1], targets.top)
+        targets.left = torch.where(failed, targets.left[:, :1], targets.left)
+        free = free_cells(targets, context, height, width)[0]
+        place = torch.arange(config.num_cells, device=free.device)
+        raster = torch.where(free, place, config.num_cells).sort(dim=-1).values[:, : self._context_cells]
+        return Masks(
+            context=repeat_over_time(raster, config.num_cells, config.repeats),
+            targets=repeat_over_time(
+                self._keep_targets(key, sample, targets, *target_size), config.num_cells, config.repeats
+            ),
+        )
+
+    def _keep_targets(
+        self, key: int, sample: Int[Tensor, " B"], targets: Rectangles, height: int, width: int
+    ) -> Int[Tensor, "B M Kt"]:
+        num_targets, area = self.config.num_targets, height * width
+        random = bits(key, _TARGET_CELLS, sample, n=num_targets * area).view(-1, num_targets, area)
+        kept = keep(random, torch.ones_like(random, dtype=torch.bool), self._target_cells)
+        row = kept // width
+        return (targets.top[..., None] + row) * self.config.spatial[1] + targets.left[..., None] + kept - row * width
+
+    def _plan(self) -> dict[tuple[Size, Size], int]:
+        """Measure for each pair of sizes how often a draw leaves enough cells, and so how many an image needs."""
+        config = self.config
+        plan, worst = {}, 1.0
+        for (target, context), _, count in _trials(config, _TRIALS):
+            rate = float((count >= self._context_cells).float().mean())
+            outside = context[0] * context[1] - target[0] * target[1]
+            worst = min(worst, rate if outside >= self._context_cells else 0.0)
+            needed = 2.0 if rate in {0.0, 1.0} else math.log(_FALLBACK_PROBABILITY) / math.log1p(-rate)
+            plan[target, context] = min(max(2, math.ceil(needed)), _MAX_CANDIDATES)
+        if worst < _MIN_SUCCESS:
+            self._refuse(worst)
+        return plan
+
+    def _refuse(self, worst: float) -> None:
+        config = self.config
+        usual = min(int(count.float().quantile(0.5)) for _, _, count in _trials(config, _TRIALS))
+        field = "batch_size" if config.context_tokens is None else "context_tokens"
+        height, width = config.spatial
+        refuse(
+            field,
+            getattr(config, field),
+            f"{self._context_cells} context cells beside {config.num_targets} targets of scale {config.target_scale} "
+            f"on a {height}x{width} grid: {worst:.1%} of the draws leave that many at the largest target block",
+            f"allowed: context_tokens up to about {usual}, or take fewer or smaller targets",
+        )
+
+
+def _block_size(number: float, scale: tuple[float, ...], aspect: tuple[float, ...], grid: tuple[int, ...]) -> Size:
+    cells = int(grid[0] * grid[1] * (scale[0] + number * (scale[1] - scale[0])))
+    ratio = aspect[0] + number * (aspect[1] - aspect[0])
+    sides = round(math.sqrt(cells * ratio)), round(math.sqrt(cells / ratio))
+    # A block of no cell would stop the released code; here it has one.
+    return min(max(sides[0], 1), grid[0] - 1), min(max(sides[1], 1), grid[1] - 1)
+
+
+@lru_cache(maxsize=64)
+def _sizes(
+    grid: tuple[int, ...],
+    target_scale: tuple[float, ...],
+    target_aspect: tuple[float, ...],
+    context_scale: tuple[float, ...],
+) -> tuple[tuple[tuple[Size, Size], float], ...]:
+    numbers = [(level + 0.5) / _LEVELS for level in range(_LEVELS)]
+    targets = Counter(_block_size(number, target_scale, target_aspect, grid) for number in numbers)
+    contexts = Counter(_block_size(number, context_scale, (1.0, 1.0), grid) for number in numbers)
+    return tuple(((t, c), targets[t] * contexts[c] / _LEVELS**2) for t in targets for c in contexts)
+
+
+def _place(
+    random: Int[Tensor, "*B M1 2"], target: Size, context: Size, height: int, width: int
+) -> tuple[Rectangles, Rectangles]:
+    """Place target blocks and the context block on all of the grid but its last row and column."""
+    return (
+        place_rectangles(random[..., :-1, :], *target, height - 1, width - 1),
+        place_rectangles(random[..., -1, :], *context, height - 1, width - 1),
+    )
+
+
+def _trials(config: ReleasedMaskConfig, number: int) -> Iterator[tuple[tuple[Size, Size], float, Int[Tensor, " T"]]]:
+    """Draw the number of free cells often, for each pair of sizes and with its probability."""
+    height, width = config.spatial
+    for index, (pair, probability) in enumerate(config.sizes().items()):
+        random = bits(0, _RELEASED, index, torch.arange(number), n=(config.num_targets + 1) * 2)
+        blocks = _place(random.view(number, config.num_targets + 1, 2), *pair, height, width)
+        yield pair, probability, free_cells(*blocks, height, width)[1]
+
+
+@lru_cache(maxsize=64)
+def _expected_minimum(
+    grid: tuple[int, int],
+    num_targets: int,
+    target_scale: tuple[float, ...],
+    target_aspect: tuple[float, ...],
+    context_scale: tuple[float, ...],
+    *,
+    batch_size: int,
+) -> int:
+    """Expect the smallest number of free cells of a batch: the mean over sizes of sum_k P(count >= k)^batch_size."""
+    config = ReleasedMaskConfig(
+        grid=grid,
+        num_targets=num_targets,
+        target_scale=target_scale,
+        target_aspect=target_aspect,
+        context_scale=context_scale,
+    )
+    # The smallest of many is a rare event: it takes more trials than a mean.
+    number, expected = min(max(_TRIALS, _MINIMUM_CELLS // config.num_cells), 16 * _TRIALS), 0.0
+    for _, probability, count in _trials(config, number):
+        ranked = torch.bincount(count).flip(0).cumsum(0).flip(0)[1:].tolist()
+        expected += probability * sum((at_least / number) ** batch_size for at_least in ranked)
+    return max(1, round(expected))
