@@ -1,7 +1,22 @@
 """Webdataset shards, exact-resume streams, transforms and masks for self-supervised learning."""
 
 from hjepa_data.errors import DataError, WorkerError
-from hjepa_data.masks import Masks, MultiBlockConfig, MultiBlockMasks
+from hjepa_data.masks import (
+    BlockMaskConfig,
+    BlockMasks,
+    CellLaw,
+    HierarchicalMaskConfig,
+    HierarchicalMasks,
+    MaskConfig,
+    Masks,
+    MaskSampler,
+    MultiBlockConfig,
+    MultiBlockMasks,
+    RandomMaskConfig,
+    RandomMasks,
+    ReleasedMaskConfig,
+    ReleasedMasks,
+)
 from hjepa_data.shards import RawSample, ShardSource, ShardWriter, expand_shards, write_shards
 from hjepa_data.stream import (
     Batch,
@@ -28,16 +43,27 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Batch",
+    "BlockMaskConfig",
+    "BlockMasks",
+    "CellLaw",
     "ColorAugment",
     "ColorConfig",
     "DataError",
     "EvalConfig",
     "EvalStream",
+    "HierarchicalMaskConfig",
+    "HierarchicalMasks",
     "Interpolation",
+    "MaskConfig",
+    "MaskSampler",
     "Masks",
     "MultiBlockConfig",
     "MultiBlockMasks",
+    "RandomMaskConfig",
+    "RandomMasks",
     "RawSample",
+    "ReleasedMaskConfig",
+    "ReleasedMasks",
     "ShardSource",
     "ShardWriter",
     "SkipReason",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -197,3 +198,195 @@ def test_overwrite_replaces_all_old_shards(classes, tmp_path, capsys):
     assert call(capsys, classes, out, "--samples-per-shard", 20, "--overwrite")[0] == 0
     assert len(list(out.glob("*.tar"))) == len(list(out.glob("*.index.json"))) == 2
     assert len(ShardSource(out)) == 30
+
+
+def test_make_is_the_name_of_the_old_form(classes, tmp_path, capsys):
+    assert call(capsys, classes, tmp_path / "old", "--workers", 1)[0] == 0
+    assert call(capsys, "make", classes, tmp_path / "new", "--workers", 1)[0] == 0
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.suffix == ".tar"}
+        for name in ("old", "new")
+    ]
+    assert files[0] == files[1]
+    assert list(files[0]) == ["train-000000.tar"]
+
+
+@pytest.mark.parametrize("options", [[], ["--resize", 24, "--encode", "webp", "--val-fraction", 0.3]])
+def test_one_and_three_processes_write_the_same_bytes(classes, tmp_path, capsys, options):
+    results = []
+    for workers in (1, 3):
+        out = tmp_path / f"out{workers}"
+        assert call(capsys, "make", classes, out, "--samples-per-shard", 7, "--workers", workers, *options)[0] == 0
+        results.append({path.name: path.read_bytes() for path in out.iterdir() if "index" not in path.name})
+    assert results[0] == results[1]
+    assert len(results[0]) >= 6
+
+
+def test_a_new_file_moves_no_other_between_train_and_val(classes, tmp_path, capsys, jpeg):
+    assert call(capsys, "make", classes, tmp_path / "a", "--val-fraction", 0.3)[0] == 0
+    (classes / "cat" / "new.jpg").write_bytes(jpeg(1000))
+    assert call(capsys, "make", classes, tmp_path / "b", "--val-fraction", 0.3)[0] == 0
+    for split in ("train", "val"):
+        before, after = (content(f"{tmp_path}/{name}/{split}-*.tar") for name in "ab")
+        assert [sample for sample in after if sample[0] != jpeg(1000)] == before
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_encode(flat, tmp_path, capsys, kind):
+    import io
+
+    from PIL import Image
+
+    assert call(capsys, "make", flat, tmp_path / "out", "--encode", kind, "--quality", 80)[0] == 0
+    images = [Image.open(io.BytesIO(image)) for image, _ in content(tmp_path / "out")]
+    assert len(images) == 22
+    assert {image.format for image in images} == {kind.upper()}
+
+
+@pytest.fixture
+def made(classes, tmp_path, capsys):
+    assert call(capsys, "make", classes, tmp_path / "out", "--samples-per-shard", 10, "--workers", 1)[0] == 0
+    return tmp_path / "out"
+
+
+def test_index(made, capsys):
+    for path in made.glob("*.index.json"):
+        path.unlink()
+    code, printed, _ = call(capsys, "index", made, "--workers", 2)
+    assert code == 0
+    assert re.findall(r"\d+", printed.splitlines()[3])[:3] == ["3", "30", "30"]
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in made.glob("*.index.json")}
+    assert len(before) == 3
+    assert call(capsys, "index", made)[0] == 0
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in made.glob("*.index.json")} == before
+    shard = made / "train-000001.tar"
+    os.truncate(shard, 5000)
+    code, printed, _ = call(capsys, "index", made)
+    assert code == 1
+    assert printed.startswith(f"shard '{shard}' differs from the checksum of its index")
+    code, printed, _ = call(capsys, "index", made, "--overwrite")
+    assert code == 1
+    assert "truncated at byte 5000" in printed.splitlines()[0]
+
+
+def test_check(made, capsys):
+    code, printed, said = call(capsys, "check", made)
+    assert (code, said) == (0, "")
+    assert "nothing damaged" in printed
+    shard = made / "train-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[1700:1800] = bytes(100)
+    shard.write_bytes(data)
+    code, printed, said = call(capsys, "check", made / "train-000000.tar", shard)
+    assert (code, said) == (1, "")
+    lines = [line for line in printed.splitlines() if line.startswith(str(made))]
+    assert len(lines) == 2
+    assert lines[0].startswith(f"{shard}: (shard): has sha256 ")
+    assert re.match(rf"{shard}: \w+/\d+\.jpg: ", lines[1])
+    assert "damage in 1 of 2 shards" in printed
+
+
+def test_check_in_a_process(made):
+    (made / "train-000002.tar.index.json").unlink()
+    os.truncate(made / "train-000000.tar", 0)
+    result = run("check", f"{made}/train-{{000000..000002}}.tar", "--workers", 3)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "1 shard without checksums" in result.stdout
+    assert "damage in 1 of 3 shards" in result.stdout
+
+
+def test_show(made, tmp_path, capsys):
+    for name in ("a.png", "b.html", "c.PNG"):
+        code, printed, said = call(capsys, "show", f"{made}/*.tar", "--out", tmp_path / name, "--count", 9, "--seed", 2)
+        assert (code, said) == (0, "")
+        assert printed.strip() == f"{tmp_path / name}: 9 of 30 samples in 3 shards, seed 2"
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "c.PNG").read_bytes()
+    page = (tmp_path / "b.html").read_text()
+    assert page.count("<figure>") == 9
+    assert "9 of 30 samples in 3 shards, drawn by seed 2" in page
+    assert re.search(r"(cat \(0\)|dog \(1\)|emu \(2\))", page)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["make", "{tmp}/gone", "{tmp}/out"], "no such folder"),
+        (["make", "{tmp}/good", "{tmp}/out", "--quality", "0"], "quality=0"),
+        (["chekc", "{tmp}/out"], "did you mean 'check'?"),
+        (["index", "{tmp}/gone"], "no such shard"),
+        (["index", "{tmp}/good"], "no *.tar in directory"),
+        (["index", "{tmp}/full", "--workers", "0"], "workers=0"),
+        (["index", "pipe:cat {tmp}/full/train-000000.tar"], "commands are not run"),
+        (["check", "{tmp}/gone-*.tar"], "no file matches"),
+        (["check", "pipe:cat {tmp}/full/train-000000.tar"], "commands are not run"),
+        (["check", "{tmp}/full", "{tmp}/full/train-000000.tar"], "named twice"),
+        (["check", "{tmp}/full", "--max-pixels", "0"], "max_pixels=0"),
+        (["check", "s3://bucket/a.tar"], "local files only"),
+        (["show", "{tmp}/full", "--out", "{tmp}/a.png"], "truncated at byte 0"),
+        (["show", "{tmp}/full", "--out", "{tmp}/a.gif"], "ends in .png or .html"),
+        (["show", "{tmp}/full", "--out", "{tmp}/no/a.png"], "there is no folder"),
+        (["show", "{tmp}/full", "--out", "{tmp}/a.png", "--count", "0"], "count=0"),
+        (["show", "{tmp}/full", "--out", "{tmp}/a.png", "--seed", "-1"], "seed=-1"),
+        (["show", "{tmp}/full", "--out", "{tmp}/a.png", "--classes", "{tmp}/none.json"], "none.json' cannot be read"),
+        (["show", "pipe:cat x", "--out", "{tmp}/a.png"], "commands are not run"),
+    ],
+)
+def test_wrong_input_of_the_commands_is_one_line_and_code_2(tmp_path, capsys, jpeg, arguments, words):
+    for name in ("good", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "good" / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "full" / "train-000000.tar").write_bytes(b"")
+    code, printed, said = call(capsys, *[argument.format(tmp=tmp_path) for argument in arguments])
+    assert code == 2
+    assert words in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert printed == ""
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["index"], ["check"], ["show", "x"], ["make", "x"], ["check", "--what", "x"]]
+)
+def test_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: hjepa-shards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ("make SRC OUT", "index SHARDS", "check SHARDS", "show SHARDS", "short for", "exit codes", "examples:")),
+        (["make"], ("layouts of SRC", "--val-fraction", "--encode", "whatever the number of workers", "examples:")),
+        (["index"], ("SHARDS is", "sha256", "--overwrite", "a second run writes nothing", "examples:")),
+        (["check"], ("SHARDS is", "shard: member: what", "exit code 1", "'pipe:'", "examples:")),
+        (["show"], ("SHARDS is", "--seed", "classes.json", "no script", "examples:")),
+    ],
+)
+def test_help_teaches(arguments, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words), printed
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+def test_a_killed_worker_is_one_line(made, monkeypatch, capsys):
+    from hjepa_data.shards import check
+
+    monkeypatch.setattr(check, "_check", lambda *_: os._exit(9))
+    code, _, said = call(capsys, "check", made, "--workers", 2)
+    assert code == 2
+    assert "a worker process was killed" in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_with_the_name_of_a_command(tmp_path, capsys, monkeypatch, jpeg):
+    (tmp_path / "check").mkdir()
+    (tmp_path / "check" / "a.jpg").write_bytes(jpeg(0))
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "./check", "out")[0] == 0
+    assert len(ShardSource("out")) == 1

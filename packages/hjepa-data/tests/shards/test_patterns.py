@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from hjepa_data import DataError, expand_shards
+from hjepa_data import DataError, ShardSource, expand_shards
 
 
 @pytest.fixture
@@ -73,3 +75,44 @@ def test_a_shard_named_twice_is_refused(folder):
 def test_no_patterns(folder):
     with pytest.raises(DataError, match="the list of patterns is empty"):
         expand_shards([])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "pipe:touch {folder}/ran",
+        "  pipe:touch {folder}/ran",
+        "PIPE:touch {folder}/ran",
+        "pipe :touch {folder}/ran",
+        "touch {folder}/ran |",
+        "| touch {folder}/ran",
+        "{folder}/train-000000.tar|touch {folder}/ran",
+        "$(touch {folder}/ran)",
+        "{folder}/`touch {folder}/ran`.tar",
+        "<(touch {folder}/ran)",
+        "{{pipe:touch {folder}/ran,{folder}/train-000000.tar}}",
+        "{{pipe:touch {folder}/r*n,x}}",
+    ],
+)
+def test_commands_are_refused_and_not_run(folder, pattern):
+    text = pattern.format(folder=folder)
+    (folder / "list.txt").write_text(f"train-000000.tar\n{text}\n")
+    for given in (text, [f"{folder}/train-000000.tar", text], Path(text), folder / "list.txt"):
+        with pytest.raises(DataError, match="commands are not run") as caught:
+            expand_shards(given)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(DataError, match="commands are not run"):
+            ShardSource(given)
+    assert not (folder / "ran").exists()
+
+
+def test_odd_names_that_exist_are_no_commands(folder):
+    (folder / "a$(b)").mkdir()
+    (folder / "a$(b)" / "x.tar").write_bytes(b"")
+    assert names(expand_shards(folder / "a$(b)")) == ["x.tar"]
+
+
+def test_a_list_file_that_names_itself(folder):
+    (folder / "loop.txt").write_text("eval-0.tar\nloop.txt\n")
+    with pytest.raises(DataError, match="names itself"):
+        expand_shards(folder / "loop.txt")

@@ -1,38 +1,115 @@
-"""The command ``hjepa-shards``: a folder of images becomes webdataset shards."""
+"""The command ``hjepa-shards``: make shards from a folder of images, index, check and show shards."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from hjepa_data.errors import one_line
-from hjepa_data.shards.folder import FolderConfig, FolderResult, make_shards, plan_folder
+from hjepa_data.errors import DataError, one_line
+from hjepa_data.shards.check import CheckConfig, check_shards
+from hjepa_data.shards.folder import Encoding, FolderConfig, make_shards, plan_folder
+from hjepa_data.shards.index import IndexState, ShardIndex, refresh_index
+from hjepa_data.shards.patterns import expand_shards
+from hjepa_data.shards.pool import map_in_order
+from hjepa_data.shards.report import escape, report_check, report_index, report_make
+from hjepa_data.shards.show import SheetConfig, draw_samples, read_classes, sheet_html, sheet_png
 
 __all__ = ["main"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_DAMAGE = 1
 _WRONG_INPUT = 2
 _INTERRUPTED = 130
 
-_EXAMPLES = """\
-layouts of FOLDER:
+_COMMANDS = """\
+commands:
+  make SRC OUT                a folder of images becomes shards, each with its index
+  index SHARDS                write the index of shards that came without one: offsets, counts, checksums
+  check SHARDS                read everything, decode every image, name what is damaged
+  show SHARDS --out FILE      a contact sheet of samples with their labels, as PNG or HTML
+
+'hjepa-shards FOLDER OUT' is short for 'hjepa-shards make FOLDER OUT'; a FOLDER with the name of a command is ./NAME.
+'hjepa-shards make --help' and so on explain each.
+
+examples:
+  hjepa-shards make pets shards --val-fraction 0.1 --resize 256
+  hjepa-shards check shards
+  hjepa-shards show 'shards/train-*.tar' --out sheet.html
+
+exit codes: 0 done, 1 damage found (index, check), 2 wrong input, 130 interrupted
+"""
+
+_MAKE = """\
+layouts of SRC:
   photos/*.jpg                         flat, no labels
   pets/cat/*.jpg, pets/dog/*.jpg       one folder a class; OUT/classes.json lists them
   set/train/cat/*.jpg, set/test/...    the same for each of train, val, test: OUT/train-*.tar, OUT/test-*.tar
 
+The same folder and options give the same bytes, whatever the number of workers. Files are mixed, and train and val
+are told apart, by the hash of their path: a file that is added moves no other file from train to val.
+
 examples:
-  hjepa-shards ~/photos shards
-  hjepa-shards pets shards --val-fraction 0.1 --resize 256 --workers 8
+  hjepa-shards make ~/photos shards
+  hjepa-shards make pets shards --val-fraction 0.1 --resize 256 --workers 8
+  hjepa-shards make pets shards --encode webp --quality 90
 """
+
+_SHARDS = """\
+SHARDS is one or more of
+  shards                               a directory: its *.tar
+  'shards/train-{000000..000099}.tar'  braces; quoted, so that the shell leaves them alone
+  'shards/*.tar'                       a glob
+  all.txt                              a text file with one of these a line
+Local files only. Nothing is run to read them: 'pipe:' and other commands are refused, and nothing is unpickled.
+"""
+
+_INDEX = (
+    _SHARDS
+    + """
+Beside each shard lies SHARD.index.json then: key, offset, size, label and crc32 of each sample, their number, and the
+sha256 of the shard. An index that fits is kept, so that a second run writes nothing. A shard that differs from the
+checksum that it has is an error (exit code 1) unless --overwrite is given.
+
+examples:
+  hjepa-shards index shards
+  hjepa-shards index 'shards/val-*.tar' --overwrite
+"""
+)
+
+_CHECK = (
+    _SHARDS
+    + """
+Each line of damage is 'shard: member: what'. What is damage: a tar that is cut off or overwritten, an image that is
+empty, cut off, too large or cannot be decoded, bytes that differ from the checksums of the index, samples that the
+index lacks or misplaces. JPEG and WebP have no checksums of their own: only an index tells that their bytes flipped.
+
+examples:
+  hjepa-shards check shards --workers 8
+  hjepa-shards check shards > damage.txt || echo "do not train on this"
+"""
+)
+
+_SHOW = (
+    _SHARDS
+    + """
+Samples are drawn uniformly from all shards; the same seed draws the same. Class names come from classes.json beside
+the first shard. The HTML is one file with the pictures inside, and runs no script.
+
+examples:
+  hjepa-shards show shards --out sheet.png
+  hjepa-shards show 'shards/train-*.tar' --out sheet.html --count 200 --seed 1
+"""
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,38 +119,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line.
 
     Returns:
-        Exit code: 0 done, 2 wrong input, 130 interrupted.
+        Exit code: 0 done, 1 damage found, 2 wrong input, 130 interrupted.
     """
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] not in {*_RUN, "-h", "--help"}:
+        # FOLDER OUT
+        words.insert(0, "make")
+    options = _parser().parse_args(words)
     out = Console()
     log = Console(stderr=True)
     try:
-        _run(options, out, log)
+        return _RUN[options.command](options, out, log)
     except (ValueError, OSError) as error:
-        log.print(f"[bold red]error:[/] {_escape(one_line(error))}", soft_wrap=True, highlight=False)
+        log.print(f"[bold red]error:[/] {escape(one_line(error))}", soft_wrap=True, highlight=False)
         return _WRONG_INPUT
     except KeyboardInterrupt:
-        log.print("interrupted; the shards that were complete remain", highlight=False)
+        done = "; the shards that were complete remain" if options.command in {"make", "index"} else ""
+        log.print(f"interrupted{done}", highlight=False)
         return _INTERRUPTED
-    return 0
 
 
-def _run(options: argparse.Namespace, out: Console, log: Console) -> None:
+def _make(options: argparse.Namespace, out: Console, log: Console) -> int:
     config = FolderConfig(
         shard_bytes=options.shard_size,
         samples_per_shard=options.samples_per_shard,
         workers=options.workers,
         resize=options.resize,
+        encoding=Encoding(options.encode),
+        quality=options.quality,
         val_fraction=options.val_fraction,
         labels={"auto": None, "folders": True, "none": False}[options.labels],
         check=not options.no_check,
         overwrite=options.overwrite,
     )
     begin = time.monotonic()
-    with log.status(f"looking for images in {_escape(str(options.folder))}"):
-        plan = plan_folder(options.folder, config)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=log)
+    with log.status(f"looking for images in {escape(str(options.folder))}"):
+        try:
+            plan = plan_folder(options.folder, config)
+        except DataError as error:
+            close = [] if options.folder.exists() else difflib.get_close_matches(str(options.folder), _RUN, 1, 0.7)
+            raise DataError(f"{error}; did you mean '{close[0]}'?" if close else error) from None
+    bar = _progress(log)
     task = bar.add_task("images", total=plan.num_images)
 
     def progress(count: int) -> None:
@@ -85,76 +171,103 @@ def _run(options: argparse.Namespace, out: Console, log: Console) -> None:
         result = make_shards(plan, options.out, config, progress)
     finally:
         bar.stop()
-    _report(result, options.out, time.monotonic() - begin, out)
+    report_make(result, options.out, time.monotonic() - begin, out)
+    return 0
 
 
-def _report(result: FolderResult, folder: Path, seconds: float, out: Console) -> None:
-    out.print(f"shards in {_escape(str(folder))}", soft_wrap=True, highlight=False)
-    table = Table()
-    for name in ("split", "shards", "images", "MB"):
-        table.add_column(name, justify="left" if name == "split" else "right")
-    for split, shards in result.shards.items():
-        megabytes = result.num_bytes[split] / 1e6
-        table.add_row(split, str(len(shards)), f"{result.images[split]:,}", f"{megabytes:,.1f}")
-    out.print(table)
-    if result.classes:
-        shown = ", ".join(result.classes[:5]) + (", ..." if len(result.classes) > 5 else "")
-        count = len(result.classes)
-        line = f"{count} class{'es' if count > 1 else ''} ({shown}), listed in {folder / 'classes.json'}"
-    else:
-        line = "no labels: images do not lie in one folder a class"
-    out.print(_escape(line), soft_wrap=True, highlight=False)
-    if result.left_out:
-        total = result.left_out.total()
-        out.print(f"{total:,} file{'' if total == 1 else 's'} left out", highlight=False)
-        reasons = Table()
-        reasons.add_column("why")
-        reasons.add_column("files", justify="right")
-        reasons.add_column("for example", overflow="fold")
-        for reason, count in result.left_out.most_common():
-            reasons.add_row(reason, f"{count:,}", _escape(result.examples.get(reason, "")))
-        out.print(reasons)
-    else:
-        out.print("nothing left out")
-    total = result.images.total()
-    out.print(f"{total:,} images in {seconds:.1f} s ({total / seconds:,.0f} a second)", highlight=False)
-    out.print("next:", style="bold")
-    out.print(f"  {_escape(next_command(result))}", soft_wrap=True, highlight=False)
+def _index(options: argparse.Namespace, out: Console, log: Console) -> int:
+    _check_workers(options.workers)
+    shards = expand_shards(options.shards)
+    console, bar = _bar(out, log)
+    task = bar.add_task("shards", total=len(shards))
+    done: list[tuple[Path, ShardIndex, IndexState]] = []
+    failed = 0
+    try:
+        index = partial(_index_one, overwrite=options.overwrite)
+        for shard, result in map_in_order(index, shards, workers=options.workers, started=bar.start):
+            if isinstance(result, str):
+                failed += 1
+                console.print(escape(one_line(result)), soft_wrap=True, highlight=False)
+            else:
+                done.append((shard, *result))
+            bar.advance(task)
+    finally:
+        bar.stop()
+    report_index(done, failed, out)
+    return _DAMAGE if failed else 0
 
 
-def next_command(result: FolderResult) -> str:
-    """Say what to type next.
-
-    Args:
-        result: what was written.
-
-    Returns:
-        The command that trains on the shards.
-    """
-    splits = list(result.shards)
-    words = ["hjepa-pretrain"]
-    for field, split in zip(("data.train", "data.eval"), splits, strict=False):
-        shards = [os.path.abspath(path) for path in result.shards[split]]
-        # Quoted whatever is in it, since a shell would expand the braces.
-        words.append(f"{field}={_quoted(_pattern(shards))}")
-    return " ".join(words)
+def _index_one(shard: Path, *, overwrite: bool) -> tuple[Path, str | tuple[ShardIndex, IndexState]]:
+    try:
+        return shard, refresh_index(shard, overwrite=overwrite)
+    except DataError as error:
+        return shard, str(error)
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "'\"'\"'") + "'"
+def _check(options: argparse.Namespace, out: Console, log: Console) -> int:
+    config = CheckConfig(workers=options.workers, max_pixels=options.max_pixels)
+    shards = expand_shards(options.shards)
+    console, bar = _bar(out, log)
+    task = bar.add_task("shards", total=len(shards))
+    begin = time.monotonic()
+    reports = []
+    try:
+        for report in check_shards(shards, config, started=bar.start):
+            reports.append(report)
+            for damage in report.damage:
+                console.print(escape(str(damage)), soft_wrap=True, highlight=False)
+            bar.advance(task)
+    finally:
+        bar.stop()
+    report_check(reports, time.monotonic() - begin, out)
+    return _DAMAGE if any(report.damage for report in reports) else 0
 
 
-def _pattern(shards: list[str]) -> str:
-    numbers = [int(shard[-10:-4]) for shard in shards]
-    if len(shards) == 1:
-        return shards[0]
-    if numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{shards[0][:-10]}{{{numbers[0]:06d}..{numbers[-1]:06d}}}.tar"
-    return f"{shards[0][:-10]}*.tar"
+def _show(options: argparse.Namespace, out: Console, log: Console) -> int:
+    config = SheetConfig(count=options.count, seed=options.seed, tile=options.tile)
+    writers = {".png": sheet_png, ".html": sheet_html, ".htm": sheet_html}
+    write = writers.get(options.out.suffix.lower())
+    if write is None:
+        raise DataError(f"'{options.out}' is no file of a contact sheet; allowed: a name that ends in .png or .html")
+    if not options.out.absolute().parent.is_dir():
+        raise DataError(f"'{options.out}' cannot be written: there is no folder '{options.out.parent}'")
+    shards = expand_shards(options.shards)
+    classes = read_classes(shards, options.classes)
+    with log.status("drawing samples"):
+        samples, total = draw_samples(shards, classes, config)
+        count = f"{len(shards):,} shard{'' if len(shards) == 1 else 's'}"
+        names = " ".join(options.shards)
+        title = f"{names}: {len(samples):,} of {total:,} samples in {count}, drawn by seed {config.seed}"
+        options.out.write_bytes(write(samples, title, config))
+    damaged = sum(sample.image is None for sample in samples)
+    found = f", {damaged} damaged: hjepa-shards check" if damaged else ""
+    line = f"{options.out}: {len(samples):,} of {total:,} samples in {count}, seed {config.seed}{found}"
+    out.print(escape(line), soft_wrap=True, highlight=False)
+    return 0
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+_RUN: dict[str, Callable[[argparse.Namespace, Console, Console], int]] = {
+    "make": _make,
+    "index": _index,
+    "check": _check,
+    "show": _show,
+}
+
+
+def _progress(console: Console, *, disable: bool = False) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=disable)
+
+
+def _bar(out: Console, log: Console) -> tuple[Console, Progress]:
+    """Give the console for lines of results, and a bar that does not break them."""
+    # Two consoles on one terminal would write into each other; a bar that is piped away is noise.
+    console = out if out.is_terminal else log
+    return out, _progress(console, disable=not console.is_terminal)
+
+
+def _check_workers(workers: int) -> None:
+    CheckConfig(workers=workers)
 
 
 def _size(text: str) -> int:
@@ -167,18 +280,68 @@ def _size(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hjepa-shards",
-        description="Make webdataset shards, with an index beside each, from a folder of images.",
-        epilog=_EXAMPLES,
+        usage="hjepa-shards [-h] {make,index,check,show} ...",
+        description="Make webdataset shards from images, index, check and show them.",
+        epilog=_COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="images: flat, or one folder a class")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+
+    def command(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            prog=f"hjepa-shards {name}",
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    _add_make(command("make", "Make shards, with an index beside each, from a folder of images.", _MAKE))
+    index = command("index", "Write the index of shards: where each sample lies, counts and checksums.", _INDEX)
+    _add_shards(index)
+    _add_workers(index)
+    index.add_argument("--overwrite", action="store_true", help="index shards as they are now, whatever was there")
+    check = command("check", "Read all of the shards and name what is damaged; exit code 1 if anything is.", _CHECK)
+    _add_shards(check)
+    _add_workers(check)
+    limit = CheckConfig().max_pixels
+    check.add_argument(
+        "--max-pixels", type=int, default=limit, metavar="N", help=f"larger images are damage ({limit:,})"
+    )
+    show = command("show", "Make a contact sheet of samples with their labels, as one PNG or HTML file.", _SHOW)
+    _add_shards(show)
+    show.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .png or .html")
+    show.add_argument("--count", type=int, default=64, metavar="N", help="samples (64)")
+    show.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw (0)")
+    show.add_argument("--tile", type=int, default=144, metavar="PIXELS", help="longest side of a picture (144)")
+    show.add_argument("--classes", type=Path, metavar="FILE", help="JSON list of class names (classes.json)")
+    return parser
+
+
+def _add_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="directory, braces, glob, tar or list file")
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (all cores: {cores})")
+
+
+def _add_make(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="SRC", help="images: flat, or one folder a class")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the shards; made if missing")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--shard-size", type=_size, default=256 << 20, metavar="BYTES", help="size of a shard (256M)")
     sizes.add_argument("--samples-per-shard", type=int, metavar="N", help="images of a shard, instead of its size")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (all cores: {cores})")
+    _add_workers(parser)
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="shrink images whose shorter side is longer")
+    parser.add_argument(
+        "--encode",
+        choices=[str(encoding) for encoding in Encoding],
+        default="keep",
+        help="format of every image (keep: its own bytes, unless it is resized)",
+    )
+    parser.add_argument("--quality", type=int, default=92, metavar="1..100", help="of re-encoded JPEG and WebP (92)")
     parser.add_argument(
         "--val-fraction", type=float, default=0.0, metavar="F", help="part of the images for val-*.tar, by hash (0)"
     )
@@ -187,7 +350,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-check", action="store_true", help="do not decode the images to find damaged ones")
     parser.add_argument("--overwrite", action="store_true", help="replace shards of the same names in OUT")
-    return parser
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -22,18 +21,28 @@ from PIL import Image
 
 from hjepa_data.errors import DataError, refuse
 from hjepa_data.shards.index import index_path
+from hjepa_data.shards.pool import map_in_order
 from hjepa_data.shards.write import ShardWriter, encode_png, image_extension
 from hjepa_data.transforms.decode import SkipImageError, open_image
 
-__all__ = ["FolderConfig", "FolderPlan", "FolderResult", "make_shards", "plan_folder"]
+__all__ = ["Encoding", "FolderConfig", "FolderPlan", "FolderResult", "make_shards", "plan_folder"]
 
 _COPIED = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp"})
 _CONVERTED = frozenset({".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "eval", "test"})
 _CLASS_LIST = "classes.json"
-_JPEG_QUALITY = 92
 _TAR_BLOCK = 512
 _SIZE_UNKNOWN = 1 << 62
+_MAX_QUALITY = 100
+
+
+class Encoding(StrEnum):
+    """How images are stored."""
+
+    KEEP = "keep"
+    JPEG = "jpeg"
+    PNG = "png"
+    WEBP = "webp"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,6 +54,8 @@ class FolderConfig:
         samples_per_shard: samples of a shard; overrides ``shard_bytes``.
         workers: processes that write.
         resize: longest allowed shorter side, pixels; larger images are re-encoded. None copies every byte.
+        encoding: format of every image; ``keep`` copies the bytes of a JPEG, PNG or WebP that needs no resizing.
+        quality: of the images that are re-encoded as JPEG or WebP, 1 to 100.
         val_fraction: part of the images that goes to ``val-*.tar``, chosen by the hash of the path.
         labels: whether the first folder level names the class; None finds out.
         check: decode every image, so that damaged ones are left out now and not in each epoch.
@@ -56,6 +67,8 @@ class FolderConfig:
     samples_per_shard: int | None = None
     workers: int = 1
     resize: int | None = None
+    encoding: Encoding = Encoding.KEEP
+    quality: int = 92
     val_fraction: float = 0.0
     labels: bool | None = None
     check: bool = True
@@ -69,6 +82,10 @@ class FolderConfig:
         for name in ("samples_per_shard", "resize"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 refuse(name, getattr(self, name), "too small", "allowed: 1 and more")
+        if self.encoding not in set(Encoding):
+            refuse("encoding", str(self.encoding), "no such format", f"allowed: {', '.join(Encoding)}")
+        if not 1 <= self.quality <= _MAX_QUALITY:
+            refuse("quality", self.quality, "no quality", "allowed: 1 to 100")
         if not 0 <= self.val_fraction < 1:
             refuse("val_fraction", self.val_fraction, "no fraction", "allowed: 0 up to, but not, 1")
 
@@ -206,7 +223,10 @@ def make_shards(
     result = FolderResult(classes=plan.classes, left_out=plan.left_out.copy())
     if plan.classes:
         (out / _CLASS_LIST).write_text(json.dumps(plan.classes, indent=1, ensure_ascii=False) + "\n")
-    for shard, path, written, left_out in _written(plan.shards, out, config, progress):
+    write = partial(_write_shard, out=out, config=config)
+    for shard, path, written, left_out in map_in_order(
+        write, plan.shards, workers=config.workers, started=lambda: progress(0)
+    ):
         for file, reason in left_out:
             result.left_out[reason] += 1
             result.examples.setdefault(reason, file)
@@ -225,34 +245,6 @@ def make_shards(
 
 
 _Written = tuple[_Shard, Path, int, list[tuple[str, str]]]
-
-
-def _written(
-    shards: list[_Shard], out: Path, config: FolderConfig, progress: Callable[[int], None]
-) -> Iterator[_Written]:
-    if config.workers == 1 or len(shards) == 1:
-        progress(0)
-        for shard in shards:
-            yield _write_shard(shard, out, config)
-        return
-    # Forked at the first task, before anyone here has started a thread.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(min(config.workers, len(shards)), mp_context=context) as pool:
-        waiting: set[Future[_Written]] = set()
-        try:
-            for shard in shards:
-                waiting.add(pool.submit(_write_shard, shard, out, config))
-                progress(0)
-                # A plan of millions of files is handed out as it is worked off.
-                if len(waiting) >= 4 * config.workers:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _write_shard(shard: _Shard, out: Path, config: FolderConfig) -> _Written:
@@ -279,20 +271,29 @@ def _encoded(path: Path, config: FolderConfig) -> bytes:
     if image_extension(data) is None:
         data = encode_png(upright.decode(1.0))
         upright = open_image(data, max_pixels=config.max_pixels)
+    # Phones store several pictures in one JPEG, which Pillow calls MPO.
+    kind = upright.image.format if upright.image.format in {"PNG", "WEBP"} else "JPEG"
+    wanted = kind if config.encoding == Encoding.KEEP else config.encoding.upper()
     shorter = min(upright.width, upright.height)
     if config.resize is not None and shorter > config.resize:
         factor = shorter / config.resize
         size = (max(1, round(upright.width / factor)), max(1, round(upright.height / factor)))
         image = upright.decode(factor / 2).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-        if upright.image.format == "PNG":
-            return encode_png(image)
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
-        return buffer.getvalue()
+        return _encode(image, "JPEG" if config.encoding == Encoding.KEEP and kind == "WEBP" else wanted, config.quality)
+    if wanted != kind:
+        return _encode(upright.decode(1.0), wanted, config.quality)
     if config.check:
         # The smallest scale still reads all of the file.
         upright.decode(8.0)
     return data
+
+
+def _encode(image: Image.Image, kind: str | None, quality: int) -> bytes:
+    if kind == "PNG":
+        return encode_png(image)
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, quality=quality)
+    return buffer.getvalue()
 
 
 def _find(folder: Path, left_out: Counter[str]) -> Iterator[tuple[Path, int]]:

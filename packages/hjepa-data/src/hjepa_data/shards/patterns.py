@@ -17,6 +17,9 @@ Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 _BRACE = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 _MAX_SHARDS = 10_000_000
+# What some reader or shell would run. A bar is refused wherever it stands, the rest unless a file has that name.
+_COMMAND = re.compile(r"^\s*(?:pipe|exec|shell|popen)\s*:|\|", re.IGNORECASE)
+_SHELL = re.compile(r"`|\$\(|[<>]\(")
 _COMPRESSED = (".gz", ".tgz", ".xz", ".bz2", ".zst")
 
 
@@ -37,7 +40,10 @@ def expand_shards(pattern: Pattern) -> list[Path]:
     parts = [pattern] if isinstance(pattern, str | os.PathLike) else list(pattern)
     if not parts:
         raise DataError("no shards: the list of patterns is empty; give a tar file, a glob, braces or a directory")
-    shards = [shard for part in parts for shard in _expand_one(os.path.expanduser(os.fspath(part)))]
+    try:
+        shards = [shard for part in parts for shard in _expand_one(os.path.expanduser(os.fspath(part)))]
+    except RecursionError:
+        raise DataError(one_line(f"a list file among {pattern!r} names itself; name shards in it")) from None
     seen: set[Path] = set()
     for shard in shards:
         if shard in seen:
@@ -47,8 +53,7 @@ def expand_shards(pattern: Pattern) -> list[Path]:
 
 
 def _expand_one(text: str) -> list[Path]:
-    if text.startswith("pipe:") or "|" in text:
-        raise DataError(f"'{text}': commands are not run to read shards; download them and give their path")
+    _refuse_commands(text)
     if "://" in text:
         raise DataError(f"'{text}': shards are read from local files only; download them and give their path")
     if not text:
@@ -71,8 +76,17 @@ def _expand_one(text: str) -> list[Path]:
     raise DataError(f"no such shard '{text}': {_nearest(path)}")
 
 
+def _refuse_commands(text: str) -> None:
+    if _COMMAND.search(text) or (_SHELL.search(text) and not os.path.lexists(text)):
+        raise DataError(
+            one_line(f"'{text}': commands are not run to read shards; download the shards and give their path")
+        )
+
+
 def _expand_braces(text: str) -> list[Path]:
     names = _braces(text)
+    for name in names:
+        _refuse_commands(name)
     if any(glob.has_magic(name) for name in names):
         return [shard for name in names for shard in _expand_one(name)]
     missing = [name for name in names if not os.path.isfile(name)]
@@ -110,6 +124,10 @@ def _expand_list(path: Path) -> list[Path]:
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise DataError(f"list file '{path}' names no shard; write one pattern a line")
+    for line in lines:
+        # Before its folder is put in front of it.
+        for name in [line, *_braces(line)]:
+            _refuse_commands(name)
     return [shard for line in lines for shard in _expand_one(os.path.join(path.parent, os.path.expanduser(line)))]
 
 

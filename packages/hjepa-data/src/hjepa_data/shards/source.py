@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,19 @@ class ShardSource:
         pattern: what ``expand_shards`` understands.
         allow_truncated: keep the complete samples of shards that are cut off, instead of refusing them.
         num_threads: shards that are indexed at the same time.
+        verify: read every shard once and compare it with the sha256 of its index.
 
     Raises:
-        DataError: a shard is missing, damaged, cut off, or holds no image.
+        DataError: a shard is missing, damaged, cut off, holds no image, or does not fit its index when verified.
     """
 
-    def __init__(self, pattern: Pattern, *, allow_truncated: bool = False, num_threads: int = 8) -> None:
+    def __init__(
+        self, pattern: Pattern, *, allow_truncated: bool = False, num_threads: int = 8, verify: bool = False
+    ) -> None:
         self.shards: list[Path] = expand_shards(pattern)
+        index = partial(index_shard, allow_truncated=allow_truncated, verify=verify)
         with ThreadPoolExecutor(num_threads) as pool:
-            parts = list(pool.map(lambda shard: index_shard(shard, allow_truncated=allow_truncated), self.shards))
+            parts = list(pool.map(index, self.shards))
         self.shard_sizes: Int64Array = np.array([len(part) for part in parts], dtype=np.int64)
         self._ends: list[int] = np.cumsum(self.shard_sizes).tolist()
         self._rows = _Rows(

@@ -1,0 +1,60 @@
+"""Do the same to many shards in several processes, with results in their order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from hjepa_data.errors import DataError
+
+__all__ = ["map_in_order"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def map_in_order(
+    function: Callable[[T], R], tasks: Sequence[T], *, workers: int, started: Callable[[], None] = lambda: None
+) -> Iterator[R]:
+    """Call a function for each task, in several processes.
+
+    Args:
+        function: can be pickled, unless one process is asked for.
+        tasks: its arguments.
+        workers: processes; one works in this process.
+        started: called when the processes run: threads may be started from now on.
+
+    Yields:
+        The results in the order of the tasks.
+
+    Raises:
+        DataError: a process was killed.
+    """
+    if workers == 1 or len(tasks) <= 1:
+        started()
+        yield from map(function, tasks)
+        return
+    # Forked at the first task, before anyone here has started a thread.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
+        waiting: deque[Future[R]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(function, task))
+                if len(waiting) == 1:
+                    started()
+                # Millions of tasks are handed out as they are worked off.
+                if len(waiting) >= 4 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise DataError("a worker process was killed, perhaps for want of memory; try fewer workers") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
