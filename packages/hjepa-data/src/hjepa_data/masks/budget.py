@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from hjepa_data.errors import refuse
@@ -11,7 +12,7 @@ __all__ = ["GridConfig", "check_ratio", "check_scale", "check_tokens"]
 
 
 @dataclass(kw_only=True, slots=True)
-class GridConfig:
+class GridConfig(ABC):
     """The grid that a law fills.
 
     Budgets are counted in cells of the spatial grid; with ``tube`` that is the grid without its first axis, and each
@@ -54,6 +55,26 @@ class GridConfig:
     def repeats(self) -> int:
         """How often a spatial mask is repeated over time."""
         return self.grid[0] if self.tube else 1
+
+    @property
+    @abstractmethod
+    def target_cells(self) -> int:
+        """Spatial tokens of a target block."""
+
+    @property
+    @abstractmethod
+    def context_cells(self) -> int:
+        """Spatial tokens of the context."""
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Tokens Kt of a target block on the whole grid."""
+        return self.target_cells * self.repeats
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens Kc of the context on the whole grid."""
+        return self.context_cells * self.repeats
 
 
 def check_scale(field: str, scale: tuple[float, ...]) -> None:

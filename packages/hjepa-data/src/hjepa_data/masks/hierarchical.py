@@ -161,16 +161,6 @@ class HierarchicalMaskConfig(GridConfig):
         """Spatial tokens of the context."""
         return self.cells().context_cells * self.cell_tokens
 
-    @property
-    def num_target_tokens(self) -> int:
-        """Tokens Kt of a target block on the whole grid."""
-        return self.target_cells * self.repeats
-
-    @property
-    def num_context_tokens(self) -> int:
-        """Tokens Kc of the context on the whole grid."""
-        return self.context_cells * self.repeats
-
     def build(self, seed: int) -> HierarchicalMasks:
         """Build the sampler.
 

@@ -121,16 +121,6 @@ class ReleasedMaskConfig(GridConfig):
         law = (self.spatial, self.num_targets, self.target_scale, self.target_aspect, self.context_scale)
         return _expected_minimum(*law, batch_size=self.batch_size)
 
-    @property
-    def num_target_tokens(self) -> int:
-        """Tokens Kt of a target block on the whole grid."""
-        return self.target_cells * self.repeats
-
-    @property
-    def num_context_tokens(self) -> int:
-        """Tokens Kc of the context on the whole grid."""
-        return self.context_cells * self.repeats
-
     def build(self, seed: int) -> ReleasedMasks:
         """Build the sampler.
 

@@ -78,16 +78,6 @@ class RandomMaskConfig(GridConfig):
             return self.context_tokens
         return max(1, math.floor(self.context_ratio * self.num_cells))
 
-    @property
-    def num_target_tokens(self) -> int:
-        """Tokens Kt on the whole grid."""
-        return self.target_cells * self.repeats
-
-    @property
-    def num_context_tokens(self) -> int:
-        """Tokens Kc of the context on the whole grid."""
-        return self.context_cells * self.repeats
-
     def build(self, seed: int) -> RandomMasks:
         """Build the sampler.
 
