@@ -1,5 +1,6 @@
 """One rank of a step over gloo: arguments are rank, world size, the store's path and the folder of the results."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -57,3 +58,5 @@ def main(rank: int, world: int, store: str, folder: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    # All is written. Threads of gloo may abort a process that ends the long way (pytorch/pytorch#179291).
+    os._exit(0)
