@@ -1,4 +1,4 @@
-"""Shard patterns: braces, globs, directories, list files and lists become a list of existing local tar files."""
+"""Shard patterns: braces, globs, directories, list files, URLs and lists become a list of tar files."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hjepa_data.errors import DataError, one_line
+from hjepa_data.shards.remote import check_url, is_glob, list_remote, shown
 
-__all__ = ["Pattern", "expand_shards"]
+__all__ = ["Pattern", "Shard", "expand_locations", "expand_shards"]
 
 Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+# A local file, or a URL.
+Shard = Path | str
 
 _BRACE = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
 _MAX_SHARDS = 10_000_000
 # What some reader or shell would run. A bar is refused wherever it stands, the rest unless a file has that name.
 _COMMAND = re.compile(r"^\s*(?:pipe|exec|shell|popen)\s*:|\|", re.IGNORECASE)
+_LOST_SLASH = re.compile(r"^(?:https?|s3|gs):/[^/]")
 _SHELL = re.compile(r"`|\$\(|[<>]\(")
 _COMPRESSED = (".gz", ".tgz", ".xz", ".bz2", ".zst")
 
 
 def expand_shards(pattern: Pattern) -> list[Path]:
-    """Expand a shard pattern into the shards that it names.
+    """Expand a pattern of local shards into the shards that it names.
 
     Args:
         pattern: ``dir/train-{000000..000099}.tar`` (braces), ``dir/*.tar`` (a glob), a directory (its ``*.tar``), a
@@ -37,43 +41,78 @@ def expand_shards(pattern: Pattern) -> list[Path]:
     Raises:
         DataError: nothing matches, a shard does not exist, a pattern is a command or a URL, or a shard occurs twice.
     """
+    return [shard for shard in _expand(pattern, urls=False) if isinstance(shard, Path)]
+
+
+def expand_locations(pattern: Pattern) -> list[Shard]:
+    """Expand a shard pattern into the shards that it names, local or remote.
+
+    Args:
+        pattern: what ``expand_shards`` understands, and URLs, also in braces, list files and lists: ``http(s)://``,
+            ``s3://`` and ``gs://``, for the latter two also globs and folders that end in ``/``.
+
+    Returns:
+        Paths and URLs in the order of the pattern. Whether there is a shard at a URL is not asked.
+
+    Raises:
+        DataError: as for ``expand_shards``, or a URL is of another scheme, or a glob of files behind http.
+    """
+    return _expand(pattern, urls=True)
+
+
+def _expand(pattern: Pattern, *, urls: bool) -> list[Shard]:
     parts = [pattern] if isinstance(pattern, str | os.PathLike) else list(pattern)
     if not parts:
         raise DataError("no shards: the list of patterns is empty; give a tar file, a glob, braces or a directory")
     try:
-        shards = [shard for part in parts for shard in _expand_one(os.path.expanduser(os.fspath(part)))]
+        shards = [shard for part in parts for shard in _expand_one(os.path.expanduser(os.fspath(part)), urls)]
     except RecursionError:
         raise DataError(one_line(f"a list file among {pattern!r} names itself; name shards in it")) from None
-    seen: set[Path] = set()
+    seen: set[Shard] = set()
     for shard in shards:
         if shard in seen:
-            raise DataError(one_line(f"shard '{shard}' is named twice by {pattern!r}: its samples would count double"))
+            name = shown(shard) if isinstance(shard, str) else shard
+            raise DataError(one_line(f"shard '{name}' is named twice by the pattern: its samples would count double"))
         seen.add(shard)
     return shards
 
 
-def _expand_one(text: str) -> list[Path]:
+def _expand_one(text: str, urls: bool) -> list[Shard]:
     _refuse_commands(text)
     if "://" in text:
-        raise DataError(f"'{text}': shards are read from local files only; download them and give their path")
+        return _expand_url(text, urls)
     if not text:
         raise DataError("a shard pattern is empty; give a tar file, a glob, braces or a directory")
     if _BRACE.search(text):
-        return _expand_braces(text)
+        return _expand_braces(text, urls)
     path = Path(text)
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
         if not found:
             raise DataError(f"no *.tar in directory '{text}': {_content(path)}")
-        return found
+        return [*found]
     if path.is_file():
-        return _expand_list(path) if path.suffix in {".txt", ".list"} else [_checked(path)]
+        return _expand_list(path, urls) if path.suffix in {".txt", ".list"} else [_checked(path)]
     if glob.has_magic(text):
         found = sorted(Path(name) for name in glob.glob(text, recursive=True))
         if not found:
             raise DataError(f"no file matches '{text}': {_nearest(path)}")
         return [_checked(shard) for shard in found]
+    if _LOST_SLASH.match(text):
+        raise DataError(f"no such shard '{text}': a Path drops a slash of a URL; give URLs as strings")
     raise DataError(f"no such shard '{text}': {_nearest(path)}")
+
+
+def _expand_url(text: str, urls: bool) -> list[Shard]:
+    if not urls:
+        raise DataError(
+            f"'{shown(text)}': local files only; ShardSource reads URLs, for all else download the shards and give "
+            "their path"
+        )
+    if _BRACE.search(text):
+        return [shard for name in _braces(text) for shard in _expand_one(name, urls)]
+    check_url(text)
+    return [*list_remote(text)] if is_glob(text) else [text]
 
 
 def _refuse_commands(text: str) -> None:
@@ -83,12 +122,12 @@ def _refuse_commands(text: str) -> None:
         )
 
 
-def _expand_braces(text: str) -> list[Path]:
+def _expand_braces(text: str, urls: bool) -> list[Shard]:
     names = _braces(text)
     for name in names:
         _refuse_commands(name)
     if any(glob.has_magic(name) for name in names):
-        return [shard for name in names for shard in _expand_one(name)]
+        return [shard for name in names for shard in _expand_one(name, urls)]
     missing = [name for name in names if not os.path.isfile(name)]
     if missing:
         raise DataError(
@@ -119,7 +158,7 @@ def _braces(text: str) -> list[str]:
     return [name for choice in choices for name in _braces(head + choice + tail)]
 
 
-def _expand_list(path: Path) -> list[Path]:
+def _expand_list(path: Path, urls: bool) -> list[Shard]:
     lines = [line.strip() for line in path.read_text().splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
@@ -128,7 +167,11 @@ def _expand_list(path: Path) -> list[Path]:
         # Before its folder is put in front of it.
         for name in [line, *_braces(line)]:
             _refuse_commands(name)
-    return [shard for line in lines for shard in _expand_one(os.path.join(path.parent, os.path.expanduser(line)))]
+    found: list[Shard] = []
+    for line in lines:
+        text = line if "://" in line else os.path.join(path.parent, os.path.expanduser(line))
+        found += _expand_one(text, urls)
+    return found
 
 
 def _checked(path: Path) -> Path:

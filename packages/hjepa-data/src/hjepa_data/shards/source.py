@@ -1,4 +1,4 @@
-"""A source: the samples of many local shards as one numbered list, each read by its offset."""
+"""A source: the samples of many shards, local or remote, as one numbered list, each read by its offset."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from hjepa_data.errors import DataError
-from hjepa_data.shards.index import Int64Array, index_shard
-from hjepa_data.shards.patterns import Pattern, expand_shards
+from hjepa_data.shards.cache import CacheConfig, RemoteShard, ShardCache
+from hjepa_data.shards.index import Int64Array, ShardIndex, index_shard
+from hjepa_data.shards.patterns import Pattern, Shard, expand_locations
+from hjepa_data.shards.remote import shown
 
 __all__ = ["RawSample", "ShardSource"]
 
@@ -62,23 +64,37 @@ class _Rows:
 class ShardSource:
     """The samples of shards, numbered from 0 in the order of the pattern and of each tar.
 
+    A remote shard is fetched whole into a local cache when its first sample is read; to number its samples, its index
+    is enough where one is published beside it.
+
     Args:
-        pattern: what ``expand_shards`` understands.
+        pattern: what ``expand_locations`` understands.
         allow_truncated: keep the complete samples of shards that are cut off, instead of refusing them.
         num_threads: shards that are indexed at the same time.
-        verify: read every shard once and compare it with the sha256 of its index.
+        verify: read every shard once, remote ones too, and compare it with the sha256 of its index.
+        cache: of remote shards; None is ``CacheConfig()``.
 
     Raises:
-        DataError: a shard is missing, damaged, cut off, holds no image, or does not fit its index when verified.
+        DataError: a shard is missing, damaged, cut off, holds no image, does not fit its index when verified, or cannot
+            be fetched.
     """
 
     def __init__(
-        self, pattern: Pattern, *, allow_truncated: bool = False, num_threads: int = 8, verify: bool = False
+        self,
+        pattern: Pattern,
+        *,
+        allow_truncated: bool = False,
+        num_threads: int = 8,
+        verify: bool = False,
+        cache: CacheConfig | None = None,
     ) -> None:
-        self.shards: list[Path] = expand_shards(pattern)
-        index = partial(index_shard, allow_truncated=allow_truncated, verify=verify)
+        self.shards: list[Shard] = expand_locations(pattern)
+        self._cache = ShardCache(cache if cache is not None else CacheConfig())
+        index = partial(self._index, allow_truncated=allow_truncated, verify=verify)
         with ThreadPoolExecutor(num_threads) as pool:
-            parts = list(pool.map(index, self.shards))
+            found = list(pool.map(index, self.shards))
+        parts = [part for part, _ in found]
+        self._remote: dict[int, RemoteShard] = {n: remote for n, (_, remote) in enumerate(found) if remote is not None}
         self.shard_sizes: Int64Array = np.array([len(part) for part in parts], dtype=np.int64)
         self._ends: list[int] = np.cumsum(self.shard_sizes).tolist()
         self._rows = _Rows(
@@ -114,15 +130,17 @@ class ShardSource:
         try:
             image = os.pread(self._file(shard), size, offset)
         except OSError as error:
-            raise DataError(f"shard '{self.shards[shard]}' cannot be read: {error.strerror}") from None
+            raise DataError(f"shard '{self._name(shard)}' cannot be read: {error.strerror}") from None
         if len(image) != size:
             raise DataError(
-                f"shard '{self.shards[shard]}' changed while in use: {len(image)} of {size} bytes at byte {offset}"
+                f"shard '{self._name(shard)}' changed while in use: {len(image)} of {size} bytes at byte {offset}"
             )
         return RawSample(image=image, label=self._rows.labels.item(index))
 
     def read_ahead(self, shards: Iterable[int]) -> None:
         """Read whole shards once, from their start to their end, so that the system has them in its page cache.
+
+        Remote shards are fetched, as many as the cache holds together.
 
         Samples are read in random order within a window. Where a disk is slow to seek, or lies behind a network, one
         sequential read is many times faster than thousands of small ones.
@@ -132,8 +150,16 @@ class ShardSource:
         """
         # Advice to the system (WILLNEED) would be simpler, but Linux cuts it to the size of one request.
         buffer = bytearray(_READ_AHEAD_BYTES)
+        room = self._cache.config.max_bytes
         for shard in shards:
+            remote = self._remote.get(shard)
             # A shard that cannot be read is reported by the read of a sample, which has someone to report to.
+            if remote is not None:
+                room -= remote.size
+                if room >= 0:
+                    with suppress(OSError, DataError):
+                        os.close(self._cache.open(remote))
+                continue
             with suppress(OSError), open(self.shards[shard], "rb", buffering=0) as file:
                 while file.readinto(buffer):
                     pass
@@ -147,17 +173,33 @@ class ShardSource:
         Returns:
             ``shard.tar: byte offset``.
         """
-        return f"{self.shards[bisect_right(self._ends, index)]}: byte {self._rows.offsets.item(index)}"
+        return f"{self._name(bisect_right(self._ends, index))}: byte {self._rows.offsets.item(index)}"
 
     def close(self) -> None:
         """Close the files that this process holds open."""
         while self._open:
             os.close(self._open.popitem()[1])
 
+    def _index(self, shard: Shard, *, allow_truncated: bool, verify: bool) -> tuple[ShardIndex, RemoteShard | None]:
+        if isinstance(shard, Path):
+            return index_shard(shard, allow_truncated=allow_truncated, verify=verify), None
+        index, remote = self._cache.index(shard, allow_truncated=allow_truncated)
+        if verify:
+            self._cache.verify(remote)
+        return index, remote
+
+    def _name(self, shard: int) -> str:
+        name = self.shards[shard]
+        return shown(name) if isinstance(name, str) else str(name)
+
     def _file(self, shard: int) -> int:
         file = self._open.get(shard)
         if file is None:
-            file = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            remote = self._remote.get(shard)
+            if remote is None:
+                file = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            else:
+                file = self._cache.open(remote)
             self._open[shard] = file
             if len(self._open) > _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
