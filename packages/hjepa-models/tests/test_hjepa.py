@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+from copy import deepcopy
 
 import pytest
 import torch
@@ -253,6 +254,19 @@ def test_features_of_every_level_and_pool(device, targets):
     assert model.features(images, "global").shape == (5, 8)
     expected = model.pyramid(dense_canvas(normalize(model.encoder(images)), GRID))[1].values
     torch.testing.assert_close(model.features(images, 1, "none", "online"), expected)
+
+
+@pytest.mark.parametrize("position", ["rope", "rope_mixed", "sincos", "learned", "relative"])
+@pytest.mark.parametrize("pyramid", [{"fpn": "concat", "attention_heads": 2}, {"pooling": "learned"}])
+def test_a_model_in_half_precision_has_nearly_the_same_features(device, position, pyramid):
+    config = small_config(with_global=True, encoder={"position": position, "registers": 1}, pyramid=pyramid)
+    model = config.build(device=device).eval()
+    images = torch.randn(4, 3, 16, 24, device=device)
+    expected = model.all_features(images, "none")
+    half = deepcopy(model).to(torch.bfloat16).all_features(images.to(torch.bfloat16), "none")
+    for level, tokens in expected.items():
+        alike = torch.cosine_similarity(tokens.flatten(1), half[level].float().flatten(1))
+        assert alike.min() > 0.99, level
 
 
 def test_branches_differ_once_the_online_one_has_moved(device):

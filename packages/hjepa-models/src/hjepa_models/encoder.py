@@ -393,7 +393,9 @@ class Encoder(nn.Module, PretrainedMixin):
         tokens = self._embed(images, index, grid, processing_patch_size or self.config.processing_patch)
         embedding = self.positions.embedding(grid, index, tokens.device)
         if embedding is not None:
-            tokens = tokens + embedding
+            # Under autocast the sum stays float32, as the residual stream does; a model in bfloat16 stays in bfloat16.
+            cast = torch.is_autocast_enabled(tokens.device.type)
+            tokens = tokens + (embedding if cast else embedding.to(tokens.dtype))
         if self.registers is not None:
             tokens = torch.cat([self.registers.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         return tokens, self.positions.places(grid, index, tokens.device, self.config.registers)

@@ -162,7 +162,8 @@ class Predictor(nn.Module):
         tokens = torch.cat([projected, mask.to(projected.dtype)], dim=1)
         embedding = self.positions.embedding(grid, index, tokens.device)
         if embedding is not None:
-            tokens = tokens + embedding
+            cast = torch.is_autocast_enabled(tokens.device.type)
+            tokens = tokens + (embedding if cast else embedding.to(tokens.dtype))
         places = self.positions.places(grid, index, tokens.device)
         tokens = self.transformer(tokens, [place._replace(group=group) for place in places])
         out: Tensor = self.output(tokens[:, visible:])

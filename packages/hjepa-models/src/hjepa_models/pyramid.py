@@ -167,20 +167,26 @@ class Pyramid(nn.Module):
     def _narrow(self, canvas: Canvas, level: int) -> Canvas:
         if not len(self.lateral):
             return canvas
-        return Canvas(self.lateral[level](canvas.values), canvas.weight, canvas.grid)
+        return Canvas(_apply(self.lateral[level], canvas.values), canvas.weight, canvas.grid)
 
     def _fuse(self, side: Canvas, coarse: Canvas, level: int) -> Canvas:
-        down = self.top_down[level](upsample_canvas(coarse, side.grid).values)
+        down = _apply(self.top_down[level], upsample_canvas(coarse, side.grid).values)
         both = [side.values, down]
         values = self.fusion[level](torch.cat(both, dim=-1)) if len(self.fusion) else side.values + down
         return Canvas(values, side.weight, side.grid)
 
     def _finish(self, canvas: Canvas, level: int) -> Canvas:
-        values = self.projection[level](canvas.values) if len(self.projection) else canvas.values
+        values = _apply(self.projection[level], canvas.values) if len(self.projection) else canvas.values
         return Canvas(self._normalize(values), canvas.weight, canvas.grid)
 
     def _normalize(self, values: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         return torch.nn.functional.layer_norm(values, (self.embed_dim,)) if self.config.output_norm else values
+
+
+def _apply(module: nn.Module, values: Tensor) -> Tensor:
+    """Return what maps make of values, in the dtype of their weights: canvases are float32, a model may be bfloat16."""
+    out: Tensor = module(values.to(next(module.parameters()).dtype))
+    return out
 
 
 def _linear_norm(wide: int, out: int) -> nn.Sequential:

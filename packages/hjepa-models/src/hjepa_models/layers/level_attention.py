@@ -42,13 +42,14 @@ class LevelAttention(nn.Module):
             level: 0 is the finest.
             scale: tokens of the configured grid in a token of the finest level, per axis; not 1 at another resolution.
         """
-        query = rearrange(self.query(self.query_norm(fine.values)), "b n (h d) -> b h n d", h=self.num_heads)
-        key, value = rearrange(
-            self.key_value(self.key_norm(coarse.values)), "b n (two h d) -> two b h n d", two=2, h=self.num_heads
-        )
+        seen, dtype = coarse.weight.log(), self.query.weight.dtype
+        query = self.query(self.query_norm(fine.values.to(dtype)))
+        both = self.key_value(self.key_norm(coarse.values.to(dtype)))
+        query = rearrange(query, "b n (h d) -> b h n d", h=self.num_heads)
+        key, value = rearrange(both, "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
         query, key = _turn(query, fine, level, scale), _turn(key, coarse, level + 1, scale)
-        seen = coarse.weight.log().to(query.dtype)[:, None, None]
-        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        mask = seen.to(query.dtype)[:, None, None]
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         values = fine.values + self.proj(rearrange(mixed, "b h n d -> b n (h d)"))
         return Canvas(values, fine.weight, fine.grid)
 

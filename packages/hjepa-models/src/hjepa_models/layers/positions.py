@@ -182,7 +182,8 @@ class GridPositions(nn.Module):
         coordinates = grid_coordinates(grid, self.reference, device)
         if self.kind is Position.rope_mixed:
             with torch.autocast(device.type, enabled=False):
-                angles = torch.einsum("lhfa,na->lhnf", self.frequencies, coordinates.to(self.frequencies.dtype))
+                frequencies = self.frequencies.to(torch.promote_types(self.frequencies.dtype, torch.float32))
+                angles = torch.einsum("lhfa,na->lhnf", frequencies, coordinates.to(frequencies.dtype))
             return [Place(self._rotation(angle, index, prefix)) for angle in angles]
         angle = (legacy_angles if self.legacy else rotation_angles)(coordinates, self.head_dim, self.theta)
         return [Place(self._rotation(angle.unsqueeze(0), index, prefix))] * self.depth
