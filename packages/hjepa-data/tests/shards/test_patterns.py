@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from hjepa_data import DataError, ShardSource, expand_shards
+from hjepa_data.shards.patterns import expand_locations
 
 
 @pytest.fixture
@@ -116,3 +117,26 @@ def test_a_list_file_that_names_itself(folder):
     (folder / "loop.txt").write_text("eval-0.tar\nloop.txt\n")
     with pytest.raises(DataError, match="names itself"):
         expand_shards(folder / "loop.txt")
+
+
+def test_urls_stand_beside_files(folder):
+    (folder / "all.txt").write_text("eval-0.tar\nhttps://host/a-{8..10}.tar?x=1\n# s3://no/c.tar\ns3://bucket/b.tar\n")
+    remote = [f"https://host/a-{n}.tar?x=1" for n in (8, 9, 10)] + ["s3://bucket/b.tar"]
+    assert expand_locations(folder / "all.txt") == [folder / "eval-0.tar", *remote]
+    assert expand_locations(f"{{http://host/a.tar,{folder}/eval-0.tar}}") == [
+        "http://host/a.tar",
+        folder / "eval-0.tar",
+    ]
+    with pytest.raises(DataError, match=r"'https://host/a-\{8..10\}.tar\?.*local files only"):
+        expand_shards(folder / "all.txt")
+    with pytest.raises(DataError, match=r"shard 'http://host/a.tar\?...' is named twice") as caught:
+        expand_locations(["http://host/a.tar?key=secret"] * 2)
+    assert "secret" not in str(caught.value)
+    with pytest.raises(DataError, match="a Path drops a slash of a URL"):
+        expand_locations(Path("http://host/a.tar"))
+
+
+@pytest.mark.parametrize("url", ["http://host/a.tar|touch x", "http://host/$(touch x).tar", "s3://b/{a,`touch x`}.tar"])
+def test_commands_in_urls_are_refused(url):
+    with pytest.raises(DataError, match="commands are not run"):
+        expand_locations(url)
