@@ -245,8 +245,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         if config.encoder.output_patch_size:
             canvas = scatter_to_canvas(predicted, target_index.flatten(1), grid)
             predicted = self.encoder.upsample(canvas, output_grid, index)
-        finest = index if config.encoder.output_patch_size else None
-        predictions = self.pyramid(scatter_to_canvas(predicted, index, output_grid), finest)
+        predictions = self.pyramid(scatter_to_canvas(predicted, index, output_grid), self._few_known(index))
         if config.level_weights.kind is LevelWeighting.adaptive:
             weights = adaptive_weights(self.level_average, weights)
         terms |= self.losses.regularizers(predicted, wanted, predictions, weights)
@@ -354,8 +353,14 @@ class HJEPA(nn.Module, PretrainedMixin):
     def target_levels(self, tokens: Float[Tensor, "B K D"], index: Int[Tensor, "B K"], grid: Grid) -> list[Canvas]:
         """Return the target side of every level from layer-normed tokens at `index`, by the path of predictions."""
         canvas = scatter_to_canvas(tokens, index, grid)
-        levels: list[Canvas] = self.pyramid.pool(canvas) if self.target_pyramid is None else self.target_pyramid(canvas)
+        if self.target_pyramid is None:
+            return self.pyramid.pool(canvas)
+        levels: list[Canvas] = self.target_pyramid(canvas, self._few_known(index))
         return levels
+
+    def _few_known(self, index: Int[Tensor, "B K"]) -> Int[Tensor, "B K"] | None:
+        """Return the places of tokens where they are few among many: on an output grid finer than the patches."""
+        return index if self.config.encoder.output_patch_size else None
 
     def level_loss(
         self, prediction: Canvas, target: Canvas, index: Int[Tensor, "B K"] | None = None
