@@ -17,7 +17,7 @@ from hjepa_data.masks import (
     ReleasedMaskConfig,
     ReleasedMasks,
 )
-from hjepa_data.shards import RawSample, ShardSource, ShardWriter, expand_shards, write_shards
+from hjepa_data.shards import CacheConfig, RawSample, ShardSource, ShardWriter, expand_shards, write_shards
 from hjepa_data.stream import (
     Batch,
     EvalConfig,
@@ -45,6 +45,7 @@ __all__ = [
     "Batch",
     "BlockMaskConfig",
     "BlockMasks",
+    "CacheConfig",
     "CellLaw",
     "ColorAugment",
     "ColorConfig",
