@@ -50,7 +50,7 @@ class DataConfig:
     """Which images, in which batches and crops."""
 
     train: str | None = None
-    """Shards to learn from: braces, a glob, a directory, a list file or one tar."""
+    """Shards to learn from: braces, a glob, a directory, a list file or one tar; also at http, s3 or gs URLs."""
     eval: str | None = None
     """Shards to measure on; null measures nothing but the ranks."""
     cache: str | None = None
