@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hjepa_models import (
     EncoderConfig,
+    Fpn,
     HJEPAConfig,
     LevelWeightsConfig,
     PatchScheduleConfig,
@@ -120,6 +121,21 @@ def test_the_loss_is_that_of_fine_tokens_inside_the_hidden_patches(device, outpu
         assert not torch.equal(seen[0][0], seen[1][0])  # drawn anew each step
         model(views, context_index, target_index, step=0)
         assert torch.equal(seen[0][0], seen[2][0])
+
+
+@pytest.mark.parametrize("targets", ["ema", "projection"])
+def test_level_0_maps_run_on_the_scored_tokens_only(device, targets):
+    """Where no level looks at neighbours, the output grid of 384 places is not projected for 12 tokens."""
+    config = small_config(targets, output_tokens=3)
+    config.pyramid.fpn = Fpn.none
+    model = config.build(device=device)
+    sizes = []
+    for pyramid in (model.pyramid, model.target_pyramid):
+        if pyramid is not None:
+            pyramid.projection[0].register_forward_hook(lambda _m, args, _o: sizes.append(args[0].shape[1]))
+    views, context, target = batch(device)
+    assert model(views, context, target, step=0).loss.isfinite()
+    assert sizes == [12] * (2 if targets == "ema" else 1)
 
 
 @pytest.mark.parametrize(("target_patch", "count"), [((), 384), ((8, 8), 6), ((2, 2), 96)])

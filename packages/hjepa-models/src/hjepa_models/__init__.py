@@ -40,6 +40,7 @@ from hjepa_models.objectives import (
     kl_balance,
     l1,
     l2,
+    overshooting_loss,
     patch_discrimination,
     sigreg,
     smooth_l1,
@@ -68,7 +69,6 @@ from hjepa_models.state import (
     State,
     StateConfig,
     latent_overshooting,
-    overshooting_loss,
 )
 
 __version__ = "0.1.0"

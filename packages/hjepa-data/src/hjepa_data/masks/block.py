@@ -11,7 +11,6 @@ section 6, where one block is compared with several.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from hjepa_data.errors import refuse
 from hjepa_data.masks.base import Masks, keep, repeat_over_time
-from hjepa_data.masks.budget import GridConfig, check_ratio, check_scale, check_tokens
+from hjepa_data.masks.budget import OneSetConfig, check_scale, check_tokens
 from hjepa_data.random import bits, hash_int, integers_below
 
 __all__ = ["BlockMaskConfig", "BlockMasks"]
@@ -31,7 +30,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(kw_only=True, slots=True)
-class BlockMaskConfig(GridConfig):
+class BlockMaskConfig(OneSetConfig):
     """The law of block masks.
 
     Attributes:
@@ -47,14 +46,11 @@ class BlockMaskConfig(GridConfig):
     block_scale: tuple[float, ...] = (0.5, 0.6)
     max_aspect: float = 1.5
     target_tokens: int | None = None
-    context_ratio: float = 0.25
-    context_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self.check_grid()
         self.block_scale = tuple(self.block_scale)
         check_scale("block_scale", self.block_scale)
-        check_ratio("context_ratio", self.context_ratio)
         if not self.max_aspect >= 1:
             refuse("max_aspect", self.max_aspect, "no ratio of a longer to a shorter side", "allowed: 1 and more")
         volumes = self.shapes.prod(-1)
@@ -62,16 +58,8 @@ class BlockMaskConfig(GridConfig):
             self._refuse_scale()
         smallest, largest, cells = int(volumes.min()), int(volumes.max()), self.num_cells
         check_tokens("target_tokens", self.target_tokens, smallest, f"the smallest box holds {smallest} cells")
-        left = cells - largest
-        if self.context_cells > left:
-            field = "context_ratio" if self.context_tokens is None else "context_tokens"
-            refuse(
-                field,
-                getattr(self, field),
-                f"{self.context_cells} context cells beside a box of up to {largest} of {cells} cells",
-                f"allowed: 1 to {left} cells ({left / cells:.2f} of the grid), or lower block_scale={self.block_scale}",
-            )
-        check_tokens("context_tokens", self.context_tokens, left, "no context")
+        beside = f"a box of up to {largest} of {cells} cells"
+        self.check_context(cells - largest, beside, f"lower block_scale={self.block_scale}")
 
     def _refuse_scale(self) -> None:
         possible = sorted(set(_boxes(self.spatial, self.max_aspect).prod(-1).tolist()))
@@ -94,21 +82,9 @@ class BlockMaskConfig(GridConfig):
         return boxes[(volume >= low - _ROUNDING) & (volume <= high + _ROUNDING)]
 
     @property
-    def num_targets(self) -> int:
-        """Target blocks M of an image: one."""
-        return 1
-
-    @property
     def target_cells(self) -> int:
         """Spatial cells that are targets."""
         return self.target_tokens if self.target_tokens is not None else int(self.shapes.prod(-1).min())
-
-    @property
-    def context_cells(self) -> int:
-        """Spatial cells of the context."""
-        if self.context_tokens is not None:
-            return self.context_tokens
-        return max(1, math.floor(self.context_ratio * self.num_cells))
 
     def build(self, seed: int) -> BlockMasks:
         """Build the sampler.

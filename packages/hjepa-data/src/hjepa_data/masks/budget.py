@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hjepa_data.errors import refuse
 
-__all__ = ["GridConfig", "check_ratio", "check_scale", "check_tokens"]
+__all__ = ["GridConfig", "OneSetConfig", "check_ratio", "check_scale", "check_tokens"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,6 +75,44 @@ class GridConfig(ABC):
     def num_context_tokens(self) -> int:
         """Tokens Kc of the context on the whole grid."""
         return self.context_cells * self.repeats
+
+
+@dataclass(kw_only=True, slots=True)
+class OneSetConfig(GridConfig):
+    """A law with one set of targets and a context beside it.
+
+    Attributes:
+        context_ratio: context Kc as a part of the spatial grid: floor(ratio * cells).
+        context_tokens: Kc itself; it overrides ``context_ratio``.
+    """
+
+    context_ratio: float = 0.25
+    context_tokens: int | None = None
+
+    def check_context(self, left: int, beside: str, remedy: str) -> None:
+        """Check the context against the ``left`` cells that the targets leave it."""
+        check_ratio("context_ratio", self.context_ratio)
+        if self.context_cells > left:
+            field = "context_ratio" if self.context_tokens is None else "context_tokens"
+            refuse(
+                field,
+                getattr(self, field),
+                f"{self.context_cells} context cells beside {beside}",
+                f"allowed: 1 to {left} cells ({left / self.num_cells:.2f} of the grid), or {remedy}",
+            )
+        check_tokens("context_tokens", self.context_tokens, left, "no context")
+
+    @property
+    def num_targets(self) -> int:
+        """Target sets M of an image: one."""
+        return 1
+
+    @property
+    def context_cells(self) -> int:
+        """Spatial cells of the context."""
+        if self.context_tokens is not None:
+            return self.context_tokens
+        return max(1, math.floor(self.context_ratio * self.num_cells))
 
 
 def check_scale(field: str, scale: tuple[float, ...]) -> None:

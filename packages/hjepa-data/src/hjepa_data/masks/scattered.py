@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from jaxtyping import Int
 from torch import Tensor
 
-from hjepa_data.errors import refuse
 from hjepa_data.masks.base import Masks, repeat_over_time
-from hjepa_data.masks.budget import GridConfig, check_ratio, check_tokens
+from hjepa_data.masks.budget import OneSetConfig, check_ratio, check_tokens
 from hjepa_data.random import bits, hash_int
 
 __all__ = ["RandomMaskConfig", "RandomMasks"]
@@ -25,7 +24,7 @@ _RANDOM = 10
 
 
 @dataclass(kw_only=True, slots=True)
-class RandomMaskConfig(GridConfig):
+class RandomMaskConfig(OneSetConfig):
     """The law of random masks: every set of Kt targets, and of Kc others as context, is equally probable.
 
     Attributes:
@@ -39,30 +38,14 @@ class RandomMaskConfig(GridConfig):
 
     target_ratio: float = 0.6
     target_tokens: int | None = None
-    context_ratio: float = 0.25
-    context_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self.check_grid()
         check_ratio("target_ratio", self.target_ratio)
-        check_ratio("context_ratio", self.context_ratio)
         cells = self.num_cells
         check_tokens("target_tokens", self.target_tokens, cells - 1, f"the grid has {cells} cells, some are context")
-        left = cells - self.target_cells
-        if self.context_cells > left:
-            field = "context_ratio" if self.context_tokens is None else "context_tokens"
-            refuse(
-                field,
-                getattr(self, field),
-                f"{self.context_cells} context cells beside {self.target_cells} targets on a grid of {cells} cells",
-                f"allowed: 1 to {left} cells ({left / cells:.2f} of the grid), or take fewer targets",
-            )
-        check_tokens("context_tokens", self.context_tokens, left, "no context")
-
-    @property
-    def num_targets(self) -> int:
-        """Target sets M of an image: one."""
-        return 1
+        beside = f"{self.target_cells} targets on a grid of {cells} cells"
+        self.check_context(cells - self.target_cells, beside, "take fewer targets")
 
     @property
     def target_cells(self) -> int:
@@ -70,13 +53,6 @@ class RandomMaskConfig(GridConfig):
         if self.target_tokens is not None:
             return self.target_tokens
         return max(1, math.floor(self.target_ratio * self.num_cells))
-
-    @property
-    def context_cells(self) -> int:
-        """Spatial cells of the context."""
-        if self.context_tokens is not None:
-            return self.context_tokens
-        return max(1, math.floor(self.context_ratio * self.num_cells))
 
     def build(self, seed: int) -> RandomMasks:
         """Build the sampler.

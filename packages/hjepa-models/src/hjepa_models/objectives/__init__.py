@@ -5,6 +5,7 @@ from hjepa_models.objectives.contrastive import ContrastScope, info_nce, patch_d
 from hjepa_models.objectives.disentanglement import disentanglement
 from hjepa_models.objectives.kl import KLBalance, categorical_kl, dynamics_kl, kl_balance
 from hjepa_models.objectives.level_weights import LevelWeighting, LevelWeightsConfig, adaptive_weights, update_average
+from hjepa_models.objectives.overshooting import overshooting_loss
 from hjepa_models.objectives.prediction import (
     DISTANCES,
     Objective,
@@ -50,6 +51,7 @@ __all__ = [
     "l1",
     "l2",
     "mean_token",
+    "overshooting_loss",
     "patch_discrimination",
     "prediction_loss",
     "random_directions",
