@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hjepa_data.masks import MultiBlockConfig
+from hjepa_data.masks import MaskConfig
 from hjepa_data.stream import EvalConfig, StreamConfig, WorkerConfig
 from hjepa_data.transforms import IMAGENET_MEAN, IMAGENET_STD, ColorConfig, ViewGroup
 from hjepa_models import HJEPAConfig
@@ -171,7 +171,10 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     color: ColorConfig | None = None
     """Colour augmentation on the device; null leaves colours as they are."""
-    masks: MultiBlockConfig = field(default_factory=MultiBlockConfig)
+    mask_law: str = "multiblock"
+    """Which class `masks` is of, a key of `hjepa_data.masks.MASK_LAWS`; chosen by `masks=NAME`."""
+    masks: MaskConfig
+    """`masks=multiblock|released|block|random|hierarchical` chooses the law, `masks.*` sets its fields."""
     hjepa: HJEPAConfig = field(default_factory=HJEPAConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=100_000))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

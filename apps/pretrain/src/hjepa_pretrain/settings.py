@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hjepa_data.masks import MASK_LAWS
 from hjepa_models import encoder_config
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_train import ParallelKind
@@ -42,6 +44,7 @@ DERIVED = {
     "hjepa.patch_schedule.total_steps": "run.steps",
     "hjepa.encoder.image_size": "data.image_size",
     "masks.grid": "data.image_size",
+    "mask_law": "masks",
 }
 _PATHS = ("run.dir", "data.train", "data.eval", "data.cache")
 # What the name of a model says about its encoder.
@@ -102,7 +105,8 @@ def plain_keys() -> list[str]:
     tree = OmegaConf.structured(PretrainConfig)
     for part, kind in _optional_parts(tree).items():
         OmegaConf.update(tree, part, OmegaConf.structured(kind), merge=False)
-    return sorted(_dotted(OmegaConf.to_container(tree, enum_to_str=True)))
+    masks = {f"masks.{part.name}" for law in MASK_LAWS.values() for part in fields(law)}
+    return sorted(masks.union(_dotted(OmegaConf.to_container(tree, enum_to_str=True))))
 
 
 def _parse(words: Sequence[str]) -> list[Override]:
@@ -182,6 +186,8 @@ def _plain(value: object) -> str:
 def _compose(words: Sequence[str]) -> DictConfig:
     store = ConfigStore.instance()
     store.store(name="schema", node=PretrainConfig)
+    for name, law in MASK_LAWS.items():
+        store.store(group="masks", name=name, package="_global_", node={"mask_law": name, "masks": law})
     # hydra cannot fill a part that is off: parts that are given whole are put in once the recipe is composed.
     parts = _optional_parts(OmegaConf.structured(PretrainConfig))
     late = [word for word in words if word.partition("=")[0] in parts and "={" in word]
@@ -201,7 +207,7 @@ def _compose(words: Sequence[str]) -> DictConfig:
 def _optional_parts(tree: DictConfig, prefix: str = "") -> dict[str, type]:
     """Return the parts that are off and what class they would have, by their dotted names."""
     found: dict[str, type] = {}
-    for key in () if tree._is_none() else map(str, tree):
+    for key in () if tree._is_none() or tree._is_missing() else map(str, tree):
         node = tree._get_node(key)
         if isinstance(node, DictConfig):
             kind = node._metadata.ref_type
@@ -220,8 +226,9 @@ def _stored(given: dict[str, Override]) -> DictConfig | None:
     try:
         content = yaml.safe_load(path.read_text())
         content.pop("provenance", None)
-        merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), content)
-    except (yaml.YAMLError, AttributeError, OmegaConfBaseException) as error:
+        law = {"masks": OmegaConf.structured(MASK_LAWS[content.get("mask_law", "multiblock")])}
+        merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), law, content)
+    except (yaml.YAMLError, AttributeError, KeyError, OmegaConfBaseException) as error:
         detail = str(error).strip().splitlines()[0]
         raise SettingsError(f"{path} cannot be read as a configuration ({detail}); start another run.dir") from error
     assert isinstance(merged, DictConfig)
@@ -232,7 +239,9 @@ def _amend(stored: DictConfig, overrides: Sequence[Override]) -> DictConfig:
     """Apply overrides to a stored run, and refuse a change that would make it another run."""
     plain = stored.copy()
     for override in overrides:
-        OmegaConf.update(plain, str(override.key_or_group), override.value(), merge=True)
+        key = str(override.key_or_group)
+        # On the command line of a new run this word chooses the law's class.
+        OmegaConf.update(plain, "mask_law" if key == "masks" else key, override.value(), merge=True)
     before, after = (dict(_leaves(OmegaConf.to_container(one, enum_to_str=True))) for one in (stored, plain))
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
@@ -287,6 +296,10 @@ def _one_line(error: BaseException, known: Sequence[str]) -> str:
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
+    if key in known:
+        return (
+            f"{key} is no setting of this mask law; hjepa-pretrain --settings masks=NAME lists its own"
+        )
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:
         last = {name.rsplit(".", 1)[-1]: name for name in known}

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hjepa_data import Batch, ColorAugment, MultiBlockMasks, normalize
+from hjepa_data import Batch, ColorAugment, MaskSampler, normalize
 from hjepa_models import HJEPA
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_train import StepOutput
@@ -26,7 +26,7 @@ class PretrainTask(nn.Module):
     def __init__(
         self,
         model: HJEPA,
-        masks: Sequence[MultiBlockMasks],
+        masks: Sequence[MaskSampler],
         color: ColorAugment | None,
         mean: tuple[float, ...],
         std: tuple[float, ...],

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-__all__ = ["MaskConfig", "MaskSampler", "Masks"]
+__all__ = ["MaskSampler", "Masks"]
 
 _LAST = (1 << 63) - 1
 
@@ -40,26 +40,6 @@ class MaskSampler(Protocol):
         Returns:
             Indices of the context and of the targets.
         """
-        ...
-
-
-class MaskConfig(Protocol):
-    """What every law is configured by: a grid, constant budgets, and ``build``."""
-
-    grid: tuple[int, ...]
-
-    @property
-    def num_context_tokens(self) -> int:
-        """Tokens Kc of the context on the whole grid."""
-        ...
-
-    @property
-    def num_target_tokens(self) -> int:
-        """Tokens Kt of a target block on the whole grid."""
-        ...
-
-    def build(self, seed: int) -> MaskSampler:
-        """Build the sampler from the seed of its draws."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Grids and constant budgets, checked once for all laws that are no multi-block masks."""
+"""What every law is configured by: a grid, constant budgets, and `build`; and the checks that laws share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from hjepa_data.errors import refuse
+from hjepa_data.masks.base import MaskSampler
 
-__all__ = ["GridConfig", "OneSetConfig", "check_ratio", "check_scale", "check_tokens"]
+__all__ = ["MaskConfig", "OneSetConfig", "check_ratio", "check_scale", "check_tokens"]
 
 
 @dataclass(kw_only=True, slots=True)
-class GridConfig(ABC):
-    """The grid that a law fills.
+class MaskConfig(ABC):
+    """A law: the grid that it fills, its constant budgets, and `build`.
 
     Budgets are counted in cells of the spatial grid; with ``tube`` that is the grid without its first axis, and each
     budget is repeated over time.
@@ -76,9 +77,13 @@ class GridConfig(ABC):
         """Tokens Kc of the context on the whole grid."""
         return self.context_cells * self.repeats
 
+    @abstractmethod
+    def build(self, seed: int) -> MaskSampler:
+        """Build the sampler from the seed of its draws."""
+
 
 @dataclass(kw_only=True, slots=True)
-class OneSetConfig(GridConfig):
+class OneSetConfig(MaskConfig):
     """A law with one set of targets and a context beside it.
 
     Attributes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hjepa_data.errors import refuse
+from hjepa_data.masks.budget import MaskConfig
 
 if TYPE_CHECKING:
     from hjepa_data.masks.multiblock import MultiBlockMasks
@@ -15,7 +16,7 @@ __all__ = ["MultiBlockConfig"]
 
 
 @dataclass(kw_only=True, slots=True)
-class MultiBlockConfig:
+class MultiBlockConfig(MaskConfig):
     """The law of multi-block masks.
 
     Budgets are counted in cells of the spatial grid (h, w); with ``tube`` each of them is repeated over time.
@@ -33,7 +34,6 @@ class MultiBlockConfig:
         tube: repeat a spatial mask over the first axis of a (t, h, w) grid.
     """
 
-    grid: tuple[int, ...] = (14, 14)
     num_targets: int = 4
     target_scale: tuple[float, ...] = (0.15, 0.2)
     target_aspect: tuple[float, ...] = (0.75, 1.5)
@@ -41,7 +41,6 @@ class MultiBlockConfig:
     context_scale: tuple[float, ...] = (0.85, 1.0)
     context_ratio: float = 0.25
     context_tokens: int | None = None
-    tube: bool = False
 
     def __post_init__(self) -> None:
         self.grid = tuple(int(side) for side in self.grid)
@@ -92,16 +91,6 @@ class MultiBlockConfig:
         return self.grid[-2], self.grid[-1]
 
     @property
-    def num_cells(self) -> int:
-        """Cells h * w of the spatial grid."""
-        return self.grid[-2] * self.grid[-1]
-
-    @property
-    def repeats(self) -> int:
-        """How often a spatial mask is repeated over time."""
-        return self.grid[0] if self.tube else 1
-
-    @property
     def target_cells(self) -> int:
         """Spatial cells of a target block."""
         return self.target_tokens or max(1, math.floor(self.target_scale[0] * self.num_cells))
@@ -110,16 +99,6 @@ class MultiBlockConfig:
     def context_cells(self) -> int:
         """Spatial cells of the context."""
         return self.context_tokens or max(1, math.floor(self.context_ratio * self.num_cells))
-
-    @property
-    def num_target_tokens(self) -> int:
-        """Tokens Kt of a target block on the whole grid."""
-        return self.target_cells * self.repeats
-
-    @property
-    def num_context_tokens(self) -> int:
-        """Tokens Kc of the context on the whole grid."""
-        return self.context_cells * self.repeats
 
     def build(self, seed: int) -> MultiBlockMasks:
         """Build the sampler.

@@ -18,7 +18,7 @@ from torch import Tensor
 from hjepa_data.errors import one_line, refuse
 from hjepa_data.masks.base import Masks, repeat_over_time
 from hjepa_data.masks.block import BlockMaskConfig
-from hjepa_data.masks.budget import GridConfig
+from hjepa_data.masks.budget import MaskConfig
 from hjepa_data.masks.config import MultiBlockConfig
 from hjepa_data.masks.scattered import RandomMaskConfig
 
@@ -34,7 +34,7 @@ class CellLaw(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
-class HierarchicalMaskConfig(GridConfig):
+class HierarchicalMaskConfig(MaskConfig):
     """The law of hierarchical masks.
 
     Attributes:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from hjepa_data.errors import refuse
 from hjepa_data.masks.base import Masks, keep, repeat_over_time
-from hjepa_data.masks.budget import GridConfig, check_scale, check_tokens
+from hjepa_data.masks.budget import MaskConfig, check_scale, check_tokens
 from hjepa_data.masks.rectangles import Rectangles, free_cells, place_rectangles
 from hjepa_data.random import Draws, bits, hash_int
 
@@ -52,7 +52,7 @@ Size = tuple[int, int]
 
 
 @dataclass(kw_only=True, slots=True)
-class ReleasedMaskConfig(GridConfig):
+class ReleasedMaskConfig(MaskConfig):
     """The law of the released masks.
 
     Attributes:
