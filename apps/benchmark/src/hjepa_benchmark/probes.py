@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from hjepa_models import load_pretrained
 from hjepa_pretrain import settings
 from hjepa_pretrain.evaluation import load_pair, measure, open_sources, results_content, results_table
+from hjepa_pretrain.model import load_run
 
 
 def probe_run(run_dir: Path, *, train: str | None, held_out: str | None, output: Path | None) -> None:
@@ -32,7 +32,7 @@ def probe_run(run_dir: Path, *, train: str | None, held_out: str | None, output:
     if images is None:
         raise ValueError(f"{run_dir}: the run has no data.eval; give held-out shards with --eval")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = measure(load_pretrained(run_dir), config, *images, device)
+    rows = measure(load_run(run_dir, config), config, *images, device)
     results = results_content(rows, config.run.steps, config)
     Console().print(results_table(results))
     if output is not None:

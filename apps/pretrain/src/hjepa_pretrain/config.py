@@ -6,6 +6,7 @@ from hjepa_data.masks import MaskConfig
 from hjepa_data.stream import EvalConfig, StreamConfig, WorkerConfig
 from hjepa_data.transforms import IMAGENET_MEAN, IMAGENET_STD, ColorConfig, ViewGroup
 from hjepa_models import HJEPAConfig
+from hjepa_pretrain.baselines.config import BaselineConfig
 from hjepa_pretrain.duration import seconds
 from hjepa_train import CheckpointConfig, MonitorConfig, ParallelKind, ProfilerConfig, TrainerConfig
 
@@ -176,6 +177,8 @@ class PretrainConfig:
     masks: MaskConfig
     """`masks=multiblock|released|block|random|hierarchical` chooses the law, `masks.*` sets its fields."""
     hjepa: HJEPAConfig = field(default_factory=HJEPAConfig)
+    baseline: BaselineConfig | None = None
+    """Trains `hjepa.encoder` by another method, to compare with; null trains the H-JEPA."""
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=100_000))
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)

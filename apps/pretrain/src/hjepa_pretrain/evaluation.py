@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from hjepa_data import DataError, EvalConfig, ShardSource, normalize
 from hjepa_eval import FeatureSet, Scores, evaluate, extract, knn_accuracy
-from hjepa_models import HJEPA
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.demo.shards import demo_shards
+from hjepa_pretrain.model import Model, build_model
 from hjepa_train import Callback, StepResult, Trainer
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Row:
         return {"features": self.features, **self.scores.as_dict()}
 
 
-def measure(model: HJEPA, config: PretrainConfig, train: Images, test: Images, device: torch.device) -> list[Row]:
+def measure(model: Model, config: PretrainConfig, train: Images, test: Images, device: torch.device) -> list[Row]:
     """Measure every level of a trained model, of the same model untrained, and raw pixels.
 
     Args:
@@ -113,7 +113,7 @@ def measure(model: HJEPA, config: PretrainConfig, train: Images, test: Images, d
         device: where features are computed.
     """
     rows = []
-    for name, one in (("trained", model), ("untrained", config.hjepa.build(seed=config.run.seed))):
+    for name, one in (("trained", model), ("untrained", build_model(config))):
         bank, held_out = (level_features(one.to(device), images, config, device) for images in (train, test))
         rows += [Row(features=name, scores=_scores(bank[level], held_out[level], config)) for level in bank]
     bank, held_out = (extract(_pixels, images.batches(config.data.mean, config.data.std), branch="-", level="pixels",
@@ -123,7 +123,7 @@ def measure(model: HJEPA, config: PretrainConfig, train: Images, test: Images, d
 
 
 def level_features(
-    model: HJEPA, images: Images, config: PretrainConfig, device: torch.device
+    model: Model, images: Images, config: PretrainConfig, device: torch.device
 ) -> Mapping[str, FeatureSet]:
     """Extract the mean-pooled features of every level of the target branch in one pass."""
 

@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from hjepa_data import DataError, ShardSource
-from hjepa_models import HJEPA, Block, save_pretrained
+from hjepa_models import Block
 from hjepa_pretrain import settings
+from hjepa_pretrain.baselines import BaselineKind
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.evaluation import (
     OnlineEvaluation,
@@ -23,6 +24,7 @@ from hjepa_pretrain.evaluation import (
     results_table,
     save_results,
 )
+from hjepa_pretrain.model import Model, save_model
 from hjepa_pretrain.provenance import provenance
 from hjepa_pretrain.report import write_report
 from hjepa_pretrain.task import PretrainTask, build_task
@@ -165,6 +167,7 @@ def _prepare(
     console: Console,
     started: float,
 ) -> tuple[Trainer, Path]:
+    _count_classes(config, plain, sources[0])
     task = build_task(config)
     stream = config.data.stream(config.trainer.accumulate).build(
         sources[0], seed=config.run.seed, rank=world.rank, world_size=world.size
@@ -186,6 +189,14 @@ def _prepare(
     if world.is_main:
         _announce(config, task, len(sources[0]), folder, console)
     return trainer, folder
+
+
+def _count_classes(config: PretrainConfig, plain: DictConfig, source: ShardSource) -> None:
+    """Fill in how many classes a supervised baseline has to tell apart."""
+    if config.baseline is not None and config.baseline.kind is BaselineKind.supervised:
+        found = int(source.labels.max()) + 1
+        config.baseline.num_classes = config.baseline.num_classes or (found if found > 1 else None)
+        plain.baseline.num_classes = config.baseline.num_classes
 
 
 def _folder(config: PretrainConfig, plain: DictConfig, stamp: int) -> Path:
@@ -235,12 +246,18 @@ def _announce(config: PretrainConfig, task: PretrainTask, images: int, folder: P
     kind = "demo composites" if config.data.train is None else "images"
     console.print(
         f"[bold]{config.recipe}[/]: {config.model} ({parameters / 1e6:.2f} M parameters, {grid} patches, "
-        f"{config.hjepa.pyramid.levels} level{'s' if config.hjepa.pyramid.levels > 1 else ''}"
-        f"{' and global' if config.hjepa.global_level else ''}) on {images:,} {kind}, "
+        f"{_levels(config)}) on {images:,} {kind}, "
         f"{config.run.steps:,} steps of {config.data.batch_size}",
         highlight=False,
     )
     console.print(f"run folder: {folder} (to go on after a stop: hjepa-pretrain run.dir={folder})", highlight=False)
+
+
+def _levels(config: PretrainConfig) -> str:
+    if config.baseline is not None:
+        return f"baseline {config.baseline.kind}"
+    count = config.hjepa.pyramid.levels
+    return f"{count} level{'s' if count > 1 else ''}{' and global' if config.hjepa.global_level else ''}"
 
 
 def _finish(config: PretrainConfig, trainer: Trainer, sources: Sources, folder: Path, console: Console) -> None:
@@ -248,7 +265,7 @@ def _finish(config: PretrainConfig, trainer: Trainer, sources: Sources, folder: 
     results = read_results(config, trainer.step, folder)
     if results is None:
         model = _final_model(config, trainer)
-        save_pretrained(model, folder)
+        save_model(model, folder)
         images = load_pair(config, sources, config.eval.train_samples, config.eval.eval_samples)
         rows = [] if images is None or not config.eval.at_end else measure(model, config, *images, trainer.world.device)
         results = results_content(rows, trainer.step, config)
@@ -260,7 +277,7 @@ def _finish(config: PretrainConfig, trainer: Trainer, sources: Sources, folder: 
     console.print(f"report: {folder / 'report.html'}", highlight=False)
 
 
-def _final_model(config: PretrainConfig, trainer: Trainer) -> HJEPA:
+def _final_model(config: PretrainConfig, trainer: Trainer) -> Model:
     """Read the last checkpoint into a model of this process, however it was sharded in training."""
     assert trainer.store is not None
     task = build_task(config)

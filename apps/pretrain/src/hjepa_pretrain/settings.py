@@ -297,9 +297,7 @@ def _one_line(error: BaseException, known: Sequence[str]) -> str:
 
 def _unknown(key: str, known: Sequence[str]) -> str:
     if key in known:
-        return (
-            f"{key} is no setting of this mask law; hjepa-pretrain --settings masks=NAME lists its own"
-        )
+        return f"{key} is no setting of this mask law; hjepa-pretrain --settings masks=NAME lists its own"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:
         last = {name.rsplit(".", 1)[-1]: name for name in known}

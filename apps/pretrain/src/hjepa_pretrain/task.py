@@ -7,8 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hjepa_data import Batch, ColorAugment, MaskSampler, normalize
-from hjepa_models import HJEPA
+from hjepa_pretrain.baselines import Baseline
 from hjepa_pretrain.config import PretrainConfig
+from hjepa_pretrain.model import Model, build_model
 from hjepa_train import StepOutput
 
 
@@ -25,7 +26,7 @@ class PretrainTask(nn.Module):
 
     def __init__(
         self,
-        model: HJEPA,
+        model: Model,
         masks: Sequence[MaskSampler],
         color: ColorAugment | None,
         mean: tuple[float, ...],
@@ -54,7 +55,8 @@ class PretrainTask(nn.Module):
         """Return loss, losses by level and embeddings of one micro-batch."""
         views = [self._prepare(view, step, batch.sample, number) for number, view in enumerate(batch.views)]
         context, targets = self.draw_masks(step, batch.sample)
-        output = self.model(views, context, targets, step)
+        labels = (batch.labels,) if isinstance(self.model, Baseline) else ()
+        output = self.model(views, context, targets, step, *labels)
         metrics = {f"loss_level_{level}": loss for level, loss in output.level_losses.items()}
         return StepOutput(loss=output.loss, metrics=metrics, embeddings=output.embeddings)
 
@@ -67,7 +69,7 @@ def build_task(config: PretrainConfig) -> PretrainTask:
     """Build model, masks and colours from one seed."""
     seed = config.run.seed
     return PretrainTask(
-        config.hjepa.build(seed=seed),
+        build_model(config),
         [config.masks.build(seed + view) for view in range(config.hjepa.masked_views)],
         None if config.color is None else config.color.build(seed),
         config.data.mean,

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from hjepa_data import normalize
-from hjepa_models import HJEPA, Pooling, coarsen
+from hjepa_models import Pooling, coarsen
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.evaluation import COLUMNS, Images, result_cells, results_caption
+from hjepa_pretrain.model import Model
 from hjepa_pretrain.report import figures
 from hjepa_pretrain.report.page import Section, code, notice, page, table
 
@@ -23,7 +24,7 @@ _QUERIES, _NEIGHBOURS = 6, 7
 def write_report(
     folder: Path,
     config: PretrainConfig,
-    model: HJEPA,
+    model: Model,
     images: tuple[Images, Images] | None,
     results: dict[str, Any],
 ) -> Path:
@@ -108,13 +109,15 @@ def _masks(config: PretrainConfig, test: Images) -> Section:
 
 
 @torch.no_grad()
-def _features(config: PretrainConfig, model: HJEPA, test: Images) -> Section:
+def _features(config: PretrainConfig, model: Model, test: Images) -> Section:
     shown = test.head(_SHOWN)
     model.eval()
     found = model.all_features(_normalized(config, model, shown), pool="none")
     on_grid = config.hjepa.pyramid.pooling is not Pooling.sequence
     levels = {}
     for level in ("encoder", *range(config.hjepa.pyramid.levels if on_grid else 1)):
+        if level not in found:
+            continue
         encoder = config.hjepa.encoder
         grid = coarsen(encoder.output_grid, level) if isinstance(level, int) else encoder.grid
         name = f"level {level}" if isinstance(level, int) else level
@@ -125,7 +128,7 @@ def _features(config: PretrainConfig, model: HJEPA, test: Images) -> Section:
 
 
 @torch.no_grad()
-def _neighbours(config: PretrainConfig, model: HJEPA, train: Images, test: Images) -> Section:
+def _neighbours(config: PretrainConfig, model: Model, train: Images, test: Images) -> Section:
     queries = test.head(_QUERIES)
     bank = train.head(5_000)
     model.eval()
@@ -152,12 +155,12 @@ def _speed(rows: list[dict[str, Any]]) -> Section:
     return Section(title="Speed and rates", pictures=[picture for picture in (drawn, rates) if picture])
 
 
-def _embed(config: PretrainConfig, model: HJEPA, images: Images, chosen: Tensor) -> Tensor:
+def _embed(config: PretrainConfig, model: Model, images: Images, chosen: Tensor) -> Tensor:
     part = Images(pixels=images.pixels[chosen], labels=images.labels[chosen])
     return functional.normalize(model.features(_normalized(config, model, part)).float().cpu(), dim=-1)
 
 
-def _normalized(config: PretrainConfig, model: HJEPA, images: Images) -> Tensor:
+def _normalized(config: PretrainConfig, model: Model, images: Images) -> Tensor:
     device = next(model.parameters()).device
     return normalize(images.pixels.to(device), config.data.mean, config.data.std)
 

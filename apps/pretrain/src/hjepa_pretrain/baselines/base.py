@@ -1,0 +1,66 @@
+"""What every baseline is: an encoder of this project with a head of its own, called as an HJEPA is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hjepa_models import Encoder, EncoderConfig, HJEPAOutput
+
+
+class Baseline(nn.Module, ABC):
+    """An encoder and a head; only the encoder is kept in the end.
+
+    Args:
+        encoder: the same description as the H-JEPA's beside which it stands.
+    """
+
+    feature_levels: tuple[str | int, ...] = ("encoder",)
+
+    def __init__(self, encoder: EncoderConfig) -> None:
+        super().__init__()
+        self.encoder = Encoder(encoder)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill the encoder first: from one seed it starts equal under every method."""
+        self.encoder.init_weights(generator)
+        self.init_head(generator)
+
+    def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """None of them has a moving average."""
+        return []
+
+    @abstractmethod
+    def init_head(self, generator: torch.Generator) -> None:
+        """Fill the head from a CPU generator."""
+
+    @abstractmethod
+    def forward(
+        self,
+        views: Sequence[Float[Tensor, "B C *S"]],
+        context_index: Int[Tensor, "R Kc"],
+        target_index: Int[Tensor, "R M Kt"],
+        step: int,
+        labels: Int[Tensor, " B"],
+    ) -> HJEPAOutput:
+        """Return the loss of one batch; the arguments are those of an HJEPA, and the labels (-1 unknown)."""
+
+    @torch.no_grad()
+    def features(self, images: Float[Tensor, "B C *S"]) -> Float[Tensor, "B D"]:
+        """Return the mean token of whole images, without gradient."""
+        tokens: Tensor = self.encoder(images)
+        return tokens.mean(1)
+
+    @torch.no_grad()
+    def all_features(self, images: Float[Tensor, "B C *S"], pool: str = "mean") -> dict[str | int, Tensor]:
+        """Return the only level there is, `encoder`: its mean token, or all tokens with `pool="none"`."""
+        tokens: Tensor = self.encoder(images)
+        return {"encoder": tokens.mean(1) if pool == "mean" else tokens}
+
+
+def scored(loss: Float[Tensor, ""], pooled: Float[Tensor, "B D"], **terms: Any) -> HJEPAOutput:  # noqa: ANN401
+    """Return a loss and the embeddings of the first view in the form of an HJEPA's step."""
+    return HJEPAOutput(loss, {name: term.detach() for name, term in terms.items()}, {"encoder": pooled.detach()})

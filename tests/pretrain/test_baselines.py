@@ -1,0 +1,97 @@
+"""Baselines train the same encoder on the same shards, and leave weights and results like any run."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hjepa_models import Encoder
+from hjepa_pretrain import settings
+from hjepa_pretrain.baselines import BaselineConfig, build_baseline
+from hjepa_pretrain.baselines.simclr import nt_xent
+from hjepa_pretrain.model import load_run
+
+KINDS = ("mae", "simclr", "supervised")
+
+
+@pytest.mark.parametrize("recipe", [*KINDS, "lejepa"])
+def test_a_baseline_trains_resumes_and_is_measured(pretrain, tiny, tmp_path, capsys, recipe, read_losses):
+    words = [word for word in tiny if not word.startswith("masks.")]
+    run = tmp_path / "run"
+    finished = pretrain.here(capsys, f"run.dir={run}", *words, f"recipe={recipe}", "preset=demo", "run.steps=3")
+    assert finished.code == 0, finished.err
+    assert len(read_losses(run)) == 3
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert {"trained", "untrained", "pixels"} == {row["features"] for row in rows}
+    assert (run / "report.html").is_file()
+    config, _ = settings.load([f"run.dir={run}"])
+    model = load_run(run, config)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(model.eval().features(images)).all()
+    if recipe in KINDS:
+        assert torch.equal(Encoder.from_pretrained(run).eval()(images).mean(1), model.features(images))
+
+
+def test_every_method_starts_from_the_same_encoder():
+    hjepa = settings.load(["recipe=simclr"])[0].hjepa
+    start = hjepa.build(seed=3).encoder.state_dict()
+    for kind in KINDS:
+        encoder = build_baseline(BaselineConfig(kind=kind, num_classes=5), hjepa, seed=3).encoder.state_dict()
+        assert all(torch.equal(start[name], encoder[name]) for name in start)
+
+
+def test_nt_xent_is_the_published_sum():
+    z = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = functional.normalize(z.flatten(0, 1), dim=-1)
+    total = 0.0
+    for i in range(10):
+        similar = [float(rows[i] @ rows[k]) / 0.3 for k in range(10)]
+        others = sum(torch.tensor(similar[k]).exp() for k in range(10) if k != i)
+        total -= float(torch.tensor(similar[(i + 5) % 10]).exp().div(others).log())
+    assert float(nt_xent(z, 0.3)) == pytest.approx(total / 10, abs=1e-6)
+
+
+def test_mae_predicts_the_normalised_pixels_of_hidden_patches_only():
+    hjepa = settings.load(["recipe=mae"])[0].hjepa
+    model = build_baseline(BaselineConfig(kind="mae"), hjepa, seed=0)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    context, targets = torch.tensor([[0, 1, 5]] * 2), torch.tensor([[[2, 10]]] * 2)
+    model.requires_grad_(False)
+    loss = model([images], context, targets, 0, torch.zeros(2)).loss
+    guess = model.pixels(model.decoder(model.encoder(images, context), context, targets).flatten(1, 2))
+    total = 0.0
+    for row in range(2):
+        for number, place in enumerate((2, 10)):
+            top, left = place // 4 * 8, place % 4 * 8
+            patch = images[row, :, top : top + 8, left : left + 8].double()
+            wanted = model.encoder.patchify(images)[row, place].double()
+            assert torch.equal(wanted.sort().values, patch.flatten().sort().values)
+            wanted = (wanted - wanted.mean()) / (wanted.var(unbiased=False) + 1e-6).sqrt()
+            total += float((guess[row, number].double() - wanted).square().mean())
+    assert float(loss) == pytest.approx(total / 4, rel=1e-5)
+
+
+def test_images_without_a_label_do_not_count():
+    hjepa = settings.load(["recipe=supervised"])[0].hjepa
+    model = build_baseline(BaselineConfig(kind="supervised", num_classes=3), hjepa, seed=0).eval()
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, 1, dtype=torch.long)
+    some = model([images], *masks, 0, torch.tensor([2, -1, 0])).loss
+    known = model([images[[0, 2]]], *masks, 0, torch.tensor([2, 0])).loss
+    assert float(some) == pytest.approx(float(known), rel=1e-5)
+    assert float(model([images], *masks, 0, torch.full((3,), -1)).loss) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["recipe=simclr", "data.views=1"], ["data.views=1", "2"]),
+        (["recipe=simclr", "baseline.temperature=0"], ["temperature=0", "allowed"]),
+        (["recipe=simclr", "baseline.kind=byol"], ["byol", "simclr"]),
+    ],
+)
+def test_wrong_words(pretrain, tiny, tmp_path, capsys, words, expected):
+    finished = pretrain.here(capsys, f"run.dir={tmp_path}/run", *tiny, *words)
+    assert finished.code == 2
+    assert all(word in finished.message for word in expected), finished.message
