@@ -17,6 +17,7 @@ and shows what was learned.
       model=vit_small_patch16 run.steps=100000               your own shards (hjepa-shards makes them from a folder)
   hjepa-pretrain run.dir=runs/NAME                           go on with a run that was stopped
   torchrun --nproc-per-node=8 -m hjepa_pretrain ...          several processes: parallel=ddp or parallel=fsdp
+  hjepa-pretrain --multirun run.seed=0,1,2 recipe=ijepa,hjepa   every combination, each in its folder
 
 Often set: run.dir run.steps run.seed run.time_limit (90s, 30m, 11h30m) data.batch_size data.image_size data.workers
 checkpoint.every_steps checkpoint.every_minutes eval.every_steps trainer.learning_rate.value
@@ -39,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--settings"]
     main_rank = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(level=logging.INFO if main_rank else logging.ERROR, format="%(message)s", stream=sys.stderr)
+
+    if words[:1] == ["--multirun"]:
+        from hjepa_pretrain.multirun import multirun
+
+        return multirun(words[1:])
 
     # torch takes seconds to import: --help should not.
     from omegaconf import OmegaConf

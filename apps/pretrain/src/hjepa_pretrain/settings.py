@@ -84,6 +84,14 @@ def load(words: Sequence[str]) -> tuple[PretrainConfig, DictConfig]:
     return config, plain
 
 
+def register() -> None:
+    """Tells hydra the types of `conf/`."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=PretrainConfig)
+    for name, law in MASK_LAWS.items():
+        store.store(group="masks", name=name, package="_global_", node={"mask_law": name, "masks": law})
+
+
 def save(plain: DictConfig, sittings: list[dict[str, Any]], folder: Path) -> None:
     """Writes `config.yaml`: the resolved configuration, and where each sitting came from under `provenance`."""
     content = OmegaConf.to_container(plain, resolve=True, enum_to_str=True)
@@ -111,7 +119,7 @@ def plain_keys() -> list[str]:
 
 def _parse(words: Sequence[str]) -> list[Override]:
     try:
-        overrides = list(OverridesParser.create().parse_overrides(overrides=[_quoted(word) for word in words]))
+        overrides = list(OverridesParser.create().parse_overrides(overrides=[quoted(word) for word in words]))
     except HydraException as error:
         bad = next((word for word in words if "=" not in word), None)
         if bad is not None:
@@ -125,7 +133,7 @@ def _parse(words: Sequence[str]) -> list[Override]:
 
 def _fresh(words: Sequence[str], given: dict[str, Override]) -> DictConfig:
     """Compose a new run: the demo preset where no data is named, the named model, then the user's words."""
-    words = [_quoted(word) for word in words]
+    words = [quoted(word) for word in words]
     if "data.train" not in given and "preset" not in given:
         words = ["preset=demo", *words]
     named = encoder_config(str(_compose(words).model))
@@ -170,7 +178,7 @@ def _derive(plain: DictConfig) -> None:
         OmegaConf.to_object(encoder)  # says what is wrong with the size
 
 
-def _quoted(word: str) -> str:
+def quoted(word: str) -> str:
     """Quote a path, whose braces hydra would read as a dictionary."""
     key, _, value = word.partition("=")
     if key not in _PATHS or value in ("null", "") or value[0] in "'\"":
@@ -184,10 +192,7 @@ def _plain(value: object) -> str:
 
 
 def _compose(words: Sequence[str]) -> DictConfig:
-    store = ConfigStore.instance()
-    store.store(name="schema", node=PretrainConfig)
-    for name, law in MASK_LAWS.items():
-        store.store(group="masks", name=name, package="_global_", node={"mask_law": name, "masks": law})
+    register()
     # hydra cannot fill a part that is off: parts that are given whole are put in once the recipe is composed.
     parts = _optional_parts(OmegaConf.structured(PretrainConfig))
     late = [word for word in words if word.partition("=")[0] in parts and "={" in word]

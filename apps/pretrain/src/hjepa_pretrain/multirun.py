@@ -1,0 +1,86 @@
+"""Several runs from one command, by hydra's multirun: one after the other here, or each as a Slurm job.
+
+`hjepa-pretrain --multirun run.seed=0,1,2 recipe=ijepa,hjepa` runs every combination. With
+`hydra/launcher=submitit_slurm hydra.launcher.nodes=4 hydra.launcher.tasks_per_node=8` each of them is a job of 32
+processes. A job that is preempted, or whose time is almost over, saves, asks Slurm to queue it again and goes on.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from omegaconf import DictConfig
+
+from hjepa_pretrain import settings
+from hjepa_train import EXIT_PREEMPTED
+
+logger = logging.getLogger(__name__)
+
+# What the trainer saves on; Slurm sends it `hydra.launcher.signal_delay_s` before the end.
+_SIGNAL = "USR1"
+_SWEEP_DIR = "hydra.sweep.dir=runs/multirun-${now:%Y%m%d-%H%M%S}"
+_codes: list[int] = []
+
+
+def multirun(words: Sequence[str]) -> int:
+    """Run every combination that the words describe, each in a folder of its own below `hydra.sweep.dir`.
+
+    Args:
+        words: overrides in hydra's sweep syntax (`a=1,2`, `a=range(1,4)`), and hydra's own settings.
+
+    Returns:
+        0, or the largest exit code of the runs of this machine.
+    """
+    settings.register()
+    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", _SIGNAL)
+    own = [] if any(word.startswith("hydra.sweep.dir=") for word in words) else [_SWEEP_DIR]
+    silent = ("hydra/job_logging=none", "hydra/hydra_logging=none")
+    sys.argv = [sys.argv[0], "--multirun", *silent, *own, *(settings.quoted(word) for word in words)]
+    hydra.main(config_path="pkg://hjepa_pretrain.conf", config_name="config", version_base="1.3")(_run_one)()
+    return max(_codes, default=0)
+
+
+def _run_one(_: DictConfig) -> int:
+    """Do one run, in this process or in a task of a Slurm job."""
+    from hjepa_pretrain.cli import main
+
+    slurm = "SLURM_JOB_ID" in os.environ
+    if slurm:
+        _join_ranks()
+    words = HydraConfig.get().overrides.task
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    print(f"{folder}: {' '.join(words)}", flush=True)
+    # The run composes its own configuration: a hydra inside this one.
+    outer = Singleton.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        code = main([f"run.dir={folder}", *words])
+    finally:
+        Singleton.set_state(outer)
+    if slurm and code == EXIT_PREEMPTED and os.environ["RANK"] == "0":
+        _queue_again()
+    _codes.append(code)
+    return code
+
+
+def _join_ranks() -> None:
+    """Tell torch which of the job's processes this one is, as torchrun would."""
+    import submitit
+
+    submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+
+
+def _queue_again() -> None:
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    result = subprocess.run(["scontrol", "requeue", job], check=False, timeout=60)
+    if result.returncode:
+        logger.error("Slurm did not queue job %s again (exit code %d); start it anew", job, result.returncode)

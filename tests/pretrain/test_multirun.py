@@ -1,0 +1,93 @@
+"""Several runs from one command: here, and as Slurm jobs whose generated scripts are really run."""
+
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import yaml
+
+# Stand-ins for Slurm's commands: `sbatch` keeps the script and runs it, `srun` starts its tasks, `sacct` says it ended.
+SBATCH = """\
+#!/bin/bash
+script="${@: -1}"
+cp "$script" "$FAKE_SLURM/job.sh"
+export SLURM_JOB_ID=77 SLURM_JOB_NODELIST=localhost SLURM_NNODES=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0
+export SLURM_NTASKS=$(grep -oP '(?<=--ntasks-per-node=)\\d+' "$script")
+bash "$script" >"$FAKE_SLURM/out" 2>&1 &
+echo "Submitted batch job 77"
+"""
+SRUN = """\
+#!/bin/bash
+while [[ "$1" == -* ]]; do case "$1" in --output|--error) shift 2;; *) shift;; esac; done
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & done
+wait
+touch "$FAKE_SLURM/ended"
+"""
+SACCT = """\
+#!/bin/bash
+state=RUNNING; [ -e "$FAKE_SLURM/ended" ] && state=COMPLETED
+echo "JobID|State|NodeList"; echo "77|$state|localhost"; echo "77_0|$state|localhost"
+"""
+SCONTROL = """\
+#!/bin/bash
+echo "$@" >>"$FAKE_SLURM/scontrol"
+"""
+
+
+def run(*words, env=None, timeout=200):
+    return subprocess.run(
+        [sys.executable, "-m", "hjepa_pretrain", "--multirun", *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_every_combination_runs_in_its_folder(tiny, tmp_path):
+    words = ("eval.at_end=false", "run.steps=1,2", "recipe=hjepa", f"hydra.sweep.dir={tmp_path}/sweep")
+    finished = run(*[word for word in tiny if not word.startswith("run.steps")], *words)
+    assert finished.returncode == 0, finished.stderr
+    steps = [yaml.safe_load((tmp_path / "sweep" / n / "config.yaml").read_text())["run"]["steps"] for n in "01"]
+    assert steps == [1, 2]
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT), ("scontrol", SCONTROL)):
+        path = folder / name
+        path.write_text(textwrap.dedent(text))
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE_SLURM": str(tmp_path)}
+
+
+JOB = (
+    "eval.at_end=false",
+    "recipe=hjepa",
+    "hydra/launcher=submitit_slurm",
+    "hydra.launcher.tasks_per_node=2",
+    "hydra.launcher.partition=gpu",
+    "hydra.launcher.timeout_min=600",
+    "hydra.launcher.signal_delay_s=120",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_slurm_job_is_one_run_of_all_its_tasks_and_queued_again_when_stopped(tiny, tmp_path, slurm):
+    words = ("run.steps=100000", "run.time_limit=4s", f"hydra.sweep.dir={tmp_path}/sweep")
+    finished = run(*[word for word in tiny if not word.startswith("run.steps")], *JOB, *words, env=slurm)
+    script = (tmp_path / "job.sh").read_text()
+    for line in ("--ntasks-per-node=2", "--partition=gpu", "--time=600", "--signal=USR1@120"):
+        assert f"#SBATCH {line}" in script, script
+    stored = yaml.safe_load((tmp_path / "sweep" / "0" / "config.yaml").read_text())
+    assert stored["parallel"] == "ddp"
+    assert (tmp_path / "sweep" / "0" / "checkpoints" / "latest").exists(), finished.stderr
+    assert (tmp_path / "scontrol").read_text().split() == ["requeue", "77"], finished.stderr
