@@ -36,15 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(USAGE, end="")
         return 0
-    show = "--settings" in words
-    words = [word for word in words if word != "--settings"]
-    main_rank = int(os.environ.get("RANK", "0")) == 0
-    logging.basicConfig(level=logging.INFO if main_rank else logging.ERROR, format="%(message)s", stream=sys.stderr)
-
     if words[:1] == ["--multirun"]:
         from hjepa_pretrain.multirun import multirun
 
         return multirun(words[1:])
+    return _run(words)
+
+
+def _run(words: list[str]) -> int:
+    show = "--settings" in words
+    words = [word for word in words if word != "--settings"]
+    main_rank = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(level=logging.INFO if main_rank else logging.ERROR, format="%(message)s", stream=sys.stderr)
 
     # torch takes seconds to import: --help should not.
     from omegaconf import OmegaConf
