@@ -92,4 +92,4 @@ def served(shards, tmp_path, monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path):
-    return CacheConfig(folder=str(tmp_path / "cache"), first_wait=0.001, attempts=3, timeout=5.0)
+    return CacheConfig(folder=str(tmp_path / "cache"), first_wait=0.001, attempts=3, timeout=5.0, retry_after=0.0)

@@ -142,7 +142,7 @@ def test_shards_of_a_size_are_equal(tmp_path, capsys, jpeg):
     for number in range(40):
         (folder / f"{number}.jpg").write_bytes(jpeg(number))
     assert call(capsys, folder, tmp_path / "out", "--shard-size", "15K")[0] == 0
-    sizes = ShardSource(tmp_path / "out").shard_sizes
+    sizes = ShardSource(tmp_path / "out").group_sizes
     assert len(sizes) > 2
     assert max(sizes) - min(sizes) <= 2
 

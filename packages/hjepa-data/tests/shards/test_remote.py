@@ -44,7 +44,7 @@ def test_a_remote_stream_is_the_local_stream(served, shards, cache, workers, ind
     # Counting needs the indexes only, where there are any.
     assert served.tars().total() == (0 if indexed else 6)
     local = ShardSource(shards)
-    assert source.shard_sizes.tolist() == local.shard_sizes.tolist()
+    assert source.group_sizes.tolist() == local.group_sizes.tolist()
     assert source.labels.tolist() == local.labels.tolist()
     pairs = zip(
         itertools.islice(stream(source, workers), 19), itertools.islice(stream(local, workers), 19), strict=True
@@ -173,7 +173,7 @@ def test_resume_fetches_no_shard_that_was_consumed(served, shards, cache, tmp_pa
     source = ShardSource(f"{served.url}/{NAMES}", cache=cache)
     first = stream(source)
     windows = [set(window.tolist()) for _, window in first._order.windows_from(0, 3)]
-    per_window = [sum(int(source.shard_sizes[n]) for n in window) for window in windows]
+    per_window = [sum(int(source.group_sizes[n]) for n in window) for window in windows]
     done = -(-per_window[0] // 6)
     for _ in range(done):
         next(first)
@@ -196,7 +196,7 @@ def test_file_and_memory_through_fsspec(shards, cache, jpeg):
     import fsspec
 
     source = ShardSource(f"file://{shards}/train-00000[0-1].tar", cache=cache)
-    assert source.shard_sizes.tolist() == [10, 10]
+    assert source.group_sizes.tolist() == [10, 10]
     assert source.read(15).image == jpeg(15)
     memory = fsspec.filesystem("memory")
     for shard in shards.glob("train-00000[45].tar"):

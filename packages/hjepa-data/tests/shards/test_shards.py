@@ -23,7 +23,7 @@ def add(tar, name, data):
 def test_what_is_written_is_read(shards, jpeg):
     source = ShardSource(shards)
     assert len(source) == 53
-    assert source.shard_sizes.tolist() == [10, 10, 10, 10, 10, 3]
+    assert source.group_sizes.tolist() == [10, 10, 10, 10, 10, 3]
     for number in (0, 9, 10, 52, 31, 3):
         sample = source.read(number)
         assert sample.image == jpeg(number)

@@ -1,3 +1,4 @@
+import hashlib
 import pickle
 import time
 
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hjepa_data import StreamOrder
+from hjepa_data.random import hash_int
 from hjepa_data.stream.order import permutation
 
 SIZES = np.array([5, 1, 8, 3, 4])
@@ -94,6 +96,41 @@ def test_golden_order():
     epochs, samples = StreamOrder(SIZES, 2, 1234).span(0, 44)
     assert epochs.tolist() == [0] * 21 + [1] * 21 + [2] * 2
     assert samples.tolist() == GOLDEN_ORDER
+
+
+def test_golden_order_of_many():
+    # The same for sizes that people have; sha256 of the int64 numbers, little-endian.
+    def digest(numbers):
+        return hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]
+
+    assert digest(permutation(100_003, 2**40 + 1, 7, 2, 9)) == "36e704fbd05fcf62"
+    sizes = np.arange(1000) % 97 + 900
+    order = StreamOrder(sizes, 16, 42)
+    assert digest(order.span(int(sizes.sum()) * 3 - 50_000, 100_000)[1]) == "d4979c9a3de8f002"
+    assert order.fingerprint == 4_599_084_652_879_098_419
+
+
+@given(n=st.integers(0, 3000), seed=st.integers(-(2**70), 2**70), counters=st.lists(st.integers(0, 2**40), max_size=3))
+def test_permutation_is_a_bijection_and_the_order_of_its_hashes(n, seed, counters):
+    found = permutation(n, seed, *counters)
+    assert sorted(found.tolist()) == list(range(n))
+    hashes = [hash_int(seed, *counters, number) for number in range(n)]
+    assert found.tolist() == sorted(range(n), key=hashes.__getitem__)
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12), window=st.integers(1, 15), seed=st.integers(0, 99))
+def test_windows_are_whole_and_follow_one_another(sizes, window, seed):
+    order = StreamOrder(np.array(sizes), window, seed)
+    total, starts = sum(sizes), np.cumsum([0, *sizes])
+    windows = order.windows_from(0, 2 * -(-len(sizes) // window))
+    for epoch in (0, 1):
+        shown, seen = order.span(epoch * total, total)[1], 0
+        of_epoch = [shards for (number, _), shards in windows if number == epoch]
+        assert sorted(np.concatenate(of_epoch).tolist()) == list(range(len(sizes)))
+        for shards in of_epoch:
+            held = [n for shard in shards for n in range(starts[shard], starts[shard + 1])]
+            assert sorted(shown[seen : seen + len(held)].tolist()) == sorted(held)
+            seen += len(held)
 
 
 def test_window_holds_whole_shards():

@@ -143,7 +143,7 @@ def test_state_is_a_few_integers(source):
 def test_a_state_of_other_data_is_refused(source, shards):
     stream = config().build(source, seed=SEED)
     fewer = config().build(ShardSource(sorted(shards.glob("*.tar"))[:3]), seed=SEED)
-    with pytest.raises(DataError, match="had 30 samples, these shards have 53"):
+    with pytest.raises(DataError, match="had 30 samples, this source has 53"):
         stream.load_state_dict(fewer.state_dict())
     other = config().build(source, seed=SEED + 1)
     with pytest.raises(DataError, match="another order"):

@@ -1,5 +1,7 @@
+import math
 import time
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as reference
@@ -102,12 +104,61 @@ def test_solarize_inverts_bright_values(device):
     torch.testing.assert_close(result, torch.where(images >= 0.5, 1 - images, images), atol=1e-6, rtol=0)
 
 
+def naive_blur(image, sigma, radius):
+    """A float64 sum over the kernel, pixel by pixel, mirrored at the border."""
+    _, height, width = image.shape
+
+    def mirrored(place, length):
+        place = abs(place)
+        return 2 * (length - 1) - place if place >= length else place
+
+    offsets = range(-radius, radius + 1)
+    weight = np.array([[math.exp(-(a * a + b * b) / (2 * sigma * sigma)) for b in offsets] for a in offsets])
+    weight /= weight.sum()
+    out = np.zeros_like(image)
+    for y in range(height):
+        for x in range(width):
+            rows = [mirrored(y + a, height) for a in offsets]
+            columns = [mirrored(x + b, width) for b in offsets]
+            out[:, y, x] = (image[:, rows][:, :, columns] * weight).sum((1, 2))
+    return out
+
+
+def test_blur_equals_a_naive_sum(device):
+    images, sample = batch(device, 6, 17)
+    config = ColorConfig(**(OFF | {"blur": 0.5, "blur_sigma": (0.3, 1.6)}))
+    found = config.build(0)(images, 0, sample, 0).cpu().double().numpy()
+    draws = _draws(device)[:6].cpu().double()
+    chosen = draws[:, 6] < 0.5
+    assert 0 < int(chosen.sum()) < 6
+    for number in range(6):
+        expected = images[number].cpu().double().numpy() / 255
+        if chosen[number]:
+            expected = naive_blur(expected, 0.3 + 1.3 * float(draws[number, 8]), 5)
+        np.testing.assert_allclose(found[number], expected, atol=2e-6)
+
+
+def test_blur_comes_before_solarization(device):
+    images, blurred = augmented(device, blur=1.0)
+    both = augmented(device, blur=1.0, solarize=1.0)[1]
+    torch.testing.assert_close(both, torch.where(blurred >= 0.5, 1 - blurred, blurred), atol=1e-6, rtol=0)
+    assert float((blurred - images).abs().max()) > 0.01
+
+
+def test_the_widest_blur_is_as_wide_as_it_says(device):
+    point = torch.zeros(1, 1, 41, 41, device=device)
+    point[..., 20, 20] = 1
+    spread = _gaussian_blur(point, torch.tensor([2.0], device=device), 2.0)[0, 0].sum(0)
+    place = torch.arange(41, device=device) - 20
+    assert float((spread * place**2).sum()) ** 0.5 == pytest.approx(2.0, rel=0.02)
+
+
 def test_blur_equals_torchvision_and_spares_the_others(device):
     images = batch(device)[0].float() / 255
     sigma = torch.linspace(0.5, 1.5, 16, device=device)
     found = _gaussian_blur(images, sigma, 1.5)
     for image, value, blurred in zip(images, sigma.tolist(), found, strict=True):
-        torch.testing.assert_close(blurred, reference.gaussian_blur(image, [7, 7], [value, value]), atol=1e-4, rtol=0)
+        torch.testing.assert_close(blurred, reference.gaussian_blur(image, [11, 11], [value, value]), atol=1e-4, rtol=0)
     plain, none = augmented(device, blur=1e-9)
     torch.testing.assert_close(none, plain, atol=1e-6, rtol=0)
 

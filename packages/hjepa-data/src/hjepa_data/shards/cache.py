@@ -43,9 +43,11 @@ class CacheConfig:
         folder: on a local disk; None is ``$HJEPA_CACHE``, or ``~/.cache/hjepa/shards``.
         max_bytes: of the shards in the folder. Where one more would not fit, those used longest ago are deleted. Give
             room for two windows: with less, shards are fetched again and again.
-        attempts: how often a request is tried before the stream stops.
+        attempts: how often a request is tried before it has failed.
         first_wait: pause after the first failure, seconds; it doubles with each failure, up to 30.
-        timeout: longest silence of a server, seconds.
+        timeout: longest silence of a server, seconds; one that gives less than 1 KiB/s for so long is silent too.
+        retry_after: how long a process takes a shard that could not be fetched as given up, seconds. Streams that skip
+            what they cannot read do not wait for every sample of such a shard.
     """
 
     folder: str | None = None
@@ -53,6 +55,7 @@ class CacheConfig:
     attempts: int = 5
     first_wait: float = 0.5
     timeout: float = 60.0
+    retry_after: float = 60.0
 
     def __post_init__(self) -> None:
         if self.max_bytes < 1:
@@ -63,6 +66,8 @@ class CacheConfig:
             refuse("first_wait", self.first_wait, "no pause", "allowed: 0 and more, seconds")
         if not 0 < self.timeout < float("inf"):
             refuse("timeout", self.timeout, "no server is so fast", "allowed: more than 0, seconds")
+        if not 0 <= self.retry_after < float("inf"):
+            refuse("retry_after", self.retry_after, "no pause", "allowed: 0 and more, seconds")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -93,6 +98,7 @@ class ShardCache:
         self.config = config
         folder = config.folder or os.environ.get("HJEPA_CACHE") or "~/.cache/hjepa/shards"
         self.folder = Path(folder).expanduser()
+        self._given_up: dict[str, tuple[float, str]] = {}
 
     def index(self, url: str, *, allow_truncated: bool = False) -> tuple[ShardIndex, RemoteShard]:
         """Learn where the samples of a shard lie, from its published index if there is one.
@@ -135,8 +141,7 @@ class ShardCache:
             with self._writing(), _locked(key):
                 file = _open_whole(path, shard.size)
                 if file is None:
-                    with self._fetched(shard.url, key, shard) as (part, _):
-                        file = self._keep(part, path)
+                    file = self._open_fetched(shard, key, path)
         return file
 
     def verify(self, shard: RemoteShard) -> None:
@@ -169,6 +174,17 @@ class ShardCache:
             yield
         except OSError as error:
             raise DataError(f"the cache of shards '{self.folder}' cannot be used: {error.strerror or error}") from None
+
+    def _open_fetched(self, shard: RemoteShard, key: Path, path: Path) -> int:
+        until, failure = self._given_up.get(shard.url, (0.0, ""))
+        if time.monotonic() < until:
+            raise DataError(failure)
+        try:
+            with self._fetched(shard.url, key, shard) as (part, _):
+                return self._keep(part, path)
+        except DataError as error:
+            self._given_up[shard.url] = (time.monotonic() + self.config.retry_after, str(error))
+            raise
 
     def _published(self, url: str, key: Path) -> StoredIndex | None:
         data = retry(

@@ -1,4 +1,4 @@
-"""The command ``hjepa-shards``: make shards from a folder of images, index, check and show shards."""
+"""The command ``hjepa-shards``: make shards from images, index, check and show shards."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hjepa_data.errors import DataError, one_line
 from hjepa_data.shards.check import CheckConfig, check_shards
-from hjepa_data.shards.folder import Encoding, FolderConfig, make_shards, plan_folder
 from hjepa_data.shards.index import IndexState, ShardIndex, refresh_index
+from hjepa_data.shards.make import Encoding, MakeConfig, MakePlan, make_shards, plan_folder, plan_sources
 from hjepa_data.shards.patterns import expand_shards
 from hjepa_data.shards.pool import map_in_order
 from hjepa_data.shards.report import escape, report_check, report_index, report_make
 from hjepa_data.shards.show import SheetConfig, draw_samples, read_classes, sheet_html, sheet_png
+from hjepa_data.sources.open import is_adapter, open_adapter
 
 __all__ = ["main"]
 
@@ -33,7 +34,7 @@ _INTERRUPTED = 130
 
 _COMMANDS = """\
 commands:
-  make SRC OUT                a folder of images becomes shards, each with its index
+  make SRC OUT                images become shards, each with its index: a folder, or a data set (hf:, torchvision:)
   index SHARDS                write the index of shards that came without one: offsets, counts, checksums
   check SHARDS                read everything, decode every image, name what is damaged
   show SHARDS --out FILE      a contact sheet of samples with their labels, as PNG or HTML
@@ -54,14 +55,22 @@ layouts of SRC:
   photos/*.jpg                         flat, no labels
   pets/cat/*.jpg, pets/dog/*.jpg       one folder a class; OUT/classes.json lists them
   set/train/cat/*.jpg, set/test/...    the same for each of train, val, test: OUT/train-*.tar, OUT/test-*.tar
+data sets as SRC:
+  hf:NAME[:SPLIT]                      of Hugging Face datasets (pip install 'hjepa-data[datasets]'): a folder that
+                                       save_to_disk wrote, a folder of parquet files, or a name on the Hub. All splits
+                                       without SPLIT. No code that comes with it is run.
+  torchvision:CLASS:ROOT[:SPLIT]       a class of torchvision.datasets that lies in ROOT already; nothing is downloaded
 
-The same folder and options give the same bytes, whatever the number of workers. Files are mixed, and train and val
-are told apart, by the hash of their path: a file that is added moves no other file from train to val.
+The same source and options give the same bytes, whatever the number of workers. Images are mixed, and train and val
+are told apart, by the hash of their path (of their number in a data set): a file that is added moves no other file from
+train to val.
 
 examples:
   hjepa-shards make ~/photos shards
   hjepa-shards make pets shards --val-fraction 0.1 --resize 256 --workers 8
   hjepa-shards make pets shards --encode webp --quality 90
+  hjepa-shards make hf:beans shards
+  hjepa-shards make torchvision:CIFAR10:/data:test shards
 """
 
 _SHARDS = """\
@@ -140,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _make(options: argparse.Namespace, out: Console, log: Console) -> int:
-    config = FolderConfig(
+    config = MakeConfig(
         shard_bytes=options.shard_size,
         samples_per_shard=options.samples_per_shard,
         workers=options.workers,
@@ -153,12 +162,8 @@ def _make(options: argparse.Namespace, out: Console, log: Console) -> int:
         overwrite=options.overwrite,
     )
     begin = time.monotonic()
-    with log.status(f"looking for images in {escape(str(options.folder))}"):
-        try:
-            plan = plan_folder(options.folder, config)
-        except DataError as error:
-            close = [] if options.folder.exists() else difflib.get_close_matches(str(options.folder), _RUN, 1, 0.7)
-            raise DataError(f"{error}; did you mean '{close[0]}'?" if close else error) from None
+    with log.status(f"looking for images in {escape(options.source)}"):
+        plan = _plan(options.source, config)
     bar = _progress(log)
     task = bar.add_task("images", total=plan.num_images)
 
@@ -173,6 +178,18 @@ def _make(options: argparse.Namespace, out: Console, log: Console) -> int:
         bar.stop()
     report_make(result, options.out, time.monotonic() - begin, out)
     return 0
+
+
+def _plan(text: str, config: MakeConfig) -> MakePlan:
+    if is_adapter(text):
+        sources = open_adapter(text)
+        return plan_sources(sources, next(iter(sources.values())).classes, config)
+    folder = Path(text)
+    try:
+        return plan_folder(folder, config)
+    except DataError as error:
+        close = [] if folder.exists() else difflib.get_close_matches(text, _RUN, 1, 0.7)
+        raise DataError(f"{error}; did you mean '{close[0]}'?" if close else error) from None
 
 
 def _index(options: argparse.Namespace, out: Console, log: Console) -> int:
@@ -296,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    _add_make(command("make", "Make shards, with an index beside each, from a folder of images.", _MAKE))
+    _add_make(command("make", "Make shards, with an index beside each, from a folder of images or a data set.", _MAKE))
     index = command("index", "Write the index of shards: where each sample lies, counts and checksums.", _INDEX)
     _add_shards(index)
     _add_workers(index)
@@ -328,7 +345,9 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_make(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="SRC", help="images: flat, or one folder a class")
+    parser.add_argument(
+        "source", metavar="SRC", help="folder of images, hf:NAME[:SPLIT] or torchvision:CLASS:ROOT[:SPLIT]"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the shards; made if missing")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--shard-size", type=_size, default=256 << 20, metavar="BYTES", help="size of a shard (256M)")

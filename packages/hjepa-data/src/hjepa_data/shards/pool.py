@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hjepa_data.errors import DataError
 
@@ -24,7 +25,7 @@ def map_in_order(
     """Call a function for each task, in several processes.
 
     Args:
-        function: can be pickled, unless one process is asked for.
+        function: reaches each process once, when it starts; can be pickled where processes cannot be forked.
         tasks: its arguments.
         workers: processes; one works in this process.
         started: called when the processes run: threads may be started from now on.
@@ -41,11 +42,14 @@ def map_in_order(
         return
     # Forked at the first task, before anyone here has started a thread.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, _hold, (function,)) as pool:
         waiting: deque[Future[R]] = deque()
         try:
             for task in tasks:
-                waiting.append(pool.submit(function, task))
+                with warnings.catch_warnings():
+                    # Python 3.12 warns of threads in the forking process; these only read, encode and write.
+                    warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork")
+                    waiting.append(pool.submit(_call, task))
                 if len(waiting) == 1:
                     started()
                 # Millions of tasks are handed out as they are worked off.
@@ -58,3 +62,15 @@ def map_in_order(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+# What a process of the pool calls: a function may hold a large source, so it does not travel with each task.
+_held: list[Callable[[Any], Any]] = []
+
+
+def _hold(function: Callable[[Any], Any]) -> None:
+    _held[:] = [function]
+
+
+def _call(task: Any) -> Any:  # noqa: ANN401
+    return _held[0](task)

@@ -41,6 +41,7 @@ T = TypeVar("T")
 _HTTP = ("http", "https")
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec", "file": "fsspec"}
 _CHUNK = 1 << 20
+_SLOWEST = 1 << 10
 _LONGEST_WAIT = 30.0
 # An index has some hundred bytes a sample.
 _MAX_SMALL_BYTES = 1 << 28
@@ -169,14 +170,14 @@ def open_remote(url: str, *, timeout: float) -> Iterator[Body]:
         with response:
             length = response.headers.get("Content-Length", "")
             size = int(length) if length.isdigit() else None
-            yield Body(size, _chunks(response, size, OSError, http.client.HTTPException))
+            yield Body(size, _chunks(response.read1, size, timeout, OSError, http.client.HTTPException))
         return
     files = _file_system(url)
     with _reasons(Exception):
         size = files.size(url)
         file = files.open(url, "rb")
     with file:
-        yield Body(size, _chunks(file, size, Exception))
+        yield Body(size, _chunks(file.read, size, timeout, Exception))
 
 
 def read_small(url: str, *, timeout: float) -> bytes | None:
@@ -265,14 +266,23 @@ def _file_system(url: str) -> Any:  # noqa: ANN401 (fsspec has no types)
         ) from None
 
 
-def _chunks(file: Any, size: int | None, *failures: type[Exception]) -> Iterator[bytes]:  # noqa: ANN401
-    count = 0
+def _chunks(
+    read: Callable[[int], bytes], size: int | None, timeout: float, *failures: type[Exception]
+) -> Iterator[bytes]:
+    count = lately = 0
+    began = time.monotonic()
     while True:
         with _reasons(*failures):
-            chunk = file.read(_CHUNK)
+            chunk = read(_CHUNK)
         if not chunk:
             break
         count += len(chunk)
+        lately += len(chunk)
+        elapsed = time.monotonic() - began
+        if elapsed > timeout:
+            if lately < _SLOWEST * elapsed:
+                raise RemoteError(f"it gave {lately} bytes in {elapsed:.0f} s", passing=True)
+            lately, began = 0, time.monotonic()
         yield chunk
     if size is not None and count != size:
         raise RemoteError(f"it ended after {count} of {size} bytes", passing=True)

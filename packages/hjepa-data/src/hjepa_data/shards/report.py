@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hjepa_data.shards.check import ShardReport
-from hjepa_data.shards.folder import FolderResult
 from hjepa_data.shards.index import IndexState, ShardIndex
+from hjepa_data.shards.make import MakeResult
 
 __all__ = ["escape", "next_command", "report_check", "report_index", "report_make"]
 
@@ -95,7 +95,7 @@ def _row(columns: dict[str, int | float]) -> Table:
     return table
 
 
-def report_make(result: FolderResult, folder: Path, seconds: float, out: Console) -> None:
+def report_make(result: MakeResult, folder: Path, seconds: float, out: Console) -> None:
     """Print what ``make`` wrote, what it left out, and what to do next.
 
     Args:
@@ -137,7 +137,7 @@ def report_make(result: FolderResult, folder: Path, seconds: float, out: Console
     out.print(f"  {escape(next_command(result))}", soft_wrap=True, highlight=False)
 
 
-def next_command(result: FolderResult) -> str:
+def next_command(result: MakeResult) -> str:
     """Say what to type next.
 
     Args:

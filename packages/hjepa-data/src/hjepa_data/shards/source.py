@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from PIL import Image
 
 from hjepa_data.errors import DataError
 from hjepa_data.shards.cache import CacheConfig, RemoteShard, ShardCache
+from hjepa_data.shards.columns import SharedArrays
 from hjepa_data.shards.index import Int64Array, ShardIndex, index_shard
 from hjepa_data.shards.patterns import Pattern, Shard, expand_locations
 from hjepa_data.shards.remote import shown
@@ -31,34 +31,15 @@ _READ_AHEAD_BYTES = 1 << 20
 
 @dataclass(kw_only=True, slots=True)
 class RawSample:
-    """One sample as it lies in its shard.
+    """One sample as it lies in its source.
 
     Attributes:
-        image: encoded bytes.
+        image: encoded bytes; a PIL image from sources that hold no JPEG, PNG or WebP file.
         label: class number, -1 if unknown.
     """
 
-    image: bytes
+    image: bytes | Image.Image
     label: int
-
-
-class _Rows:
-    """Offset, length and label of each sample: arrays here, and shared memory on the way to another process."""
-
-    def __init__(self, offsets: Int64Array, lengths: Int64Array, labels: Int64Array) -> None:
-        self.offsets, self.lengths, self.labels = offsets, lengths, labels
-        self._shared: tuple[Tensor, ...] = ()
-
-    def __getstate__(self) -> tuple[Tensor, ...]:
-        # Tensors reach worker processes as handles, arrays as copies; the handles live as long as these tensors do.
-        if not self._shared:
-            columns = (self.offsets, self.lengths, self.labels)
-            self._shared = tuple(torch.from_numpy(column).clone() for column in columns)
-        return self._shared
-
-    def __setstate__(self, state: tuple[Tensor, ...]) -> None:
-        self._shared = state
-        self.offsets, self.lengths, self.labels = (column.numpy() for column in state)
 
 
 class ShardSource:
@@ -95,10 +76,10 @@ class ShardSource:
             found = list(pool.map(index, self.shards))
         parts = [part for part, _ in found]
         self._remote: dict[int, RemoteShard] = {n: remote for n, (_, remote) in enumerate(found) if remote is not None}
-        self.shard_sizes: Int64Array = np.array([len(part) for part in parts], dtype=np.int64)
-        self._ends: list[int] = np.cumsum(self.shard_sizes).tolist()
-        self._rows = _Rows(
-            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("offsets", "sizes", "labels"))
+        self.group_sizes: Int64Array = np.array([len(part) for part in parts], dtype=np.int64)
+        self._ends: list[int] = np.cumsum(self.group_sizes).tolist()
+        self._rows = SharedArrays(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ("offsets", "sizes", "labels")}
         )
         self._open: OrderedDict[int, int] = OrderedDict()
 
@@ -108,7 +89,7 @@ class ShardSource:
     @property
     def labels(self) -> Int64Array:
         """Class number of each sample, -1 if unknown, [len]."""
-        return self._rows.labels
+        return self._rows["labels"]
 
     def read(self, index: int) -> RawSample:
         """Read one sample.
@@ -126,7 +107,7 @@ class ShardSource:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = bisect_right(self._ends, index)
-        size, offset = self._rows.lengths.item(index), self._rows.offsets.item(index)
+        size, offset = self._rows["sizes"].item(index), self._rows["offsets"].item(index)
         try:
             image = os.pread(self._file(shard), size, offset)
         except OSError as error:
@@ -135,7 +116,7 @@ class ShardSource:
             raise DataError(
                 f"shard '{self._name(shard)}' changed while in use: {len(image)} of {size} bytes at byte {offset}"
             )
-        return RawSample(image=image, label=self._rows.labels.item(index))
+        return RawSample(image=image, label=self._rows["labels"].item(index))
 
     def read_ahead(self, shards: Iterable[int]) -> None:
         """Read whole shards once, from their start to their end, so that the system has them in its page cache.
@@ -173,7 +154,7 @@ class ShardSource:
         Returns:
             ``shard.tar: byte offset``.
         """
-        return f"{self._name(bisect_right(self._ends, index))}: byte {self._rows.offsets.item(index)}"
+        return f"{self._name(bisect_right(self._ends, index))}: byte {self._rows['offsets'].item(index)}"
 
     def close(self) -> None:
         """Close the files that this process holds open."""

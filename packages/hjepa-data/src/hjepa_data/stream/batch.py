@@ -53,3 +53,12 @@ class Batch:
         self.views = tuple(view.pin_memory() for view in self.views)
         self.labels, self.sample, self.epoch = (t.pin_memory() for t in (self.labels, self.sample, self.epoch))
         return self
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Say that a CUDA stream uses the batch, so that its memory is not used again before that is done.
+
+        Args:
+            stream: other than the one on which the batch was copied.
+        """
+        for tensor in (*self.views, self.labels, self.sample, self.epoch):
+            tensor.record_stream(stream)

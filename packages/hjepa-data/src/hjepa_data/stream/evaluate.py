@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hjepa_data.errors import refuse
-from hjepa_data.shards.source import ShardSource
+from hjepa_data.sources.base import Source
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
 from hjepa_data.stream.train import DEFAULT_MAX_PIXELS
-from hjepa_data.stream.worker import EvalTasks
+from hjepa_data.stream.worker import EvalTasks, UnreadablePolicy, unreadable_policy_of
 from hjepa_data.transforms.crop import Interpolation, interpolation_of, size_of
 
 __all__ = ["EvalConfig", "EvalStream"]
@@ -27,7 +27,10 @@ class EvalConfig:
         interpolation: bilinear or bicubic.
         max_samples: use this many samples, evenly spaced over the source; None uses all.
         workers: who loads them.
-        max_skipped_fraction: share of damaged images above which the stream stops (ten are always allowed).
+        unreadable: what happens when a shard is gone, cut off or cannot be fetched: ``stop`` with an error, or ``skip``
+            its samples, which are counted and missing as damaged images are.
+        max_skipped_fraction: share of the images left out by a rank in a pass, above which the stream stops (ten are
+            always allowed).
         max_pixels: images with more pixels are left out, undecoded.
     """
 
@@ -37,11 +40,13 @@ class EvalConfig:
     interpolation: Interpolation = Interpolation.BICUBIC
     max_samples: int | None = None
     workers: WorkerConfig = field(default_factory=WorkerConfig)
+    unreadable: UnreadablePolicy = UnreadablePolicy.STOP
     max_skipped_fraction: float = 0.01
     max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __post_init__(self) -> None:
         self.size = size_of(self.size)
+        self.unreadable = unreadable_policy_of(self.unreadable)
         self.interpolation = interpolation_of(self.interpolation)
         if self.batch_size < 1:
             refuse("batch_size", self.batch_size, "a batch holds images", "allowed: 1 and more")
@@ -52,7 +57,7 @@ class EvalConfig:
         if not 0 <= self.max_skipped_fraction <= 1:
             refuse("max_skipped_fraction", self.max_skipped_fraction, "no fraction", "allowed: 0 to 1")
 
-    def build(self, source: ShardSource, *, rank: int = 0, world_size: int = 1) -> EvalStream:
+    def build(self, source: Source, *, rank: int = 0, world_size: int = 1) -> EvalStream:
         """Build the stream of one rank.
 
         Args:
@@ -79,7 +84,7 @@ class EvalStream:
         world_size: parts of the samples.
     """
 
-    def __init__(self, config: EvalConfig, source: ShardSource, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, config: EvalConfig, source: Source, *, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
             refuse("rank", rank, f"no rank of world_size={world_size}", "allowed: 0 to world_size - 1")
         self.config = config
@@ -104,7 +109,14 @@ class EvalStream:
 
     def __iter__(self) -> Iterator[Batch]:
         config = self.config
-        tasks = EvalTasks(self.source, config.size, config.crop_fraction, config.interpolation, config.max_pixels)
+        tasks = EvalTasks(
+            self.source,
+            config.size,
+            config.crop_fraction,
+            config.interpolation,
+            config.max_pixels,
+            config.unreadable,
+        )
         starts = range(0, self.num_samples, config.batch_size)
         parts = [self._samples[start : start + config.batch_size] for start in starts]
         self._skips = SkipCount(config.max_skipped_fraction)

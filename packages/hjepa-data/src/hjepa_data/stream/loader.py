@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import signal
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
+from multiprocessing import connection
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hjepa_data.errors import DataError, WorkerError, one_line, refuse
+from hjepa_data.errors import DataError, WorkerError, refuse
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.worker import Loaded
 
 __all__ = ["SkipCount", "StartMethod", "WorkerConfig", "load"]
+
+_log = logging.getLogger(__name__)
+_LOOK = 1.0
 
 
 class StartMethod(StrEnum):
@@ -40,12 +47,15 @@ class WorkerConfig:
         prefetch: batches that each worker prepares ahead.
         pin_memory: hand out pinned memory where there is a CUDA device.
         start_method: how workers start; ``auto`` forks on Linux, which is at once, and spawns elsewhere.
+        timeout: longest wait for a batch, seconds, after which a worker is taken to hang; None waits for ever. It must
+            be longer than a shard may take to be fetched.
     """
 
     count: int = 0
     prefetch: int = 2
     pin_memory: bool = False
     start_method: StartMethod = StartMethod.AUTO
+    timeout: float | None = 1800.0
 
     def __post_init__(self) -> None:
         if self.count < 0:
@@ -56,10 +66,12 @@ class WorkerConfig:
             self.start_method = StartMethod(self.start_method)
         except ValueError:
             refuse("start_method", self.start_method, "no such way", f"allowed: {', '.join(StartMethod)}")
+        if self.timeout is not None and not 0 < self.timeout < float("inf"):
+            refuse("timeout", self.timeout, "no batch is so fast", "allowed: more than 0, seconds, or None")
 
 
 class SkipCount:
-    """Images that were left out, by reason, and the limit on their share.
+    """Images that one rank left out since its stream was built, by reason, and the limit on their share.
 
     Args:
         max_fraction: largest share; ten are always allowed, so that one bad image of a small set stops nobody.
@@ -73,7 +85,7 @@ class SkipCount:
         self.reasons: Counter[str] = Counter()
 
     def add(self, loaded: Loaded) -> Batch:
-        """Count what a worker left out.
+        """Count what a worker left out; the first of each reason is logged as a warning.
 
         Args:
             loaded: what came back from the worker.
@@ -86,14 +98,18 @@ class SkipCount:
         """
         if loaded.batch is None:
             raise DataError(loaded.error)
+        for reason, example in loaded.examples.items():
+            if reason not in self.reasons:
+                _log.warning("an image is left out (%s): %s; the next ones are only counted", reason, example)
         self.reasons.update({str(reason): number for reason, number in loaded.skipped.items()})
         self._seen += len(loaded.batch)
         total = self.reasons.total()
         if total > max(self._ALWAYS_ALLOWED, self._max_fraction * self._seen):
             reasons = ", ".join(f"{number} {reason}" for reason, number in self.reasons.most_common())
+            last = "; ".join(loaded.examples.values())
             raise DataError(
-                f"{total} of {self._seen} images were left out ({reasons}), more than max_skipped_fraction="
-                f"{self._max_fraction}; mend the shards, or raise the limit"
+                f"{total} of {self._seen} images were left out ({reasons}; the last: {last}), more than "
+                f"max_skipped_fraction={self._max_fraction}; mend the shards, or raise the limit"
             )
         return loaded.batch
 
@@ -110,7 +126,7 @@ def load(tasks: Dataset[Loaded], items: Iterable[Any], config: WorkerConfig) -> 
         What the workers give, in the order of the items.
 
     Raises:
-        WorkerError: a worker process died.
+        WorkerError: a worker process died, ran out of memory or gave nothing for ``timeout``.
     """
     workers = config.count > 0
     with warnings.catch_warnings():
@@ -132,14 +148,11 @@ def load(tasks: Dataset[Loaded], items: Iterable[Any], config: WorkerConfig) -> 
         # Python 3.12 warns of threads in the forking process; workers only decode and need no lock that these hold.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         batches = _started(loader)
-    return _guarded(batches)
+    return _guarded(batches, config) if workers else batches
 
 
 def _started(loader: DataLoader[Loaded]) -> Iterator[Loaded]:
-    """Start the workers, without the signal handler with which torch would raise at any line of the program.
-
-    A worker that died is found by the loader's own look every five seconds, in the call that waits for its batch.
-    """
+    """Start the workers, without the signal handler with which torch would raise at any line of the program."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
@@ -148,19 +161,62 @@ def _started(loader: DataLoader[Loaded]) -> Iterator[Loaded]:
     return batches
 
 
-def _guarded(batches: Iterator[Loaded]) -> Iterator[Loaded]:
+def _guarded(batches: Any, config: WorkerConfig) -> Iterator[Loaded]:  # noqa: ANN401 (its type is private)
+    """Hand out batches, and look at the workers every second while one is waited for."""
+    # The loader itself looks after five seconds in which no worker gave anything, and cannot say which one it was.
+    batches._get_data = partial(_await_data, batches, config.timeout)
+    try:
+        yield from batches
+    except WorkerError:
+        # The loader's own way to end workers waits for each of them.
+        for worker in batches._workers:
+            worker.kill()
+        raise
+    except MemoryError:
+        raise WorkerError("a worker ran out of memory; fewer workers or a smaller batch need less") from None
+    finally:
+        # Else the loader would refer to itself, and end its workers only when the garbage is collected.
+        del batches._get_data
+
+
+def _await_data(batches: Any, timeout: float | None) -> Any:  # noqa: ANN401
+    """Wait for what any worker gives next."""
+    began = time.monotonic()
     while True:
+        _check_workers(batches)
         try:
-            loaded = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
+            arrived, data = batches._try_get_data(_LOOK)
+        except Exception:
+            # Maybe a worker died while it handed over a batch; its sockets end a moment before it does.
+            connection.wait([worker.sentinel for worker in batches._workers], _LOOK)
+            _check_workers(batches)
+            raise
+        if arrived:
+            return data
+        if timeout is not None and time.monotonic() - began > timeout:
+            number = batches._task_info[batches._rcvd_idx][0]
             raise WorkerError(
-                f"{one_line(error)}; was it killed, or out of memory? fewer workers or a smaller batch need less"
-            ) from None
-        yield loaded
+                f"worker {number} (process {batches._workers[number].pid}) has given nothing for {timeout:g} s; "
+                "does its disk or network answer? the workers' timeout says how long to wait"
+            )
+
+
+def _check_workers(batches: Any) -> None:  # noqa: ANN401
+    for number, worker in enumerate(batches._workers):
+        if not worker.is_alive():
+            raise WorkerError(_obituary(number, worker)) from None
+    if batches._pin_memory and not batches._pin_memory_thread.is_alive():
+        raise WorkerError("the thread that moves batches into pinned memory died; its traceback is above")
+
+
+def _obituary(number: int, worker: Any) -> str:  # noqa: ANN401 (processes differ with their start method)
+    code = worker.exitcode
+    if code is not None and code < 0:
+        end = f"was ended by signal {-code} ({signal.strsignal(-code)})"
+    else:
+        end = f"ended with exit code {code}"
+    hint = "; out of memory? fewer workers or a smaller batch need less" if code == -signal.SIGKILL else ""
+    return f"worker {number} (process {worker.pid}) {end}{hint}"
 
 
 def _context(config: WorkerConfig) -> str:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from hjepa_data.errors import DataError, refuse
-from hjepa_data.shards.source import ShardSource
+from hjepa_data.sources.base import Source
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
-from hjepa_data.stream.order import StreamOrder
-from hjepa_data.stream.worker import Loaded, TrainTasks
+from hjepa_data.stream.order import order_of
+from hjepa_data.stream.worker import Loaded, TrainTasks, UnreadablePolicy, unreadable_policy_of
 from hjepa_data.transforms.crop import ViewGroup
 
 __all__ = ["DEFAULT_MAX_PIXELS", "StreamConfig", "TrainStream"]
@@ -25,12 +25,16 @@ class StreamConfig:
 
     Attributes:
         global_batch_size: images of a step over all ranks; each rank gets an equal part of them.
-        window_shards: shards that are shuffled together; more mix better and touch more files at a time.
+        window_shards: shards (or other groups of a source) that are shuffled together; more mix better and touch more
+            files at a time.
         views: groups of views that are cut out of each image.
         workers: who loads them.
         cache_bytes: decoded pixels that each worker keeps, bytes; small images are then decoded once, not in each
             epoch. The batches do not depend on it.
-        max_skipped_fraction: share of damaged images above which the stream stops (ten are always allowed).
+        unreadable: what happens when a shard is gone, cut off or cannot be fetched: ``stop`` with an error, or ``skip``
+            its samples, which are counted and replaced as damaged images are.
+        max_skipped_fraction: share of the images left out by a rank since it was built, above which the stream stops
+            (ten are always allowed).
         max_pixels: images with more pixels are left out, undecoded.
     """
 
@@ -39,11 +43,13 @@ class StreamConfig:
     views: tuple[ViewGroup, ...] = field(default_factory=lambda: (ViewGroup(),))
     workers: WorkerConfig = field(default_factory=WorkerConfig)
     cache_bytes: int = 0
+    unreadable: UnreadablePolicy = UnreadablePolicy.STOP
     max_skipped_fraction: float = 0.01
     max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __post_init__(self) -> None:
         self.views = tuple(self.views)
+        self.unreadable = unreadable_policy_of(self.unreadable)
         if self.global_batch_size < 1:
             refuse("global_batch_size", self.global_batch_size, "a batch holds images", "allowed: 1 and more")
         if self.window_shards < 1:
@@ -62,7 +68,7 @@ class StreamConfig:
         """Views of an image over all groups."""
         return sum(group.count for group in self.views)
 
-    def build(self, source: ShardSource, *, seed: int, rank: int = 0, world_size: int = 1) -> TrainStream:
+    def build(self, source: Source, *, seed: int, rank: int = 0, world_size: int = 1) -> TrainStream:
         """Build the stream of one rank.
 
         Args:
@@ -84,7 +90,7 @@ class TrainStream(Iterator[Batch]):
     """An endless iterator of batches.
 
     Step t takes the positions [tG, (t+1)G) of the global order, rank r its r-th part. What stands at a position depends
-    on the seed and the shards only, so batches do not depend on workers, ranks or interruptions. An epoch may end
+    on the seed and the source only, so batches do not depend on workers, ranks or interruptions. An epoch may end
     within a batch.
 
     Args:
@@ -95,9 +101,7 @@ class TrainStream(Iterator[Batch]):
         world_size: parts of a batch.
     """
 
-    def __init__(
-        self, config: StreamConfig, source: ShardSource, *, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, config: StreamConfig, source: Source, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
             refuse("rank", rank, f"no rank of world_size={world_size}", "allowed: 0 to world_size - 1")
         if config.global_batch_size % world_size:
@@ -109,11 +113,18 @@ class TrainStream(Iterator[Batch]):
             )
         self.config = config
         self.source = source
-        self._order = StreamOrder(source.shard_sizes, config.window_shards, seed)
+        self._order = order_of(source, config.window_shards, seed)
         self._count = config.global_batch_size // world_size
         self._offset = rank * self._count
         self._tasks = TrainTasks(
-            source, self._order, config.views, self._count, seed, config.max_pixels, config.cache_bytes
+            source,
+            self._order,
+            config.views,
+            self._count,
+            seed,
+            config.max_pixels,
+            config.cache_bytes,
+            config.unreadable,
         )
         self._position = 0
         self._batches: Iterator[Loaded] | None = None
@@ -134,9 +145,13 @@ class TrainStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            starts = count(self._position + self._offset, self.config.global_batch_size)
-            self._batches = load(self._tasks, starts, self.config.workers)
-        batch = self._skips.add(next(self._batches))
+            self._batches = load(self._tasks, self._starts(), self.config.workers)
+        try:
+            batch = self._skips.add(next(self._batches))
+        except BaseException:
+            # The batches that come next are not those of this position.
+            self.close()
+            raise
         self._position += self.config.global_batch_size
         return batch
 
@@ -144,7 +159,8 @@ class TrainStream(Iterator[Batch]):
         """Say where the stream stands after the batches that were handed out, not those prepared ahead.
 
         Returns:
-            epoch and position in it (the same on every rank), the number of samples, and a hash of the order.
+            epoch and position in it (the same on every rank), the number of samples, and a hash of the order. An epoch
+            of a mixture with weights is as many positions as it has samples.
         """
         epoch, position = divmod(self._position, self.samples_per_epoch)
         return {
@@ -161,19 +177,24 @@ class TrainStream(Iterator[Batch]):
             state: what ``state_dict`` gave.
 
         Raises:
-            DataError: the state belongs to other shards, another seed or another ``window_shards``.
+            DataError: the state belongs to another source, seed, ``window_shards`` or weights.
         """
         if int(state["samples"]) != self.samples_per_epoch:
             raise DataError(
-                f"the saved stream had {state['samples']} samples, these shards have {self.samples_per_epoch}: its "
-                "order cannot be continued; give the same shards, or start anew"
+                f"the saved stream had {state['samples']} samples, this source has {self.samples_per_epoch}: its "
+                "order cannot be continued; give the same source, or start anew"
             )
         if int(state["order"]) != self._order.fingerprint:
             raise DataError(
-                "the saved stream had another order; give the same shards, seed and window_shards, or start anew"
+                "the saved stream had another order; give the same source, seed, window_shards and weights, or start "
+                "anew"
             )
         self.close()
         self._position = int(state["epoch"]) * self.samples_per_epoch + int(state["position"])
+
+    def _starts(self) -> Iterator[int]:
+        """Position of the first image in each batch of this rank, from here on."""
+        return count(self._position + self._offset, self.config.global_batch_size)
 
     def close(self) -> None:
         """End the workers; the stream goes on with new ones when it is asked for a batch."""

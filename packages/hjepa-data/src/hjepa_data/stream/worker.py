@@ -5,21 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Self
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from hjepa_data.errors import DataError
+from hjepa_data.errors import DataError, refuse
 from hjepa_data.shards.index import Int64Array
-from hjepa_data.shards.source import ShardSource
+from hjepa_data.shards.source import RawSample
+from hjepa_data.sources.base import Source
 from hjepa_data.stream.batch import Batch
-from hjepa_data.stream.order import StreamOrder
+from hjepa_data.stream.order import Order
 from hjepa_data.transforms.crop import Interpolation, Pixels, ViewGroup, center_crop, random_views
-from hjepa_data.transforms.decode import SMALLEST_SHRINK, SkipImageError, Upright, open_image
+from hjepa_data.transforms.decode import SMALLEST_SHRINK, SkipImageError, SkipReason, Upright, open_image
 
-__all__ = ["EvalTasks", "Loaded", "TrainTasks"]
+__all__ = ["EvalTasks", "Loaded", "TrainTasks", "UnreadablePolicy", "unreadable_policy_of"]
 
 # A run of so many damaged images is no accident.
 _MAX_REPLACEMENTS = 1000
@@ -29,6 +31,21 @@ _BYTES_PER_PIXEL = 4
 _BYTES_PER_IMAGE = 1024
 
 
+class UnreadablePolicy(StrEnum):
+    """What happens when a sample cannot be read because its shard is gone, cut off or cannot be fetched."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+def unreadable_policy_of(value: str) -> UnreadablePolicy:
+    """Read a policy by name, with a helpful refusal."""
+    try:
+        return UnreadablePolicy(value)
+    except ValueError:
+        refuse("unreadable", value, "no such policy", f"allowed: {', '.join(UnreadablePolicy)}")
+
+
 @dataclass(kw_only=True, slots=True)
 class Loaded:
     """What comes back from a worker.
@@ -36,12 +53,20 @@ class Loaded:
     Attributes:
         batch: the batch; None if the worker met an error.
         skipped: images that were left out, by reason.
+        examples: where the first image of each reason lies.
         error: the one-line message of a data error.
     """
 
-    batch: Batch | None
+    batch: Batch | None = None
     skipped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
     error: str | None = None
+
+    def leave_out(self, skip: SkipImageError, where: str) -> None:
+        """Count an image that is left out."""
+        reason = str(skip.reason)
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        self.examples.setdefault(reason, where if str(skip) == reason else str(skip))
 
     def pin_memory(self) -> Self:
         """Pin the batch; called by the loader."""
@@ -53,8 +78,8 @@ class Loaded:
 class TrainTasks(Dataset[Loaded]):
     """Batches of random views by their first global position.
 
-    A damaged image is counted at its own position, which shows the next decodable image of the order instead. What a
-    position shows is so a pure function of the position.
+    An image that is left out is counted at its own position, which shows the next good image of the order instead. What
+    a position shows is so a pure function of the position, and of what can be read.
 
     Args:
         source: the samples.
@@ -64,17 +89,19 @@ class TrainTasks(Dataset[Loaded]):
         seed: of the crops and flips.
         max_pixels: larger images are left out.
         cache_bytes: decoded pixels that are kept.
+        unreadable: what happens to samples that cannot be read.
     """
 
     def __init__(
         self,
-        source: ShardSource,
-        order: StreamOrder,
+        source: Source,
+        order: Order,
         groups: tuple[ViewGroup, ...],
         count: int,
         seed: int,
         max_pixels: int,
         cache_bytes: int = 0,
+        unreadable: UnreadablePolicy = UnreadablePolicy.STOP,
     ) -> None:
         self._source = source
         self._order = order
@@ -84,7 +111,8 @@ class TrainTasks(Dataset[Loaded]):
         self._max_pixels = max_pixels
         self._cache: dict[int, Upright] = {}
         self._cache_left = cache_bytes
-        self._announced: set[tuple[int, int]] = set()
+        self._unreadable = unreadable
+        self._announced: set[tuple[int, ...]] = set()
 
     def __getitem__(self, start: int) -> Loaded:
         """Load the batch whose first image stands at a position."""
@@ -100,7 +128,7 @@ class TrainTasks(Dataset[Loaded]):
             torch.empty((self._count, 3, *g.size), dtype=torch.uint8) for g in self._groups for _ in range(g.count)
         ]
         pixels = [view.numpy() for view in views]
-        skipped: dict[str, int] = {}
+        loaded = Loaded()
         for row in range(self._count):
             for ahead in range(_MAX_REPLACEMENTS):
                 if ahead:
@@ -109,13 +137,14 @@ class TrainTasks(Dataset[Loaded]):
                     self._write(int(epochs[row]), int(samples[row]), pixels, row)
                 except SkipImageError as skip:
                     if ahead == 0:
-                        skipped[skip.reason] = skipped.get(skip.reason, 0) + 1
+                        loaded.leave_out(skip, self._source.locate(int(samples[row])))
                     continue
                 break
             else:
                 where = self._source.locate(int(samples[row]))
                 raise DataError(f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last at {where}")
-        return Loaded(batch=_batch(views, self._source.labels[samples], samples, epochs), skipped=skipped)
+        loaded.batch = _batch(views, self._source.labels[samples], samples, epochs)
+        return loaded
 
     def _read_ahead(self, start: int) -> None:
         """Have the shards of this window and of the next one read, once, by one of the workers."""
@@ -132,7 +161,8 @@ class TrainTasks(Dataset[Loaded]):
     def _write(self, epoch: int, sample: int, pixels: list[Pixels], row: int) -> None:
         upright = self._cache.get(sample)
         if upright is None:
-            upright = self._kept(sample, open_image(self._source.read(sample).image, max_pixels=self._max_pixels))
+            raw = _read(self._source, sample, self._unreadable)
+            upright = self._kept(sample, open_image(raw.image, max_pixels=self._max_pixels))
         random_views(upright, self._groups, (self._seed, _CROP, epoch, sample), pixels, row)
 
     def _kept(self, sample: int, upright: Upright) -> Upright:
@@ -156,21 +186,24 @@ class EvalTasks(Dataset[Loaded]):
         crop_fraction: part of the sides that is kept.
         interpolation: bilinear or bicubic.
         max_pixels: larger images are left out.
+        unreadable: what happens to samples that cannot be read.
     """
 
     def __init__(
         self,
-        source: ShardSource,
+        source: Source,
         size: tuple[int, ...],
         crop_fraction: float,
         interpolation: Interpolation,
         max_pixels: int,
+        unreadable: UnreadablePolicy = UnreadablePolicy.STOP,
     ) -> None:
         self._source = source
         self._size = size
         self._crop_fraction = crop_fraction
         self._interpolation = interpolation
         self._max_pixels = max_pixels
+        self._unreadable = unreadable
 
     def __getitem__(self, samples: Sequence[int]) -> Loaded:
         """Load these samples."""
@@ -183,19 +216,30 @@ class EvalTasks(Dataset[Loaded]):
         view = torch.empty((len(samples), 3, *self._size), dtype=torch.uint8)
         pixels = view.numpy()
         kept: list[tuple[int, int]] = []
-        skipped: dict[str, int] = {}
+        loaded = Loaded()
         for sample in samples:
-            raw = self._source.read(sample)
             try:
+                raw = _read(self._source, sample, self._unreadable)
                 upright = open_image(raw.image, max_pixels=self._max_pixels)
                 center_crop(upright, self._size, self._crop_fraction, self._interpolation, pixels[len(kept)])
             except SkipImageError as skip:
-                skipped[skip.reason] = skipped.get(skip.reason, 0) + 1
+                loaded.leave_out(skip, self._source.locate(sample))
                 continue
             kept.append((sample, raw.label))
         rows = np.array(kept, dtype=np.int64).reshape(-1, 2)
-        batch = _batch([view[: len(kept)]], rows[:, 1].copy(), rows[:, 0].copy(), np.zeros(len(kept), dtype=np.int64))
-        return Loaded(batch=batch, skipped=skipped)
+        loaded.batch = _batch(
+            [view[: len(kept)]], rows[:, 1].copy(), rows[:, 0].copy(), np.zeros(len(kept), dtype=np.int64)
+        )
+        return loaded
+
+
+def _read(source: Source, sample: int, unreadable: UnreadablePolicy) -> RawSample:
+    try:
+        return source.read(sample)
+    except DataError as error:
+        if unreadable is UnreadablePolicy.STOP:
+            raise
+        raise SkipImageError(SkipReason.UNREADABLE, str(error)) from None
 
 
 def _batch(views: list[torch.Tensor], labels: Int64Array, samples: Int64Array, epochs: Int64Array) -> Batch:

@@ -2,7 +2,9 @@
 
 Tint, brightness, contrast, saturation, hue and greyscale are affine in the colour of a pixel: their product is one
 3x3 matrix and one offset for an image: one pass over the pixels. Hue turns the chroma plane of YIQ, which is close to a
-shift of HSV's hue. Between the steps nothing is clipped; the order is fixed.
+shift of HSV's hue. Between these steps nothing is clipped; then come blur and solarization, in the order of BYOL.
+
+Source: Grill et al., "Bootstrap your own latent" (arXiv 2006.07733), appendix B.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ class ColorConfig:
         hue: turns are drawn from -h to h, in full turns; at most 0.5.
         grayscale: probability of a grey image.
         tint: gain of each channel, drawn from exp(-t) to exp(t) log-uniformly, for every image: other light.
-        blur: probability of a Gaussian blur.
-        blur_sigma: range of the blur's standard deviation, pixels.
+        blur: probability of a Gaussian blur; 1, 0.1 and 0.5 for the two global and the local views of DINO.
+        blur_sigma: range of the blur's standard deviation, pixels; uniform. The kernel reaches three times as far.
         solarize: probability that values above the threshold are inverted.
         solarize_threshold: from 0 to 1.
     """
@@ -126,14 +128,14 @@ class ColorAugment:
         flat = pixels.flatten(2)
         matrix, offset = _color_affine(config, draws, flat.mean(2))
         pixels = torch.baddbmm(offset, matrix, flat).clamp_(0, 1).view_as(pixels)
-        if config.solarize:
-            chosen = _per_image(draws[:, 7] < config.solarize, pixels)
-            pixels = torch.where(chosen & (pixels >= config.solarize_threshold), 1 - pixels, pixels)
         if config.blur:
             low, high = config.blur_sigma
             # A blur this narrow is the identity in float32, so the images that were not chosen pass unchanged.
             sigma = torch.where(draws[:, 6] < config.blur, low + (high - low) * draws[:, 8], 1e-3)
             pixels = _gaussian_blur(pixels, sigma, high)
+        if config.solarize:
+            chosen = _per_image(draws[:, 7] < config.solarize, pixels)
+            pixels = torch.where(chosen & (pixels >= config.solarize_threshold), 1 - pixels, pixels)
         return pixels
 
 
@@ -217,7 +219,8 @@ def _per_image(values: Tensor, images: Tensor) -> Tensor:
 def _gaussian_blur(
     images: Float[Tensor, "B C *S"], sigma: Float[Tensor, " B"], largest: float
 ) -> Float[Tensor, "B C *S"]:
-    radius = max(1, min(math.ceil(2 * largest), min(images.shape[-2:]) - 1))
+    # Three deviations hold 99.7 % of the kernel; with two a blur is a tenth narrower than its name.
+    radius = max(1, min(math.ceil(3 * largest), min(images.shape[-2:]) - 1))
     place = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-(place**2) / (2 * sigma[:, None] ** 2))
     kernel = kernel / kernel.sum(1, keepdim=True)

@@ -47,13 +47,19 @@ class SkipReason(StrEnum):
     UNDECODABLE = "undecodable"
     TRUNCATED = "truncated"
     TOO_LARGE = "too_large"
+    UNREADABLE = "unreadable"
 
 
 class SkipImageError(Exception):
-    """An image is left out; the reason is counted."""
+    """An image is left out; the reason is counted.
 
-    def __init__(self, reason: SkipReason) -> None:
-        super().__init__(reason.value)
+    Args:
+        reason: what is counted.
+        detail: more about it, in one line.
+    """
+
+    def __init__(self, reason: SkipReason, detail: str = "") -> None:
+        super().__init__(detail or reason.value)
         self.reason = reason
 
 
@@ -103,11 +109,11 @@ class Upright:
         return image
 
 
-def open_image(data: bytes, *, max_pixels: int, any_format: bool = False) -> Upright:
+def open_image(data: bytes | Image.Image, *, max_pixels: int, any_format: bool = False) -> Upright:
     """Read the header of an encoded image.
 
     Args:
-        data: bytes of a JPEG, PNG or WebP file.
+        data: bytes of a JPEG, PNG or WebP file, or an image that Pillow opened.
         max_pixels: images with more pixels are refused before they are decoded.
         any_format: read whatever Pillow reads, not only the three.
 
@@ -119,8 +125,15 @@ def open_image(data: bytes, *, max_pixels: int, any_format: bool = False) -> Upr
     """
     if not data:
         raise SkipImageError(SkipReason.EMPTY)
+    # The decoder of WebP takes memory for all pixels as soon as it is opened.
+    width, height = _webp_size(data) if isinstance(data, bytes) else (0, 0)
+    if width * height > max_pixels:
+        raise SkipImageError(SkipReason.TOO_LARGE)
     try:
-        image = Image.open(io.BytesIO(data), formats=None if any_format else _FORMATS)
+        if isinstance(data, Image.Image):
+            image = data
+        else:
+            image = Image.open(io.BytesIO(data), formats=None if any_format else _FORMATS)
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise SkipImageError(SkipReason.TOO_LARGE) from None
@@ -133,6 +146,22 @@ def open_image(data: bytes, *, max_pixels: int, any_format: bool = False) -> Upr
     if orientation in {5, 6, 7, 8}:
         width, height = height, width
     return Upright(image=image, turn=turn, width=width, height=height)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height in the header of a WebP; (0, 0) for anything else.
+
+    Source: RFC 9649, sections 2.5 to 2.7.
+    """
+    header = data[12:30]
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(header) < 18:
+        return 0, 0
+    if header[:4] == b"VP8X":
+        return 1 + int.from_bytes(header[12:15], "little"), 1 + int.from_bytes(header[15:18], "little")
+    if header[:4] == b"VP8L":
+        bits = int.from_bytes(header[9:13], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(header[14:16], "little") & 0x3FFF, int.from_bytes(header[16:18], "little") & 0x3FFF
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

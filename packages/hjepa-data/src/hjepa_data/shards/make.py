@@ -1,7 +1,7 @@
-"""Make shards from a folder of images: plan which file goes where, then write shards in parallel.
+"""Make shards of a folder of images, or of other sources: plan which image goes where, then write in parallel.
 
-The plan depends on names and sizes only, so that any number of workers writes the same shards. Files are ordered by the
-hash of their path: each shard is a fair mixture of the folder.
+The plan depends on names and sizes only, so that any number of workers writes the same shards. Images are ordered by
+the hash of their name (path, or number): each shard is a fair mixture of them all.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 
 from PIL import Image
@@ -22,18 +21,20 @@ from PIL import Image
 from hjepa_data.errors import DataError, refuse
 from hjepa_data.shards.index import index_path
 from hjepa_data.shards.pool import map_in_order
-from hjepa_data.shards.write import ShardWriter, encode_png, image_extension
+from hjepa_data.shards.write import ShardWriter, encode_png
+from hjepa_data.sources.base import Source
+from hjepa_data.sources.files import FileSource
+from hjepa_data.sources.layout import digest_of, read_layout
+from hjepa_data.sources.mixture import MixtureSource
 from hjepa_data.transforms.decode import SkipImageError, open_image
 
-__all__ = ["Encoding", "FolderConfig", "FolderPlan", "FolderResult", "make_shards", "plan_folder"]
+__all__ = ["Encoding", "MakeConfig", "MakePlan", "MakeResult", "make_shards", "plan_folder", "plan_sources"]
 
-_COPIED = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp"})
-_CONVERTED = frozenset({".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
-_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "eval", "test"})
 _CLASS_LIST = "classes.json"
 _TAR_BLOCK = 512
 _SIZE_UNKNOWN = 1 << 62
 _MAX_QUALITY = 100
+_MEASURED = 64
 
 
 class Encoding(StrEnum):
@@ -46,18 +47,19 @@ class Encoding(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
-class FolderConfig:
-    """How a folder becomes shards.
+class MakeConfig:
+    """How images become shards.
 
     Attributes:
-        shard_bytes: size of a shard, bytes (of the source files, if they are resized).
+        shard_bytes: size of a shard, bytes (of the source files, if they are resized; estimated from some of the
+            images where they lie in no files).
         samples_per_shard: samples of a shard; overrides ``shard_bytes``.
         workers: processes that write.
         resize: longest allowed shorter side, pixels; larger images are re-encoded. None copies every byte.
         encoding: format of every image; ``keep`` copies the bytes of a JPEG, PNG or WebP that needs no resizing.
         quality: of the images that are re-encoded as JPEG or WebP, 1 to 100.
-        val_fraction: part of the images that goes to ``val-*.tar``, chosen by the hash of the path.
-        labels: whether the first folder level names the class; None finds out.
+        val_fraction: part of the images that goes to ``val-*.tar``, chosen by the hash of the name.
+        labels: whether there are class numbers: the first folder level names the class; None finds out.
         check: decode every image, so that damaged ones are left out now and not in each epoch.
         overwrite: replace shards of the same names.
         max_pixels: images with more pixels are left out.
@@ -92,7 +94,7 @@ class FolderConfig:
 
 @dataclass(slots=True)
 class _Image:
-    path: str
+    index: int
     key: str
     label: int | None
     size: int
@@ -106,16 +108,18 @@ class _Shard:
 
 
 @dataclass(slots=True)
-class FolderPlan:
-    """Which file goes where.
+class MakePlan:
+    """Which image goes where.
 
     Attributes:
+        source: where the images lie.
         shards: what each shard is to hold.
         classes: names of the classes by number; empty without labels.
         left_out: files that are left out already, by reason.
         splits: names of the splits.
     """
 
+    source: Source
     shards: list[_Shard]
     classes: list[str]
     left_out: Counter[str]
@@ -123,12 +127,12 @@ class FolderPlan:
 
     @property
     def num_images(self) -> int:
-        """Files that will be read."""
+        """Images that will be read."""
         return sum(len(shard.images) for shard in self.shards)
 
 
 @dataclass(slots=True)
-class FolderResult:
+class MakeResult:
     """What was written.
 
     Attributes:
@@ -148,7 +152,7 @@ class FolderResult:
     classes: list[str] = field(default_factory=list)
 
 
-def plan_folder(folder: Path, config: FolderConfig) -> FolderPlan:
+def plan_folder(folder: Path, config: MakeConfig) -> MakePlan:
     """Decide which file goes where.
 
     Args:
@@ -161,49 +165,87 @@ def plan_folder(folder: Path, config: FolderConfig) -> FolderPlan:
     Raises:
         DataError: no such folder, or no image in it.
     """
-    if not folder.is_dir():
-        raise DataError(f"no such folder '{folder}'" + (": it is a file" if folder.exists() else ""))
-    left_out: Counter[str] = Counter()
-    found = list(_find(folder, left_out))
-    if not found:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common()) or "it is empty"
-        raise DataError(
-            f"no image in '{folder}' ({reasons}); images are {', '.join(sorted(_COPIED | _CONVERTED))} files"
-        )
-    tops = {relative.parts[0] for relative, _ in found}
-    split_by_folder = tops <= _SPLITS and all(len(relative.parts) > 1 for relative, _ in found)
-    inner = [Path(*relative.parts[1:]) if split_by_folder else relative for relative, _ in found]
-    labels = all(len(path.parts) > 1 for path in inner) if config.labels is None else config.labels
-    if labels and not all(len(path.parts) > 1 for path in inner):
-        raise DataError(
-            f"'{folder}' has images outside of class folders; move them into one, or make shards without labels"
-        )
-    classes = sorted({path.parts[0] for path in inner}) if labels else []
-    number = {name: place for place, name in enumerate(classes)}
-    by_split: dict[str, list[tuple[bytes, _Image]]] = {}
-    keys: Counter[str] = Counter()
-    for (relative, size), path in zip(found, inner, strict=True):
-        digest = blake2b(relative.as_posix().encode("utf-8", "surrogateescape"), digest_size=16).digest()
-        split = relative.parts[0] if split_by_folder else _split_of(digest, config.val_fraction)
-        key = _key(path)
-        keys[f"{split}/{key}"] += 1
-        if keys[f"{split}/{key}"] > 1:
+    layout = read_layout(folder, labels=config.labels)
+    source = FileSource(layout.names, layout.labels, root=str(folder))
+    planner = _Planner(config, layout.left_out)
+    for index, name in enumerate(layout.names):
+        split = name.partition("/")[0] if layout.by_split else None
+        label = source.labels.item(index) if layout.classes else None
+        planner.add(index, name, split, _key(layout.inner(name)), label, source.size_of(index))
+    return planner.plan(source, layout.classes)
+
+
+def plan_sources(sources: Mapping[str, Source], classes: Sequence[str], config: MakeConfig) -> MakePlan:
+    """Decide which image goes where.
+
+    Args:
+        sources: by the names of their splits; of several, each keeps its split.
+        classes: names of the classes by number, or nothing.
+        config: how.
+
+    Returns:
+        The plan.
+    """
+    whole = MixtureSource(list(sources.values()))
+    planner = _Planner(config, Counter())
+    first = 0
+    for split, source in sources.items():
+        size = _mean_size(source, config)
+        for number, label in enumerate(source.labels.tolist()):
+            key = f"{number:09d}"
+            name, own = (f"{split}/{key}", split) if len(sources) > 1 else (key, None if config.val_fraction else split)
+            planner.add(
+                first + number, name, own, key, label if label >= 0 and config.labels is not False else None, size
+            )
+        first += len(source)
+    return planner.plan(whole, list(classes) if config.labels is not False else [])
+
+
+def _mean_size(source: Source, config: MakeConfig) -> int:
+    """Mean size of some evenly spaced images as they are written, bytes."""
+    sizes = []
+    for place in range(min(_MEASURED, len(source))):
+        try:
+            sizes.append(len(_encoded(source.read(place * len(source) // min(_MEASURED, len(source))).image, config)))
+        except SkipImageError:
+            continue
+    return sum(sizes) // max(1, len(sizes))
+
+
+class _Planner:
+    """Gathers images and deals them to shards."""
+
+    def __init__(self, config: MakeConfig, left_out: Counter[str]) -> None:
+        self._config = config
+        self._left_out = left_out
+        self._by_split: dict[str, list[tuple[bytes, _Image]]] = {}
+        self._keys: Counter[str] = Counter()
+
+    def add(self, index: int, name: str, split: str | None, key: str, label: int | None, size: int) -> None:
+        """Add an image: by its name it is ordered and, without a split of its own, split."""
+        digest = digest_of(name)
+        split = split or _split_of(digest, self._config.val_fraction)
+        self._keys[f"{split}/{key}"] += 1
+        if self._keys[f"{split}/{key}"] > 1:
             key = f"{key}_{digest.hex()[:8]}"
-        image = _Image(str(folder / relative), key, number[path.parts[0]] if labels else None, size)
-        by_split.setdefault(split, []).append((digest, image))
-    shards = [
-        _Shard(split, place, images)
-        for split in sorted(by_split, key=lambda name: (not name.startswith("train"), name))
-        for place, images in enumerate(
-            _cut([image for _, image in sorted(by_split[split], key=lambda e: e[0])], config)
-        )
-    ]
-    return FolderPlan(shards, classes, left_out, list(dict.fromkeys(shard.split for shard in shards)))
+        self._by_split.setdefault(split, []).append((digest, _Image(index, key, label, size)))
+
+    def plan(self, source: Source, classes: list[str]) -> MakePlan:
+        """Cut the images of each split into shards."""
+        splits = sorted(self._by_split, key=lambda name: (not name.startswith("train"), name))
+        shards = [
+            _Shard(split, place, images)
+            for split in splits
+            for place, images in enumerate(
+                _cut([image for _, image in sorted(self._by_split[split], key=lambda e: e[0])], self._config)
+            )
+        ]
+        return MakePlan(source, shards, classes, self._left_out, splits)
 
 
 def make_shards(
-    plan: FolderPlan, out: Path, config: FolderConfig, progress: Callable[[int], None] = lambda _: None
-) -> FolderResult:
+    plan: MakePlan, out: Path, config: MakeConfig, progress: Callable[[int], None] = lambda _: None
+) -> MakeResult:
     """Write the shards of a plan.
 
     Args:
@@ -220,10 +262,10 @@ def make_shards(
     """
     out.mkdir(parents=True, exist_ok=True)
     _clear(plan, out, config.overwrite)
-    result = FolderResult(classes=plan.classes, left_out=plan.left_out.copy())
+    result = MakeResult(classes=plan.classes, left_out=plan.left_out.copy())
     if plan.classes:
         (out / _CLASS_LIST).write_text(json.dumps(plan.classes, indent=1, ensure_ascii=False) + "\n")
-    write = partial(_write_shard, out=out, config=config)
+    write = partial(_write_shard, source=plan.source, out=out, config=config)
     for shard, path, written, left_out in map_in_order(
         write, plan.shards, workers=config.workers, started=lambda: progress(0)
     ):
@@ -247,29 +289,28 @@ def make_shards(
 _Written = tuple[_Shard, Path, int, list[tuple[str, str]]]
 
 
-def _write_shard(shard: _Shard, out: Path, config: FolderConfig) -> _Written:
+def _write_shard(shard: _Shard, source: Source, out: Path, config: MakeConfig) -> _Written:
     left_out: list[tuple[str, str]] = []
     written = 0
     with ShardWriter(out, prefix=shard.split, max_bytes=_SIZE_UNKNOWN, first=shard.number) as writer:
         for image in shard.images:
             try:
-                data = _encoded(Path(image.path), config)
+                data = _encoded(source.read(image.index).image, config)
             except SkipImageError as skip:
-                left_out.append((image.path, str(skip.reason)))
-            except OSError as error:
-                left_out.append((image.path, f"unreadable ({error.strerror})"))
+                left_out.append((source.locate(image.index), str(skip.reason)))
+            except DataError:
+                left_out.append((source.locate(image.index), "unreadable"))
             else:
                 writer.write(data, label=image.label, key=image.key)
                 written += 1
     return shard, out / f"{shard.split}-{shard.number:06d}.tar", written, left_out
 
 
-def _encoded(path: Path, config: FolderConfig) -> bytes:
-    """Read an image as it goes into the shard: its own bytes, unless it must be resized or its format is not read."""
-    data = path.read_bytes()
-    upright = open_image(data, max_pixels=config.max_pixels, any_format=True)
-    if image_extension(data) is None:
-        data = encode_png(upright.decode(1.0))
+def _encoded(image: bytes | Image.Image, config: MakeConfig) -> bytes:
+    """Give an image as it goes into the shard: its own bytes, unless it must be resized or its format is not read."""
+    upright = open_image(image, max_pixels=config.max_pixels)
+    data = image if isinstance(image, bytes) else encode_png(upright.decode(1.0))
+    if data is not image:
         upright = open_image(data, max_pixels=config.max_pixels)
     # Phones store several pictures in one JPEG, which Pillow calls MPO.
     kind = upright.image.format if upright.image.format in {"PNG", "WEBP"} else "JPEG"
@@ -278,8 +319,8 @@ def _encoded(path: Path, config: FolderConfig) -> bytes:
     if config.resize is not None and shorter > config.resize:
         factor = shorter / config.resize
         size = (max(1, round(upright.width / factor)), max(1, round(upright.height / factor)))
-        image = upright.decode(factor / 2).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-        return _encode(image, "JPEG" if config.encoding == Encoding.KEEP and kind == "WEBP" else wanted, config.quality)
+        small = upright.decode(factor / 2).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        return _encode(small, "JPEG" if config.encoding == Encoding.KEEP and kind == "WEBP" else wanted, config.quality)
     if wanted != kind:
         return _encode(upright.decode(1.0), wanted, config.quality)
     if config.check:
@@ -296,30 +337,8 @@ def _encode(image: Image.Image, kind: str | None, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _find(folder: Path, left_out: Counter[str]) -> Iterator[tuple[Path, int]]:
-    seen: set[str] = set()
-    for base, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(base)
-        if real in seen:
-            # A link leads back to a folder that was read already.
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(base, name)
-            if name.startswith("."):
-                left_out["hidden"] += 1
-            elif path.suffix.lower() not in _COPIED | _CONVERTED:
-                left_out["not an image"] += 1
-            elif not path.exists():
-                left_out["broken link"] += 1
-            else:
-                yield path.relative_to(folder), path.stat().st_size
-
-
-def _key(path: Path) -> str:
-    return path.with_suffix("").as_posix().replace(".", "_").replace(" ", "_")
+def _key(name: str) -> str:
+    return os.path.splitext(name)[0].replace(".", "_").replace(" ", "_")
 
 
 def _split_of(digest: bytes, val_fraction: float) -> str:
@@ -327,7 +346,7 @@ def _split_of(digest: bytes, val_fraction: float) -> str:
     return "val" if int.from_bytes(digest[8:], "big") < val_fraction * 2.0**64 else "train"
 
 
-def _cut(images: list[_Image], config: FolderConfig) -> Iterator[list[_Image]]:
+def _cut(images: list[_Image], config: MakeConfig) -> Iterator[list[_Image]]:
     if config.samples_per_shard is not None:
         for first in range(0, len(images), config.samples_per_shard):
             yield images[first : first + config.samples_per_shard]
@@ -353,7 +372,7 @@ def _size_in_tar(image: _Image) -> int:
     return blocks * _TAR_BLOCK
 
 
-def _clear(plan: FolderPlan, out: Path, overwrite: bool) -> None:
+def _clear(plan: MakePlan, out: Path, overwrite: bool) -> None:
     old = [path for split in plan.splits for path in sorted(out.glob(f"{split}-[0-9]*.tar"))]
     if old and not overwrite:
         raise DataError(f"'{out}' holds shards already, such as '{old[0].name}'; give another folder, or --overwrite")

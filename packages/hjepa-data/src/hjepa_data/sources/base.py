@@ -1,0 +1,81 @@
+"""What a stream needs to know of samples, wherever they lie."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from hjepa_data.errors import refuse
+from hjepa_data.shards.index import Int64Array
+from hjepa_data.shards.source import RawSample
+from hjepa_data.shards.write import image_extension
+from hjepa_data.transforms.decode import open_image
+
+__all__ = ["Source", "group_sizes_of", "raw_image"]
+
+
+class Source(Protocol):
+    """Numbered samples in groups: group g holds ``group_sizes[g]`` consecutive ones, which are read together.
+
+    Worker processes get a copy, forked or pickled.
+    """
+
+    @property
+    def group_sizes(self) -> Int64Array:
+        """Number of samples in each group, [G]; their sum is the number of samples."""
+
+    @property
+    def labels(self) -> Int64Array:
+        """Class number of each sample, -1 if unknown, [len]."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> RawSample:
+        """Read one sample by its number; a ``SkipImageError`` says that it is to be left out and counted."""
+
+    def read_ahead(self, groups: Iterable[int]) -> None:
+        """Have groups at hand before their samples are read, where that saves time."""
+
+    def locate(self, index: int) -> str:
+        """Say where a sample lies, for messages."""
+
+    def close(self) -> None:
+        """Close what this process holds open."""
+
+
+def group_sizes_of(total: int, group_size: int | None) -> Int64Array:
+    """Cut samples into groups.
+
+    Args:
+        total: number of samples.
+        group_size: samples of a group, of which the last may be smaller; None makes one group of all.
+
+    Returns:
+        Number of samples in each group.
+    """
+    if group_size is None:
+        return np.array([total], dtype=np.int64)
+    if group_size < 1:
+        refuse("group_size", group_size, "a group holds at least one sample", "allowed: 1 and more, or None for all")
+    return np.diff(np.append(np.arange(0, total, group_size), total)).astype(np.int64)
+
+
+def raw_image(data: bytes) -> bytes | Image.Image:
+    """Keep the bytes of a JPEG, PNG or WebP file, and open any other image.
+
+    Args:
+        data: content of a file.
+
+    Returns:
+        The bytes, or an image whose pixels are not decoded yet.
+
+    Raises:
+        SkipImageError: the bytes are no image.
+    """
+    if not data or image_extension(data) is not None:
+        return data
+    return open_image(data, max_pixels=sys.maxsize, any_format=True).image

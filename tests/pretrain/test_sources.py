@@ -1,0 +1,55 @@
+"""What `data.train` may name: shards, a folder of images, several of them with weights."""
+
+import pytest
+from PIL import Image
+
+from hjepa_data import MixtureSource, ShardSource
+from hjepa_pretrain import settings
+from hjepa_pretrain.evaluation import open_sources
+
+
+@pytest.fixture
+def folder(shards, tmp_path):
+    """The images of the shards in folders of classes."""
+    source = ShardSource(f"{shards}/train-*.tar")
+    for number in range(60):
+        sample = source.read(number)
+        target = tmp_path / "photos" / f"class{sample.label}"
+        target.mkdir(parents=True, exist_ok=True)
+        (target / f"{number}.webp").write_bytes(sample.image)
+    return tmp_path / "photos"
+
+
+def test_a_folder_of_images_trains(pretrain, tiny, folder, tmp_path, capsys, read_losses):
+    words = (*tiny, f"data.train={folder}", f"data.eval={folder}", "run.steps=2")
+    finished = pretrain.here(capsys, f"run.dir={tmp_path}/run", *words)
+    assert finished.code == 0, finished.err
+    assert "on 60 images" in finished.out
+    assert len(read_losses(tmp_path / "run")) == 2
+
+
+def test_a_mixture_has_its_shares_and_resumes(pretrain, tiny, folder, shards, tmp_path, capsys, read_losses):
+    run = f"run.dir={tmp_path}/run"
+    words = (*tiny, f"data.train={shards}/train-*.tar + {folder}", "data.weights=[1,3]", "eval.at_end=false")
+    assert pretrain.here(capsys, run, *words, "run.steps=2").code == 0
+    assert pretrain.here(capsys, run, "run.steps=3").code == 0
+    assert [step for step, _ in read_losses(tmp_path / "run")] == [1, 2, 3]
+    source = open_sources(settings.load([run])[0])[0]
+    assert isinstance(source, MixtureSource)
+    assert list(source.shares / source.shares.sum()) == [0.25, 0.75]
+
+
+def test_wrong_sources(pretrain, tiny, shards, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "lone.png")
+    for train, words in (
+        (f"{tmp_path}/empty", ["neither shards", "images"]),
+        (f"{shards}/train-*.tar + {tmp_path}/empty", ["neither shards"]),
+        ("torchvision:CIFAR10", ["torchvision:CLASS:ROOT"]),
+    ):
+        finished = pretrain.here(capsys, f"run.dir={tmp_path}/run", *tiny, f"data.train={train}")
+        assert finished.code == 2, finished.err
+        assert all(word in finished.message for word in words), finished.message
+    finished = pretrain.here(capsys, f"run.dir={tmp_path}/run", *tiny, "data.weights=[1,2]")
+    assert finished.code == 2
+    assert "weights" in finished.message
