@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ __all__ = ["SkipCount", "StartMethod", "WorkerConfig", "load"]
 
 _log = logging.getLogger(__name__)
 _LOOK = 1.0
+_MOMENT = 0.01
 
 
 class StartMethod(StrEnum):
@@ -188,8 +188,10 @@ def _await_data(batches: Any, timeout: float | None) -> Any:  # noqa: ANN401
             arrived, data = batches._try_get_data(_LOOK)
         except Exception:
             # Maybe a worker died while it handed over a batch; its sockets end a moment before it does.
-            connection.wait([worker.sentinel for worker in batches._workers], _LOOK)
-            _check_workers(batches)
+            deadline = time.monotonic() + _LOOK
+            while time.monotonic() < deadline:
+                _check_workers(batches)
+                time.sleep(_MOMENT)
             raise
         if arrived:
             return data
