@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from hjepa_eval import FeatureName, FeatureSet, LinearProbeConfig, evaluate, format_table, knn_accuracy
+from hjepa_eval import FeatureName, FeatureSet, LogisticProbeConfig, evaluate, format_table, knn_accuracy
 
 NAME = FeatureName(branch="target", level="1", pooling="mean")
 
@@ -17,9 +17,14 @@ def blobs(n, seed, labelled=True):
 
 def test_scores_hold_the_numbers_of_the_parts_and_their_counts(device):
     train, test = blobs(200, 0), blobs(100, 1)
-    scores = evaluate(train, test, ks=(5, 20), probe=LinearProbeConfig(l2=(1e-2,)), rank_samples=150, device=device)
+    scores = evaluate(train, test, ks=(5, 20), probe=LogisticProbeConfig(l2=(1e-2,)), rank_samples=150, device=device)
     assert (scores.n_train, scores.n_test, scores.n_rank, scores.width) == (200, 100, 150, 6)
-    assert scores.knn == knn_accuracy(train.values, train.labels, test.values, test.labels, ks=(5, 20))
+    expected = knn_accuracy(train.values, train.labels, test.values, test.labels, ks=(5, 20))
+    assert scores.knn == pytest.approx(expected, abs=1e-6)
+    knn, linear = scores.measurements()[1:3]
+    assert (knn.metric, knn.value, knn.n, knn.n_train) == ("knn_20", scores.knn[20], 100, 200)
+    assert knn.low < knn.value < knn.high
+    assert (linear.metric, linear.method) == ("linear", "bootstrap")
     assert scores.linear is not None
     assert 0.7 < scores.linear < 1.0
     assert scores.linear_l2 == 1e-2

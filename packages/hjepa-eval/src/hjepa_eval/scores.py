@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hjepa_eval.extract import FeatureName, FeatureSet
-from hjepa_eval.knn import knn_accuracy
-from hjepa_eval.linear import LinearProbe, LinearProbeConfig
-from hjepa_eval.spectrum import Spread, effective_rank, rankme, spread
+from hjepa_eval.extraction.features import FeatureName, FeatureSet
+from hjepa_eval.measures.spectrum import Spread, effective_rank, rankme, spread
+from hjepa_eval.probes.knn import knn_predict
+from hjepa_eval.probes.logistic import LogisticProbe, LogisticProbeConfig
+from hjepa_eval.results.interval import Interval, bootstrap
+from hjepa_eval.results.measurement import Measurement
 
 RANK_SAMPLES = 25_600  # what the RankMe paper takes
 
@@ -29,6 +31,7 @@ class Scores:
         effective_rank: Effective rank of the same samples, centred.
         spread: Standard deviation per dimension of the same samples.
         n_rank: Number of samples of the last three.
+        intervals: 95 % intervals by metric ("knn_20", "linear"): bootstrap over the test samples.
     """
 
     name: FeatureName
@@ -42,6 +45,18 @@ class Scores:
     effective_rank: float
     spread: Spread
     n_rank: int
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+    def measurements(self) -> list[Measurement]:
+        """The accuracies with their intervals and the ranks, for a results file."""
+        found = [
+            Measurement.of(metric, self.name, interval, n_train=self.n_train)
+            for metric, interval in self.intervals.items()
+        ]
+        ranks = {"rankme": self.rankme, "effective_rank": self.effective_rank, "spread": self.spread.mean}
+        return found + [
+            Measurement(metric=metric, name=self.name, value=value, n=self.n_rank) for metric, value in ranks.items()
+        ]
 
     def as_dict(self) -> dict[str, str | int | float | None]:
         """One flat row: names, counts and numbers, ready for JSON or a table."""
@@ -69,7 +84,7 @@ def evaluate(
     *,
     ks: Sequence[int] = (20,),
     temperature: float = 0.07,
-    probe: LinearProbeConfig | None = None,
+    probe: LogisticProbeConfig | None = None,
     rank_samples: int = RANK_SAMPLES,
     device: torch.device | str = "cpu",
 ) -> Scores:
@@ -99,29 +114,30 @@ def evaluate(
         )
     ranked = train.values[:rank_samples].to(device)
     known_train, known_test = train.labelled(), test.labelled()
-    knn: dict[int, float] = {}
-    linear: LinearProbe | None = None
-    accuracy: float | None = None
+    intervals: dict[str, Interval] = {}
+    linear: LogisticProbe | None = None
     if len(known_train) > 1 and len(known_test) > 0:
         x, y = known_train.values.to(device), known_train.labels.to(device)
         test_x, test_y = known_test.values.to(device), known_test.labels.to(device)
         possible = [k for k in ks if k <= len(known_train)]
         if possible:
-            knn = knn_accuracy(x, y, test_x, test_y, ks=possible, temperature=temperature)
-        linear = LinearProbe(probe).fit(x, y)
-        accuracy = linear.accuracy(test_x, test_y)
+            for k, predicted in knn_predict(x, y, test_x, ks=possible, temperature=temperature).items():
+                intervals[f"knn_{k}"] = bootstrap((predicted == test_y).double())
+        linear = LogisticProbe(probe).fit(x, y)
+        intervals["linear"] = bootstrap((linear.predict(test_x) == test_y).double())
     return Scores(
         name=train.name,
         width=train.values.shape[1],
         n_train=len(known_train),
         n_test=len(known_test),
-        knn=knn,
-        linear=accuracy,
+        knn={k: intervals[f"knn_{k}"].value for k in ks if f"knn_{k}" in intervals},
+        linear=None if linear is None else intervals["linear"].value,
         linear_l2=None if linear is None else linear.l2,
         rankme=rankme(ranked).item(),
         effective_rank=effective_rank(ranked).item(),
         spread=spread(ranked),
         n_rank=len(ranked),
+        intervals=intervals,
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from hjepa_eval import LinearProbe, LinearProbeConfig, fit_logistic
+from hjepa_eval import LogisticProbe, LogisticProbeConfig, fit_logistic
 
 
 def mixture(n, width, seed, classes=10, noise=3.0):
@@ -36,7 +36,7 @@ def test_within_three_tenths_of_a_point_of_scikit_learn(device, width):
     (x, y), (test_x, test_y) = mixture(4000, width, 1), mixture(5000, width, 2)
     a, b = standardised(x, test_x)
     for l2 in (1e-2, 1e-3):
-        probe = LinearProbe(LinearProbeConfig(l2=(l2,))).fit(x.to(device), y.to(device))
+        probe = LogisticProbe(LogisticProbeConfig(l2=(l2,))).fit(x.to(device), y.to(device))
         theirs = LogisticRegression(C=1 / (len(x) * l2), max_iter=3000, tol=1e-6).fit(a, y.numpy())
         ours = probe.accuracy(test_x.to(device), test_y.to(device))
         assert ours == pytest.approx(theirs.score(b, test_y.numpy()), abs=0.003)
@@ -62,7 +62,7 @@ def test_the_penalty_is_chosen_on_held_out_training_samples(device):
     labels = torch.randint(0, 2, (300,), generator=generator)
     noise = torch.randn(300, 200, generator=generator)
     noise[:, 0] += 2.0 * (2 * labels - 1)
-    probe = LinearProbe(LinearProbeConfig(l2=(1e-6, 1e-1, 1.0))).fit(noise.to(device), labels.to(device))
+    probe = LogisticProbe(LogisticProbeConfig(l2=(1e-6, 1e-1, 1.0))).fit(noise.to(device), labels.to(device))
     assert set(probe.held_out_accuracy) == {1e-6, 1e-1, 1.0}
     assert probe.held_out_accuracy[probe.l2] == max(probe.held_out_accuracy.values())
     # 200 dimensions of noise for 300 samples: the weak penalty learns them by heart.
@@ -72,7 +72,7 @@ def test_the_penalty_is_chosen_on_held_out_training_samples(device):
 def test_a_function_of_the_seed(device):
     x, y = mixture(500, 16, 4, classes=3)
     x, y = x.to(device), y.to(device)
-    first, again, other = (LinearProbe(LinearProbeConfig(seed=seed)).fit(x, y) for seed in (1, 1, 2))
+    first, again, other = (LogisticProbe(LogisticProbeConfig(seed=seed)).fit(x, y) for seed in (1, 1, 2))
     assert torch.equal(first.weight, again.weight)
     assert first.held_out_accuracy == again.held_out_accuracy
     assert first.held_out_accuracy != other.held_out_accuracy
@@ -81,16 +81,16 @@ def test_a_function_of_the_seed(device):
 def test_scale_offset_and_constant_dimensions_do_not_matter(device):
     x, y = mixture(800, 16, 5, classes=3)
     stretched = torch.cat((x * 1000 - 7, torch.full((800, 1), 5.0)), dim=1)
-    config = LinearProbeConfig(l2=(1e-2,))
-    plain = LinearProbe(config).fit(x.to(device), y.to(device)).predict(x.to(device))
-    moved = LinearProbe(config).fit(stretched.to(device), y.to(device)).predict(stretched.to(device))
+    config = LogisticProbeConfig(l2=(1e-2,))
+    plain = LogisticProbe(config).fit(x.to(device), y.to(device)).predict(x.to(device))
+    moved = LogisticProbe(config).fit(stretched.to(device), y.to(device)).predict(stretched.to(device))
     assert (plain == moved).float().mean() > 0.995
 
 
 def test_classes_that_the_test_alone_has_are_errors(device):
     x = torch.eye(4, device=device).repeat(5, 1)
     y = torch.arange(4, device=device).repeat(5)
-    probe = LinearProbe(LinearProbeConfig(l2=(1e-3,))).fit(x, y)
+    probe = LogisticProbe(LogisticProbeConfig(l2=(1e-3,))).fit(x, y)
     assert probe.accuracy(x[:4], torch.tensor([0, 1, 2, 9], device=device)) == pytest.approx(0.75)
 
 
@@ -99,7 +99,7 @@ def test_twenty_thousand_samples_take_seconds(device):
     x, y = mixture(20_000, 96, 6)
     x, y = x.to(device), y.to(device)
     start = time.process_time()
-    LinearProbe().fit(x, y)
+    LogisticProbe().fit(x, y)
     assert time.process_time() - start < 10.0  # 1.2 s on one core of a server; the bound leaves room for slow ones
 
 
@@ -115,21 +115,21 @@ def test_twenty_thousand_samples_take_seconds(device):
 )
 def test_config_refuses_what_makes_no_sense(change, message):
     with pytest.raises(ValueError, match=message) as raised:
-        LinearProbeConfig(**change)
+        LogisticProbeConfig(**change)
     assert "\n" not in str(raised.value)
 
 
 def test_wrong_data_and_order_of_calls_are_refused():
     with pytest.raises(ValueError, match="unknown"):
-        LinearProbe().fit(torch.zeros(3, 2), torch.tensor([0, 1, -1]))
+        LogisticProbe().fit(torch.zeros(3, 2), torch.tensor([0, 1, -1]))
     with pytest.raises(ValueError, match="one label a row"):
-        LinearProbe().fit(torch.zeros(3, 2), torch.tensor([0, 1]))
+        LogisticProbe().fit(torch.zeros(3, 2), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="at least two"):
-        LinearProbe().fit(torch.zeros(1, 2), torch.tensor([0]))
+        LogisticProbe().fit(torch.zeros(1, 2), torch.tensor([0]))
     with pytest.raises(RuntimeError, match="fit"):
-        LinearProbe().predict(torch.zeros(3, 2))
+        LogisticProbe().predict(torch.zeros(3, 2))
 
 
 def test_two_samples_are_enough_to_fit(device):
-    probe = LinearProbe().fit(torch.eye(2, device=device), torch.arange(2, device=device))
+    probe = LogisticProbe().fit(torch.eye(2, device=device), torch.arange(2, device=device))
     assert np.isfinite(probe.weight.cpu().numpy()).all()

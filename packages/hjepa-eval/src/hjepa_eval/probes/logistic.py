@@ -1,4 +1,4 @@
-"""Linear probe: multinomial logistic regression on frozen, standardised features, solved by L-BFGS."""
+"""Logistic probe: multinomial logistic regression on frozen, standardised features, solved by L-BFGS."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hjepa_eval.knn import top1
+from hjepa_eval.probes.accuracy import split, top1
 
 MAX_LOGITS = 2**24  # held at once: 64 MiB of float32
 MAX_DIRECTIONS = 256  # of features that are wider, only so many directions get a scale of their own
 
 
 @dataclass(kw_only=True, slots=True)
-class LinearProbeConfig:
-    """How a linear probe is fitted.
+class LogisticProbeConfig:
+    """How a logistic probe is fitted.
 
     Attributes:
         l2: Candidate weights of the penalty l2 / 2 * |W|^2 beside the mean cross-entropy (scikit-learn's C is
@@ -45,12 +45,12 @@ class LinearProbeConfig:
         if self.tolerance <= 0:
             raise ValueError(f"tolerance={self.tolerance}: above 0; 1e-4 is usual")
 
-    def build(self) -> "LinearProbe":
+    def build(self) -> "LogisticProbe":
         """Make the probe that this describes."""
-        return LinearProbe(self)
+        return LogisticProbe(self)
 
 
-class LinearProbe:
+class LogisticProbe:
     """A classifier on frozen features, whose penalty is chosen on a held-out part of the *training* set.
 
     The test set is never seen by ``fit``. The result is a function of the data, the config and its seed.
@@ -62,8 +62,8 @@ class LinearProbe:
         bias: Biases [C], after ``fit``.
     """
 
-    def __init__(self, config: LinearProbeConfig | None = None) -> None:
-        self.config = LinearProbeConfig() if config is None else config
+    def __init__(self, config: LogisticProbeConfig | None = None) -> None:
+        self.config = LogisticProbeConfig() if config is None else config
         self.l2 = 0.0
         self.held_out_accuracy: dict[float, float] = {}
         self.weight = torch.empty(0, 0)
@@ -88,15 +88,12 @@ class LinearProbe:
         _check(features, labels)
         classes = max(2, int(labels.max()) + 1 if num_classes is None else num_classes)
         config = self.config
-        self._mean, self._scale = _moments(features)
+        self._mean, self._scale = moments(features)
         x = self._standardise(features)
         penalties = sorted(config.l2, reverse=True)
         best = 0
         if len(penalties) > 1:
-            generator = torch.Generator().manual_seed(config.seed)
-            order = torch.randperm(len(x), generator=generator).to(x.device)
-            num_held = min(len(x) - 1, max(1, round(config.held_out * len(x))))
-            held, kept = order[:num_held], order[num_held:]
+            kept, held = (part.to(x.device) for part in split(len(x), config.held_out, config.seed))
             path = fit_logistic(x[kept], labels[kept], classes, penalties, config.max_iterations, config.tolerance)
             scores = [top1((x[held] @ w.T + b).argmax(1), labels[held], classes) for w, b in path]
             self.held_out_accuracy = dict(zip(penalties, scores, strict=True))
@@ -258,9 +255,20 @@ def _loss_and_gradient(
     return loss, gradient
 
 
-def _moments(features: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor]:
-    mean = features.double().mean(dim=0)
-    deviation = (features.double() - mean).square().mean(dim=0).sqrt()
+def moments(features: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
+    """Mean and scale with which features are standardised: (x - mean) / scale.
+
+    Args:
+        features: Training features; computed in float64.
+
+    Returns:
+        Mean and standard deviation of each dimension, float32; the scale of one that does not vary is 1.
+    """
+    # Some rows at a time: tokens of many images would not fit in float64.
+    parts = torch.split(features, max(1, MAX_LOGITS // features.shape[1]))
+    mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(features)
+    squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(dim=0)
+    deviation = (squares / len(features)).sqrt()
     # A dimension that does not vary tells nothing; dividing by its rounding noise would make it loud.
     quiet = deviation <= 1e-6 * mean.abs().clamp_min(1e-6)
     return mean.float(), torch.where(quiet, 1.0, deviation).float()

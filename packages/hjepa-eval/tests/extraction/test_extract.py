@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hjepa_eval import FeatureName, FeatureSet, extract
+from hjepa_eval import FeatureName, FeatureSet, concatenate, extract
 
 
 def batches(sizes, device, width=3):
@@ -43,7 +43,7 @@ def test_several_levels_come_from_one_pass_in_eval_mode_and_modes_return(device)
     sets = extract(model, batches((6, 2), device), branch="target", pooling="mean")
     assert calls == [False, False]
     assert {name: part.training for name, part in model.named_modules()} == expected_modes
-    assert set(sets) == {"0", "1"}
+    assert list(sets) == ["0", "1"]
     assert sets["1"].values.dtype == torch.float32
     assert str(sets["1"].name) == "branch=target level=1 pooling=mean"
     images = torch.cat([images for images, _ in batches((6, 2), device)])
@@ -97,3 +97,36 @@ def test_labelled_leaves_out_unknown_labels():
     assert known.values[:, 0].tolist() == [0.0, 4.0]
     with pytest.raises(ValueError, match="one label a sample"):
         FeatureSet(values=torch.zeros(3, 2), labels=torch.zeros(2, dtype=torch.int64))
+
+
+def test_sample_numbers_put_rows_in_order_and_leave_out_padding_and_repeats():
+    rows = torch.arange(6.0)[:, None]
+    batches = [
+        (rows[[4, 2]], torch.tensor([4, 2]), torch.tensor([4, 2])),
+        (rows[[0, 2, 5]], torch.tensor([0, 9, 5]), torch.tensor([0, 2, -1])),
+    ]
+    found = extract(lambda x: x, batches)["encoder"]
+    assert found.values[:, 0].tolist() == [0, 2, 4]
+    assert found.labels.tolist() == [0, 2, 4]
+    with pytest.raises(ValueError, match="always or never"):
+        extract(lambda x: x, [batches[0], batches[1][:2]])
+    with pytest.raises(ValueError, match="padding"):
+        extract(lambda x: x, [(rows[:1], torch.tensor([0]), torch.tensor([-1]))])
+
+
+def test_features_side_by_side():
+    labels = torch.tensor([0, 1])
+    first, second = (
+        FeatureSet(
+            values=value * torch.ones(2, 2),
+            labels=labels,
+            name=FeatureName(branch="target", level=f"block{value}", pooling="mean"),
+        )
+        for value in (1, 2)
+    )
+    joined = concatenate([first, second])
+    assert joined.values.tolist() == [[1, 1, 2, 2]] * 2
+    assert str(joined.name) == "branch=target level=block1+block2 pooling=mean"
+    second.labels = torch.tensor([1, 0])
+    with pytest.raises(ValueError, match="same samples"):
+        concatenate([first, second])

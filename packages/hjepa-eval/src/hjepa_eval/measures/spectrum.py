@@ -1,4 +1,4 @@
-"""How many directions features fill: RankMe, the centred effective rank, and the spread per dimension."""
+"""How many directions features fill: RankMe, centred effective rank, α-ReQ, isotropy, spread per dimension."""
 
 from dataclasses import dataclass
 
@@ -58,11 +58,76 @@ def effective_rank(z: Float[Tensor, "n D"]) -> Float[Tensor, ""]:
         Roy and Vetterli 2007, "The effective rank", equations 3 to 5, on the centred matrix.
     """
     sigma = _singular_values(z, centred=True)
-    # What rounding leaves of a direction that is constant is no direction.
-    floor = torch.finfo(sigma.dtype).eps * max(z.shape) * torch.linalg.vector_norm(z.double())
-    sigma = torch.where(sigma > floor, sigma, 0)
+    sigma = torch.where(sigma > _floor(z, sigma), sigma, 0)
     p = sigma / sigma.sum().clamp_min(torch.finfo(sigma.dtype).tiny)
     return _exponential_entropy(p)
+
+
+def alpha_req(z: Float[Tensor, "n D"], *, ranks: tuple[int, int] = (4, 100)) -> Float[Tensor, ""]:
+    """α-ReQ: the exponent of the power law that the eigenvalues of the covariance follow.
+
+    lambda_j ~ j^-alpha; alpha is minus the slope of log lambda_j on log j over the ranks, weighted by 1 / j
+
+    Near 1 is the paper's mark of a good representation; far above it few directions hold the variance, far below it
+    all hold the same.
+
+    Args:
+        z: Features, one row a sample; computed in float64.
+        ranks: First and last rank of the fit, counted from 1; the last is lowered to the eigenvalues that there are.
+
+    Returns:
+        The exponent, a float64 scalar on the device of z; NaN where fewer than two eigenvalues above rounding lie in
+        the range.
+
+    Raises:
+        ValueError: Where z is not [n, D] with at least one row, or the ranks are not in order.
+
+    Source:
+        Agrawal et al. 2022, "α-ReQ: assessing representation quality in self-supervised learning by measuring
+        eigenspectrum decay" (NeurIPS), section 3; weights 1 / j as in Stringer et al. 2019 (Nature 571).
+    """
+    if not 1 <= ranks[0] < ranks[1]:
+        raise ValueError(f"ranks={ranks}: the first must be at least 1 and below the last; (4, 100) is usual")
+    sigma = _singular_values(z, centred=True)
+    sigma = sigma[sigma > _floor(z, sigma)]
+    last = min(ranks[1], len(sigma))
+    if last <= ranks[0]:
+        return sigma.new_tensor(torch.nan)
+    x = torch.arange(ranks[0], last + 1, dtype=sigma.dtype, device=sigma.device)
+    y, weight = 2 * sigma[ranks[0] - 1 : last].log(), 1 / x
+    x = x.log()
+    x, y = x - (weight * x).sum() / weight.sum(), y - (weight * y).sum() / weight.sum()
+    return -(weight * x * y).sum() / (weight * x * x).sum()
+
+
+def isotropy(z: Float[Tensor, "n D"]) -> Float[Tensor, ""]:
+    """IsoScore: how evenly the variance lies over all D directions, 0 on a line and 1 where all have the same.
+
+    iota = (P - 1) / (D - 1),   P = (sum lambda)^2 / sum lambda^2  the participation ratio of the covariance
+
+    Args:
+        z: Features, one row a sample, D >= 2; computed in float64.
+
+    Returns:
+        The score in [0, 1], a float64 scalar on the device of z; 0 for features without variance.
+
+    Raises:
+        ValueError: Where z is not [n, D] with at least one row and D >= 2.
+
+    Source:
+        Rudman et al. 2022 (arXiv 2108.07344), definition of IsoScore: its steps 3 to 8 reduce to this.
+
+    Example:
+        >>> round(isotropy(torch.cat((torch.eye(4), -torch.eye(4)))).item(), 6)
+        1.0
+    """
+    if z.ndim == 2 and z.shape[1] < 2:
+        raise ValueError(f"z of shape {tuple(z.shape)}: isotropy needs at least two dimensions")
+    sigma = _singular_values(z, centred=True)
+    eigenvalues = torch.where(sigma > _floor(z, sigma), sigma, 0).square()
+    total = eigenvalues.sum().square()
+    participation = torch.where(total > 0, total / eigenvalues.square().sum().clamp_min(1e-300), 1.0)
+    return (participation - 1) / (z.shape[1] - 1)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -106,6 +171,12 @@ def spread(z: Float[Tensor, "n D"]) -> Spread:
 def _exponential_entropy(p: Tensor) -> Tensor:
     entropy: Tensor = torch.special.entr(p).sum()
     return entropy.exp()
+
+
+def _floor(z: Tensor, sigma: Tensor) -> Tensor:
+    """What rounding leaves of a direction that is constant; it is no direction."""
+    norm: Tensor = torch.linalg.vector_norm(z.double())
+    return norm * (torch.finfo(sigma.dtype).eps * max(z.shape))
 
 
 def _singular_values(z: Tensor, *, centred: bool) -> Tensor:

@@ -33,6 +33,14 @@ def test_rank_one_and_no_variance_are_the_floor(device):
     assert rankme(torch.zeros(8, 5, device=device)).item() == pytest.approx(1, abs=1e-4)
 
 
+def test_rankme_adds_its_epsilon_to_every_share(device):
+    z = torch.zeros(400, 300, device=device)
+    z[:, 0] = 1.0
+    p = [1 + 1e-7] + [1e-7] * 299
+    assert rankme(z).item() == pytest.approx(math.exp(-sum(x * math.log(x) for x in p)), rel=1e-9)
+    assert rankme(z).item() > 1.0004
+
+
 def test_a_constant_offset_moves_rankme_and_not_the_effective_rank(device):
     generator = torch.Generator().manual_seed(0)
     z = (torch.randn(25_600, 384, generator=generator) + 10.0).to(device)

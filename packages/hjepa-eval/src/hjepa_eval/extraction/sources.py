@@ -1,0 +1,87 @@
+"""From a module, a timm name or a folder to a module; and from a model with a hierarchy to a feature function."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from hjepa_eval.extraction.features import FeatureName
+
+
+class FolderLoader(Protocol):
+    """Builds a module from a folder or checkpoint; the app that knows the format gives one."""
+
+    def __call__(self, folder: Path) -> nn.Module:
+        """Return the module in this folder."""
+
+
+class HierarchicalModel(Protocol):
+    """A model that gives all its levels at once."""
+
+    def all_features(self, images: Tensor, pool: str, branch: str) -> Mapping[Any, Tensor]:
+        """Return features [B, D] by level."""
+
+
+def open_encoder(
+    source: nn.Module | str | Path, *, load_folder: FolderLoader | None = None, pretrained: bool = False
+) -> nn.Module:
+    """Return the module that a user means.
+
+    Args:
+        source: A module; the folder or checkpoint of one (a path that exists); or the name of a timm model, which comes
+            without its classifier.
+        load_folder: Opens folders and checkpoints.
+        pretrained: Whether a timm model gets its published weights (a download).
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: Where the name is no path and no timm model, or a path comes without a loader.
+        ImportError: Where a timm name is given and timm is not installed.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    path = Path(source)
+    if path.exists():
+        if load_folder is None:
+            raise ValueError(f"source={source}: a folder needs load_folder, e.g. hjepa_models.load_pretrained")
+        return load_folder(path)
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"source={source}: no such path, and timm is not installed for it to be the name of a model; "
+            "pip install timm, or correct the path"
+        ) from error
+    if isinstance(source, Path) or not timm.is_model(source):
+        raise ValueError(f"source={source}: neither a path nor a timm model; see timm.list_models() for names")
+    model: nn.Module = timm.create_model(source, pretrained=pretrained, num_classes=0)
+    return model
+
+
+def level_features(
+    model: HierarchicalModel, *, branches: Sequence[str] = ("target",), poolings: Sequence[str] = ("mean",)
+) -> Callable[[Tensor], dict[FeatureName, Tensor]]:
+    """A feature function for ``extract``: every level of a model with a hierarchy, by branch and pooling.
+
+    Args:
+        model: What has ``all_features``; each branch and pooling is one call of it.
+        branches: Encoder branches.
+        poolings: Poolings that give vectors ("mean", "flatten").
+
+    Returns:
+        The function; its ``module`` is the model, so that ``extract`` puts it in eval mode.
+    """
+
+    def features(images: Tensor) -> dict[FeatureName, Tensor]:
+        return {
+            FeatureName(branch=branch, level=str(level), pooling=pooling): values
+            for branch in branches
+            for pooling in poolings
+            for level, values in model.all_features(images, pooling, branch).items()
+        }
+
+    features.module = model  # type: ignore[attr-defined]
+    return features

@@ -1,0 +1,1 @@
+"""What features keep of known factors of the images."""

@@ -1,0 +1,1 @@
+"""What features look like without labels: how many directions they fill, and whether they have collapsed."""

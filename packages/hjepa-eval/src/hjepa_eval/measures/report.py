@@ -1,0 +1,50 @@
+"""All label-free numbers of one set of features, each with its interval and its n."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from hjepa_eval.extraction.features import FeatureSet
+from hjepa_eval.measures.collapse import CollapseConfig, judge_collapse
+from hjepa_eval.measures.spectrum import alpha_req, effective_rank, isotropy, rankme
+from hjepa_eval.measures.sphere import mean_cosine, uniformity
+from hjepa_eval.results.interval import jackknife
+from hjepa_eval.results.measurement import Measurement, Plain
+
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rankme": rankme,
+    "effective_rank": effective_rank,
+    "alpha_req": alpha_req,
+    "isotropy": isotropy,
+    "spread": lambda z: z.double().std(dim=0).mean(),
+    "mean_cosine": mean_cosine,
+    "uniformity": uniformity,
+}
+
+
+def measure_unlabelled(
+    features: FeatureSet, *, samples: int = 25_600, groups: int = 10, collapse: CollapseConfig | None = None
+) -> list[Measurement]:
+    """RankMe, effective rank, α-ReQ, isotropy, spread, mean cosine and uniformity, with jackknife intervals.
+
+    Args:
+        features: Features of images; labels are not used.
+        samples: How many of them are taken, at most: the first ones. 25,600 is what the RankMe paper takes.
+        groups: Groups of the jackknife; every number is computed once more for each.
+        collapse: Bounds of the verdict, which stands in the details of `effective_rank`.
+
+    Returns:
+        The measurements.
+    """
+    z = features.values[:samples]
+    report = judge_collapse(z, collapse)
+    verdict: dict[str, Plain] = {"verdict": str(report.verdict), "reasons": "; ".join(report.reasons)}
+    return [
+        Measurement.of(
+            metric,
+            features.name,
+            jackknife(z, function, groups=groups),
+            details=verdict if metric == "effective_rank" else {},
+        )
+        for metric, function in MEASURES.items()
+    ]

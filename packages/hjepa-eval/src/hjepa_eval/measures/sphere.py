@@ -1,0 +1,95 @@
+"""Features on the unit sphere: alignment of views, uniformity over the sphere."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+ELEMENTS = 2**24  # pairs held at once: 128 MiB of float64
+
+
+def alignment(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"], *, alpha: float = 2.0) -> Float[Tensor, ""]:
+    """Mean distance of two views of an image on the unit sphere, to the power of alpha; 0 is perfect.
+
+    mean_i |f(x_i) / |f(x_i)| - f(y_i) / |f(y_i)||^alpha
+
+    Args:
+        first: Features of one view of each image; computed in float64.
+        second: Features of another view.
+        alpha: The power.
+
+    Returns:
+        A float64 scalar on the device of the features.
+
+    Raises:
+        ValueError: Where the shapes are not [n, D] of one size.
+
+    Source:
+        Wang and Isola 2020 (arXiv 2005.10242), section 4.1.1.
+    """
+    if first.ndim != 2 or first.shape != second.shape or not len(first):
+        raise ValueError(
+            f"first {tuple(first.shape)} and second {tuple(second.shape)}: both must be [n, D] of one size"
+        )
+    distance = (F.normalize(first.double(), dim=1) - F.normalize(second.double(), dim=1)).norm(dim=1)
+    mean: Tensor = distance.pow(alpha).mean()
+    return mean
+
+
+def uniformity(z: Float[Tensor, "n D"], *, t: float = 2.0) -> Float[Tensor, ""]:
+    """Logarithm of the mean Gaussian potential of all pairs on the unit sphere; lower is more uniform, 0 a collapse.
+
+    log mean_{i < j} exp(-t |u_i - u_j|^2),   u = z / |z|
+
+    Args:
+        z: Features; computed in float64, some of the pairs at a time.
+        t: Width of the potential.
+
+    Returns:
+        A float64 scalar on the device of z.
+
+    Raises:
+        ValueError: Where z is not [n, D] of at least two samples.
+
+    Source:
+        Wang and Isola 2020 (arXiv 2005.10242), section 4.1.2.
+    """
+    if z.ndim != 2 or len(z) < 2:
+        raise ValueError(f"z of shape {tuple(z.shape)}: uniformity needs features [n, D] of at least two samples")
+    unit = F.normalize(z.double(), dim=1)
+    sums = []
+    for first in range(0, len(unit), max(1, ELEMENTS // len(unit))):
+        rows = unit[first : first + max(1, ELEMENTS // len(unit))]
+        squared = (2 - 2 * rows @ unit[first:].T).clamp_min(0)
+        potential = torch.triu((-t * squared), diagonal=1)
+        kept = torch.ones_like(potential, dtype=torch.bool).triu(diagonal=1)
+        sums.append(torch.logsumexp(potential[kept], dim=0) if bool(kept.any()) else potential.new_tensor(-torch.inf))
+    pairs = len(unit) * (len(unit) - 1) / 2
+    return torch.logsumexp(torch.stack(sums), dim=0) - math.log(pairs)
+
+
+def mean_cosine(z: Float[Tensor, "n D"]) -> Float[Tensor, ""]:
+    """Mean cosine of all pairs of different samples; near 1, all features point the same way.
+
+    (|sum_i u_i|^2 - n) / (n (n - 1)),   u = z / |z|
+
+    Args:
+        z: Features; computed in float64.
+
+    Returns:
+        A float64 scalar on the device of z.
+
+    Raises:
+        ValueError: Where z is not [n, D] of at least two samples.
+
+    Example:
+        >>> round(mean_cosine(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])).item(), 4)
+        0.3333
+    """
+    if z.ndim != 2 or len(z) < 2:
+        raise ValueError(f"z of shape {tuple(z.shape)}: a mean cosine needs features [n, D] of at least two samples")
+    unit = F.normalize(z.double(), dim=1)
+    n = len(unit)
+    return (unit.sum(dim=0).square().sum() - unit.square().sum()) / (n * (n - 1))

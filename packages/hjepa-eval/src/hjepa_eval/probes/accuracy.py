@@ -1,0 +1,38 @@
+"""Accuracy, over one process or several."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def top1(predicted: Int[Tensor, " m"], labels: Int[Tensor, " m"], num_classes: int) -> float:
+    """Share of equal entries, in [0, 1].
+
+    Args:
+        predicted: Predicted classes.
+        labels: True classes.
+        num_classes: Number of classes.
+
+    Returns:
+        The accuracy over samples (not averaged over classes).
+    """
+    # torchmetrics brings torchvision and scipy along: seconds that only a measurement has to wait for.
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    return float(multiclass_accuracy(predicted, labels, num_classes=max(2, num_classes), average="micro"))
+
+
+def split(count: int, held_out: float, seed: int) -> tuple[Int[Tensor, " f"], Int[Tensor, " h"]]:
+    """Numbers of the samples that are fitted and of those that are held out to choose among fits.
+
+    Args:
+        count: Number of training samples, at least 2.
+        held_out: Share that is held out, in (0, 1); at least one sample is held out and one is fitted.
+        seed: Of the split.
+
+    Returns:
+        The fitted and the held-out samples, each in a random order.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held = min(count - 1, max(1, round(held_out * count)))
+    return order[held:], order[:held]

@@ -1,0 +1,187 @@
+"""Linear segmentation: a class for every pixel from patch features, measured by mean intersection over union."""
+
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hjepa_eval.probes.accuracy import split
+from hjepa_eval.probes.heads import Candidate, HeadOptimizer, HeadTraining, train_heads
+from hjepa_eval.probes.logistic import moments
+
+
+def _training() -> HeadTraining:
+    return HeadTraining(
+        learning_rates=(1e-3, 1e-2), weight_decays=(1e-3,), epochs=20, batch_size=32, optimizer=HeadOptimizer.adamw
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class SegmentationProbeConfig:
+    """How a linear segmentation is trained.
+
+    Attributes:
+        training: How the heads are trained and chosen.
+    """
+
+    training: HeadTraining = field(default_factory=_training)
+
+
+class SegmentationProbe:
+    """A linear classifier of patches whose logits are upsampled bilinearly to the pixels.
+
+    Tokens are normalised over the training set in every dimension; heads are chosen by mIoU on held-out training
+    images. Pixels with a class below 0 are unknown: they neither train nor count.
+
+    Attributes:
+        candidates: Every head with its held-out mIoU, after ``fit``.
+        chosen: The head with the highest one, after ``fit``.
+    """
+
+    def __init__(self, config: SegmentationProbeConfig | None = None) -> None:
+        self.config = SegmentationProbeConfig() if config is None else config
+        self.candidates: list[Candidate] = []
+        self.chosen: Candidate | None = None
+        self._head: nn.Linear | None = None
+        self._classes = 0
+        self._grid = (0, 0)
+        self._device = torch.device("cpu")
+        self._mean = torch.empty(0)
+        self._scale = torch.empty(0)
+
+    def fit(
+        self,
+        tokens: Float[Tensor, "n N D"],
+        masks: Int[Tensor, "n H W"],
+        grid: tuple[int, int],
+        num_classes: int | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Train all heads on one part of these images, choose on the other, and train the chosen one on all.
+
+        Args:
+            tokens: Patch tokens, row by row of the grid.
+            masks: Class of every pixel, -1 where it is unknown.
+            grid: Rows and columns of patches.
+            num_classes: Number of classes; None: the largest + 1.
+            device: Where the heads are trained.
+
+        Returns:
+            The probe itself.
+
+        Raises:
+            ValueError: Where shapes disagree, there are fewer than two images, or all heads diverge.
+        """
+        _check(tokens, masks, grid)
+        training, self._device, self._grid = self.config.training, torch.device(device), grid
+        self._classes = max(2, int(masks.max()) + 1 if num_classes is None else num_classes)
+        self._mean, self._scale = (part.to(self._device) for part in moments(tokens.flatten(0, 1)))
+        kept, held = split(len(tokens), training.held_out, training.seed)
+        settings = training.grid()
+        heads = self._train(tokens, masks, settings, kept)
+        for head, (rate, decay) in zip(heads, settings, strict=True):
+            self._head = head
+            finite = bool(head.weight.isfinite().all())
+            score = self.mean_iou(tokens[held], masks[held]) if finite else -torch.inf
+            self.candidates.append(Candidate(features="tokens", learning_rate=rate, weight_decay=decay, held_out=score))
+        best = max(range(len(heads)), key=lambda number: self.candidates[number].held_out)
+        self.chosen, self._head = self.candidates[best], heads[best]
+        if self.chosen.held_out == -torch.inf:
+            raise ValueError(f"learning_rates={training.learning_rates}: all heads diverge; add smaller ones")
+        if training.refit:
+            (self._head,) = self._train(tokens, masks, [settings[best]], torch.arange(len(tokens)))
+        return self
+
+    def predict(self, tokens: Float[Tensor, "m N D"], size: tuple[int, int]) -> Int[Tensor, "m H W"]:
+        """Classes of pixels.
+
+        Args:
+            tokens: Patch tokens of the same kind as those of ``fit``.
+            size: Height and width of the answer, pixels.
+
+        Returns:
+            The class with the largest logit at each pixel, on the CPU.
+
+        Raises:
+            RuntimeError: Before ``fit``.
+        """
+        if self._head is None:
+            raise RuntimeError("the probe is not fitted yet: call fit(tokens, masks, grid) first")
+        with torch.no_grad():
+            parts = torch.split(tokens, self.config.training.batch_size)
+            return torch.cat([self._logits(self._head, part, size).argmax(dim=1).cpu() for part in parts])
+
+    def confusion(self, tokens: Float[Tensor, "m N D"], masks: Int[Tensor, "m H W"]) -> Int[Tensor, "m C C"]:
+        """Pixels of each image by true and predicted class; their sum gives IoU, and a bootstrap of them its interval.
+
+        Args:
+            tokens: Test tokens.
+            masks: Class of every pixel, -1 where it is unknown.
+
+        Returns:
+            Counts: [image, true class, predicted class].
+        """
+        classes = max(self._classes, int(masks.max()) + 1)
+        predicted = self.predict(tokens, (masks.shape[1], masks.shape[2]))
+        known = masks >= 0
+        image = torch.arange(len(masks))[:, None, None].expand_as(masks)
+        cell = (image * classes + masks) * classes + predicted
+        counts = cell[known].bincount(minlength=len(masks) * classes**2)
+        return counts.view(len(masks), classes, classes)
+
+    def mean_iou(self, tokens: Float[Tensor, "m N D"], masks: Int[Tensor, "m H W"]) -> float:
+        """Mean over classes of intersection over union of all pixels of all images, over all processes.
+
+        Args:
+            tokens: Test tokens of this process.
+            masks: Class of every pixel, -1 where it is unknown.
+
+        Returns:
+            mIoU in [0, 1] over the classes that are there, in truth or prediction.
+        """
+        # torchmetrics brings torchvision and scipy along: seconds that only a measurement has to wait for.
+        from torchmetrics.classification import MulticlassJaccardIndex
+
+        classes = max(self._classes, int(masks.max()) + 1)
+        metric = MulticlassJaccardIndex(num_classes=classes, ignore_index=-1)
+        metric.update(self.predict(tokens, (masks.shape[1], masks.shape[2])), masks.cpu())
+        return float(metric.compute())
+
+    def _train(
+        self, tokens: Tensor, masks: Tensor, settings: list[tuple[float, float]], samples: Tensor
+    ) -> list[nn.Linear]:
+        width = tokens.shape[2]
+        heads = [nn.Linear(width, self._classes, device="meta").to_empty(device=self._device) for _ in settings]
+        with torch.no_grad():
+            for head in heads:
+                head.weight.zero_()
+                head.bias.zero_()
+
+        def loss(batch: Tensor) -> Tensor:
+            part, target = tokens[batch], masks[batch].to(self._device)
+            size = (target.shape[1], target.shape[2])
+            return torch.stack(
+                [F.cross_entropy(self._logits(head, part, size), target, ignore_index=-1) for head in heads]
+            )
+
+        train_heads(heads, settings, loss, samples, self.config.training)
+        return heads
+
+    def _logits(self, head: nn.Linear, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        x = (tokens.to(self._device, torch.float32) - self._mean) / self._scale
+        logits = head(x).transpose(1, 2).unflatten(2, self._grid)
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def _check(tokens: Tensor, masks: Tensor, grid: tuple[int, int]) -> None:
+    if tokens.ndim != 3 or masks.ndim != 3 or len(tokens) != len(masks) or len(tokens) < 2:
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)} and masks {tuple(masks.shape)}: tokens must be [n, N, D] and masks "
+            "[n, H, W] of the same images, at least two"
+        )
+    if tokens.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"grid={grid}: {grid[0] * grid[1]} patches, but there are {tokens.shape[1]} tokens an image")

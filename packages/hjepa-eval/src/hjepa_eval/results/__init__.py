@@ -1,0 +1,1 @@
+"""Numbers with their names, counts and intervals: JSON with a schema, and tables of many files."""

@@ -1,0 +1,32 @@
+"""Merge results files into one table: python -m hjepa_eval.results A.json B.json [--markdown]."""
+
+import argparse
+import sys
+
+from hjepa_eval.results.measurement import read_results
+from hjepa_eval.results.table import merge
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m hjepa_eval.results", description="Merge results into one table.")
+    parser.add_argument("files", nargs="+", help="results files that hjepa-eval wrote")
+    parser.add_argument("--metrics", nargs="+", default=(), help="columns, in this order; all without it")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of a terminal's table")
+    given = parser.parse_args(arguments)
+    try:
+        table = merge([read_results(path) for path in given.files], metrics=given.metrics)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if given.markdown:
+        print(table.markdown())
+    else:
+        from rich.console import Console
+
+        Console().print(table.rich())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

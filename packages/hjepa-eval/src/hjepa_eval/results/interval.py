@@ -1,0 +1,141 @@
+"""Intervals of a measured number: by bootstrap over samples, over draws or seeds, by a jackknife over groups."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the normal one beyond.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+ELEMENTS = 2**22  # draws held at once
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Interval:
+    """A number and what surrounds it with 95 % confidence.
+
+    Attributes:
+        value: The number.
+        low: Lower end.
+        high: Upper end.
+        method: "bootstrap" (over test samples), "seeds" or "draws" (Student's t over repetitions), or "jackknife" (over
+            ten groups of samples).
+        n: Samples or repetitions that the interval is over.
+    """
+
+    value: float
+    low: float
+    high: float
+    method: str
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(
+    samples: Tensor,
+    statistic: Callable[[Tensor], Tensor] | None = None,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap over samples: each draw takes n of the n samples with replacement.
+
+    Args:
+        samples: A number for each sample [n] (1 where it was classified rightly), or several [n, ...], such as its
+            confusion matrix.
+        statistic: Maps the means of r draws [r, ...] to r numbers; None: the mean itself.
+        draws: Number of draws.
+        seed: Of the draws.
+
+    Returns:
+        The statistic of the samples with the 2.5 % and 97.5 % quantiles of its draws.
+
+    Raises:
+        ValueError: Where there is no sample.
+
+    Source:
+        Efron and Tibshirani 1993, "An introduction to the bootstrap", section 13.3.
+    """
+    if not len(samples):
+        raise ValueError("samples: there are none to draw from; check that the test set has labels")
+    rows = samples.detach().cpu().double().flatten(1) if samples.ndim > 1 else samples.detach().cpu().double()[:, None]
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    for first in range(0, draws, max(1, ELEMENTS // len(rows))):
+        count = min(draws - first, max(1, ELEMENTS // len(rows)))
+        index = torch.randint(0, len(rows), (count, len(rows)), generator=generator)
+        times = torch.zeros(count, len(rows), dtype=torch.float64).scatter_add_(
+            1, index, torch.ones(1, 1, dtype=torch.float64).expand_as(index)
+        )
+        means.append(times @ rows / len(rows))
+    drawn, whole = torch.cat(means), rows.mean(dim=0, keepdim=True)
+    if samples.ndim > 1:
+        drawn, whole = drawn.view(-1, *samples.shape[1:]), whole.view(-1, *samples.shape[1:])
+    else:
+        drawn, whole = drawn[:, 0], whole[:, 0]
+    if statistic is not None:
+        drawn, whole = statistic(drawn), statistic(whole)
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(value=float(whole[0]), low=low, high=high, method="bootstrap", n=len(rows))
+
+
+def interval_of_mean(values: Sequence[float], method: str = "seeds") -> Interval:
+    """Mean of repetitions with Student's t interval: mean ± t * s / sqrt(r).
+
+    Args:
+        values: The number of each repetition, at least two.
+        method: What was repeated: "seeds" or "draws".
+
+    Returns:
+        The mean and its interval.
+
+    Raises:
+        ValueError: With fewer than two.
+    """
+    if len(values) < 2:
+        raise ValueError(f"values={tuple(values)}: an interval needs at least two repetitions")
+    mean = statistics.fmean(values)
+    half = _quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return Interval(value=mean, low=mean - half, high=mean + half, method=method, n=len(values))
+
+
+def jackknife(z: Tensor, statistic: Callable[[Tensor], Tensor | float], *, groups: int = 10) -> Interval:
+    """Interval of a number that needs many samples at once, like a rank: leave out one group of samples at a time.
+
+    se^2 = (g - 1) / g * sum_i (theta_i - mean(theta))^2,   interval = theta ± t_(g-1) * se
+
+    A bootstrap would repeat samples, and a repeated sample lowers a rank. Sample i belongs to group i mod g.
+
+    Args:
+        z: Features [n, ...], one row a sample.
+        statistic: Maps features to a number; called g + 1 times.
+        groups: g.
+
+    Returns:
+        The number of all samples with its interval.
+
+    Raises:
+        ValueError: With fewer samples than 2 g.
+
+    Source:
+        Efron and Tibshirani 1993, section 11.5 (jackknife of groups).
+    """
+    if len(z) < 2 * groups:
+        raise ValueError(f"groups={groups}: {len(z)} samples are too few; allowed: up to half as many as samples")
+    group = torch.arange(len(z), device=z.device) % groups
+    value = float(statistic(z))
+    parts = [float(statistic(z[group != number])) for number in range(groups)]
+    error = ((groups - 1) / groups * sum((part - statistics.fmean(parts)) ** 2 for part in parts)) ** 0.5
+    half = _quantile(groups - 1) * error
+    return Interval(value=value, low=value - half, high=value + half, method="jackknife", n=len(z))
+
+
+def _quantile(freedom: int) -> float:
+    return _T[freedom - 1] if freedom <= len(_T) else 1.96

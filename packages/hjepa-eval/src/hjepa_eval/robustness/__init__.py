@@ -1,0 +1,1 @@
+"""Accuracy on changed images: corruptions, rotations, occlusion, lower resolution, and folders of other images."""

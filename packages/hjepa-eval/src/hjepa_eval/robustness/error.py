@@ -1,0 +1,119 @@
+"""Errors on changed images: which samples stay right, and mean corruption errors against a reference."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+Change = Callable[[UInt8[Tensor, "B 3 H W"], Int[Tensor, " B"]], UInt8[Tensor, "B 3 H W"]]
+Predict = Callable[[UInt8[Tensor, "B 3 H W"]], Mapping[str, Int[Tensor, " B"]]]
+Errors = Mapping[str, Sequence[float]]
+
+
+def right_on_changed(
+    predict: Predict,
+    images: UInt8[Tensor, "n 3 H W"],
+    labels: Int[Tensor, " n"],
+    change: Change | None = None,
+    *,
+    batch_size: int = 256,
+) -> dict[str, Bool[Tensor, " n"]]:
+    """Which images are still classified rightly once they are changed, for all classifiers of a model in one pass.
+
+    Args:
+        predict: Maps pixels to predicted classes by the name of a classifier (a level).
+        images: Pixels.
+        labels: Their classes.
+        change: Maps pixels and sample numbers to changed pixels; None: leaves them as they are.
+        batch_size: Images of a call.
+
+    Returns:
+        One boolean an image for each name; the error is 1 - mean.
+
+    Raises:
+        ValueError: Where there is no image, or not one label an image.
+    """
+    if not len(images) or labels.shape != images.shape[:1]:
+        raise ValueError(f"images {tuple(images.shape)} labels {tuple(labels.shape)}: give some, with one label each")
+    found: dict[str, list[Tensor]] = {}
+    for part in torch.split(torch.arange(len(images)), batch_size):
+        pixels = images[part] if change is None else change(images[part], part)
+        for name, predicted in predict(pixels).items():
+            found.setdefault(name, []).append(predicted.cpu() == labels[part].cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class CorruptionError:
+    """Corruption errors against a reference.
+
+    Attributes:
+        by_corruption: CE of each corruption: 1 is as bad as the reference.
+        mean: Their mean, mCE. Publications give it in percent.
+    """
+
+    by_corruption: dict[str, float]
+    mean: float
+
+
+def mean_corruption_error(errors: Errors, reference: Errors) -> CorruptionError:
+    """Errors summed over severities and divided by the reference's, averaged over corruptions.
+
+    CE_c = sum_s E(s, c) / sum_s E_ref(s, c),   mCE = mean_c CE_c
+
+    Args:
+        errors: Top-1 error, 1 - accuracy, by corruption and severity.
+        reference: Those of the reference model (AlexNet in the paper) at the same severities.
+
+    Returns:
+        CE of each corruption, and mCE.
+
+    Raises:
+        ValueError: Where the two are not of the same corruptions and severities, or the reference makes no error.
+
+    Source:
+        Hendrycks and Dietterich 2019 (arXiv 1903.12261), section 4.2.
+    """
+    return _ratio(errors, reference, 0.0, 0.0)
+
+
+def relative_corruption_error(
+    errors: Errors, reference: Errors, *, clean: float, reference_clean: float
+) -> CorruptionError:
+    """How much corruption adds to the error, divided by what it adds to the reference's.
+
+    CE_c = sum_s (E(s, c) - E_clean) / sum_s (E_ref(s, c) - E_ref_clean),   relative mCE = mean_c CE_c
+
+    Args:
+        errors: Top-1 error by corruption and severity.
+        reference: Those of the reference model.
+        clean: Top-1 error on the images as they are.
+        reference_clean: That of the reference model.
+
+    Returns:
+        Relative CE of each corruption, and relative mCE.
+
+    Raises:
+        ValueError: Where the two are not of the same corruptions and severities, or corruption adds nothing to the
+            reference's error.
+
+    Source:
+        Hendrycks and Dietterich 2019 (arXiv 1903.12261), section 4.2.
+    """
+    return _ratio(errors, reference, clean, reference_clean)
+
+
+def _ratio(errors: Errors, reference: Errors, clean: float, reference_clean: float) -> CorruptionError:
+    if not errors or errors.keys() != reference.keys():
+        raise ValueError(f"errors of {sorted(errors)}, reference of {sorted(reference)}: give the same corruptions")
+    found = {}
+    for name, row in errors.items():
+        if len(row) != len(reference[name]) or not row:
+            raise ValueError(f"{name}: {len(row)} and {len(reference[name])} severities; give the same ones")
+        below = sum(reference[name]) - reference_clean * len(row)
+        if below <= 0:
+            raise ValueError(f"{name}: the reference makes no more errors than without corruption; take another one")
+        found[name] = (sum(row) - clean * len(row)) / below
+    return CorruptionError(by_corruption=found, mean=sum(found.values()) / len(found))

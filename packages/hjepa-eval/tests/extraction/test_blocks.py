@@ -1,0 +1,127 @@
+import pytest
+import torch
+from torch import nn
+
+from hjepa_eval import BlockFeatures, FeatureName, extract, level_features, open_encoder, patch_tokens, pool_tokens
+
+
+class Tower(nn.Module):
+    """Three blocks on tokens behind a class token, and a final norm."""
+
+    num_prefix_tokens = 1
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.norm = nn.LayerNorm(4)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def test_all_blocks_and_poolings_come_from_one_pass(device):
+    torch.manual_seed(0)
+    tower = Tower().to(device)
+    x = torch.randn(2, 5, 4, device=device)
+    features = BlockFeatures(tower, blocks=(-1, 0, "output", "blocks.1"), poolings=("mean", "cls", "concat"))
+    found = features(x)
+    assert tower.calls == 1
+    assert [name.level for name in found][::3] == ["block2", "block0", "output", "blocks.1"]
+    assert len(found) == 12
+    first = tower.blocks[0](x)
+    second = tower.blocks[1](first)
+    third = tower.blocks[2](second)
+    for level, tokens in (("block0", first), ("blocks.1", second), ("block2", third), ("output", tower.norm(third))):
+        mean, cls = tokens[:, 1:].mean(1), tokens[:, 0]
+        for pooling, expected in (("mean", mean), ("cls", cls), ("concat", torch.cat((cls, mean), 1))):
+            torch.testing.assert_close(found[FeatureName(level=level, pooling=pooling)], expected)
+    assert not any(part._forward_hooks for part in tower.modules())
+
+
+def test_the_last_block_with_the_final_norm_is_the_output(device):
+    tower = Tower().to(device)
+    found = BlockFeatures(tower, blocks=(2, "output"), norm=True)(torch.randn(2, 5, 4, device=device))
+    torch.testing.assert_close(*found.values())
+
+
+def test_hooks_are_gone_after_an_error(device):
+    tower = Tower().to(device)
+    with pytest.raises(RuntimeError):
+        BlockFeatures(tower, blocks=(0,))(torch.randn(2, 5, 3, device=device))
+    assert not any(part._forward_hooks for part in tower.modules())
+
+
+def test_extract_names_blocks_and_puts_their_module_in_eval_mode(device):
+    tower = Tower().to(device)
+    modes = []
+    tower.norm.register_forward_hook(lambda part, *_: modes.append(part.training))
+    batches = [(torch.randn(3, 5, 4), torch.arange(3)), (torch.randn(2, 5, 4), torch.arange(2))]
+    sets = extract(BlockFeatures(tower, blocks=(0, -1)), batches, branch="online")
+    assert list(sets) == ["block0/mean", "block2/mean"]
+    assert str(sets["block0/mean"].name) == "branch=online level=block0 pooling=mean"
+    assert len(sets["block2/mean"]) == 5
+    assert modes == [False, False]
+    assert tower.training
+
+
+def test_maps_and_vectors_are_pooled_by_the_same_rule():
+    image = torch.arange(24.0).view(1, 2, 3, 4)
+    torch.testing.assert_close(pool_tokens(image, "mean"), image.mean((2, 3)))
+    assert patch_tokens(image).shape == (1, 12, 2)
+    vector = torch.ones(2, 3)
+    assert pool_tokens(vector, "mean") is vector
+    found = BlockFeatures(nn.Flatten(), poolings=("mean", "cls"))(image)
+    assert list(found) == [FeatureName(level="output", pooling="none")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"blocks": (3,)}, "3 blocks"),
+        ({"blocks": ("head",)}, "no such submodule"),
+        ({"blocks": ()}, "at least one"),
+        ({"poolings": ("max",)}, "no such pooling"),
+        ({"poolings": ("cls",), "num_prefix_tokens": 0}, "no class token"),
+        ({"num_prefix_tokens": 5}, "beyond the prefix"),
+    ],
+)
+def test_what_is_not_there_is_refused_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        BlockFeatures(Tower(), **arguments)(torch.randn(2, 5, 4))
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="no list called blocks"):
+        BlockFeatures(nn.Linear(2, 2), blocks=(0,))
+
+
+def test_sources_are_modules_timm_names_and_folders(tmp_path):
+    module = nn.Linear(2, 2)
+    assert open_encoder(module) is module
+    assert open_encoder(tmp_path, load_folder=lambda folder: nn.Linear(len(folder.parts), 1)).in_features == len(
+        tmp_path.parts
+    )
+    with pytest.raises(ValueError, match="load_folder"):
+        open_encoder(tmp_path)
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="neither a path nor a timm model"):
+        open_encoder("vit_gigantic_of_nobody")
+    encoder = open_encoder("test_vit")
+    found = BlockFeatures(encoder, blocks=(0, -1), poolings=("concat",))(torch.zeros(1, 3, 160, 160))
+    assert {name.level for name in found} == {"block0", f"block{len(encoder.blocks) - 1}"}
+
+
+class Hierarchy(nn.Module):
+    def all_features(self, images, pool, branch):
+        scale = {"target": 1, "online": 2}[branch]
+        return {level: scale * images * (level + 1) for level in range(2)}
+
+
+def test_levels_of_both_branches_come_with_their_names():
+    model = Hierarchy()
+    sets = extract(level_features(model, branches=("target", "online")), [(torch.ones(2, 3), torch.arange(2))])
+    assert sorted(sets) == ["online/0/mean", "online/1/mean", "target/0/mean", "target/1/mean"]
+    assert sets["online/1/mean"].values[0, 0] == 4
+    assert model.training

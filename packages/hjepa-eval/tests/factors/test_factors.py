@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Lasso, Ridge
+
+from hjepa_eval import LogisticProbeConfig, bottleneck_sweep, dci, factor_probe
+from hjepa_eval.factors.dci import lasso
+from hjepa_eval.factors.probes import _ridge
+
+ONE = LogisticProbeConfig(l2=(1e-3,))
+
+
+def world(n, seed):
+    """Known factors: a class of four, a position in the plane, a scale; all independent."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "class": torch.randint(0, 4, (n,), generator=generator),
+        "place": torch.rand(n, 2, generator=generator),
+        "scale": torch.rand(n, generator=generator),
+    }
+
+
+def code(factors):
+    hot = torch.nn.functional.one_hot(factors["class"], 4).float()
+    return torch.cat((hot, factors["place"], factors["scale"][:, None]), dim=1)
+
+
+def separate(factors):
+    return {
+        "class": factors["class"],
+        "y": factors["place"][:, 0],
+        "x": factors["place"][:, 1],
+        "scale": factors["scale"],
+    }
+
+
+def test_factors_that_features_hold_are_read_and_others_are_at_chance(device):
+    train, test = world(600, 0), world(500, 1)
+    x, test_x = code(train), code(test)
+    x[:, 6], test_x[:, 6] = 0.5, 0.5
+    scores = {s.factor: s for s in factor_probe(x.to(device), train, test_x.to(device), test, probe=ONE)}
+    assert (scores["class"].kind, scores["class"].interval.value) == ("accuracy", 1.0)
+    assert scores["class"].chance == pytest.approx(0.25, abs=0.06)
+    assert scores["place"].kind == "r2"
+    assert scores["place"].interval.value == pytest.approx(1, abs=1e-3)
+    assert scores["scale"].interval.value == pytest.approx(0, abs=0.05)
+    assert scores["scale"].interval.low < scores["scale"].interval.value < scores["scale"].interval.high
+    assert scores["scale"].interval.n == 500
+    with pytest.raises(ValueError, match="place"):
+        factor_probe(x, train, test_x, {"class": test["class"]}, probe=ONE)
+
+
+def test_ridge_and_lasso_equal_scikit_learn(device):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 6, generator=generator).double()
+    x[:, 1] = x[:, 0] + 0.1 * x[:, 1]
+    y = x @ torch.randn(6, 2, generator=generator).double() + 0.5 * torch.randn(80, 2, generator=generator).double() + 3
+    ours = _ridge(x.to(device), y.to(device), x[:5].to(device), 0.1).cpu()
+    np.testing.assert_allclose(ours, Ridge(alpha=8.0).fit(x, y).predict(x[:5]), rtol=1e-8)
+    x, y = x - x.mean(0), y - y.mean(0)
+    penalty = torch.tensor([0.1, 0.5], dtype=torch.float64)
+    ours = lasso(x.to(device), y.to(device), penalty.to(device), iterations=5000).cpu()
+    for column in range(2):
+        theirs = Lasso(alpha=float(penalty[column]), fit_intercept=False, tol=1e-12, max_iter=100_000)
+        np.testing.assert_allclose(ours[:, column], theirs.fit(x, y[:, column]).coef_, atol=1e-6)
+    assert (ours == 0).any()
+
+
+def test_a_code_of_the_factors_is_disentangled_and_a_rotation_of_it_is_not(device):
+    train, test = world(1500, 0), world(800, 1)
+    names = ("y", "x", "scale")
+    factors, test_factors = ({n: separate(w)[n] for n in names} for w in (train, test))
+    plain, test_plain = (torch.stack(list(f.values()), dim=1) for f in (factors, test_factors))
+    found = dci(plain.to(device), factors, test_plain.to(device), test_factors)
+    assert found.disentanglement == pytest.approx(1, abs=0.03)
+    assert found.mean_completeness == pytest.approx(1, abs=0.03)
+    assert all(error < 0.05 for error in found.informativeness.values())
+    assert (found.importance.argmax(0).cpu() == torch.arange(3)).all()
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(3))).Q
+    mixed = dci((plain @ rotation).to(device), factors, (test_plain @ rotation).to(device), test_factors)
+    assert mixed.disentanglement < 0.5
+    assert mixed.mean_completeness < 0.5
+    assert all(error < 0.05 for error in mixed.informativeness.values())
+
+
+def test_classes_and_useless_dimensions_are_counted_rightly(device):
+    """Four dimensions of one class: disentangled, but not complete. Noise dimensions weigh nothing."""
+    train, test = world(1500, 0), world(800, 1)
+    factors, test_factors = separate(train), separate(test)
+    noise = torch.randn(2300, 3, generator=torch.Generator().manual_seed(1))
+    x, test_x = torch.cat((code(train), noise[:1500]), 1), torch.cat((code(test), noise[1500:]), 1)
+    found = dci(x.to(device), factors, test_x.to(device), test_factors)
+    assert found.disentanglement > 0.9
+    assert found.completeness["class"] < 0.6
+    assert found.completeness["scale"] > 0.9
+    assert found.importance[7:].max() < 0.05 * found.importance.max()
+    blind = dci(noise[:1500].to(device), factors, noise[1500:].to(device), test_factors)
+    assert all(error == pytest.approx(1, abs=0.05) for error in blind.informativeness.values())
+
+
+def test_scores_follow_their_definition():
+    train, test = world(400, 0), world(200, 1)
+    found = dci(code(train), separate(train), code(test), separate(test))
+    importance = found.importance
+    entropy = [-sum(p * np.log(p) / np.log(4) for p in (row / row.sum()).tolist() if p > 0) for row in importance]
+    weights = importance.sum(1) / importance.sum()
+    assert found.disentanglement == pytest.approx(
+        sum(float(w) * (1 - e) for w, e in zip(weights, entropy, strict=True))
+    )
+    column = importance[:, 0] / importance[:, 0].sum()
+    entropy = -sum(p * np.log(p) / np.log(7) for p in column.tolist() if p > 0)
+    assert found.completeness["class"] == pytest.approx(1 - entropy)
+
+
+def test_what_has_no_dci_is_refused():
+    x, factors = torch.zeros(10, 3), {"a": torch.arange(10.0), "b": torch.ones(10)}
+    with pytest.raises(ValueError, match="two factors"):
+        dci(x, {"a": factors["a"]}, x, factors)
+    with pytest.raises(ValueError, match="does not vary"):
+        dci(torch.eye(10), factors, torch.eye(10), factors)
+    with pytest.raises(ValueError, match="factor 'b'"):
+        dci(torch.eye(10), factors, torch.eye(10), {"a": factors["a"]})
+
+
+def test_a_bottleneck_is_as_wide_as_what_it_must_hold(device):
+    """Five classes in four loud dimensions, noise in the others."""
+    generator = torch.Generator().manual_seed(0)
+    means = 6 * torch.nn.functional.pad(torch.linalg.qr(torch.randn(5, 5, generator=generator)).Q, (0, 11))
+    labels = torch.randint(0, 5, (1500,), generator=generator)
+    x = means[labels] + torch.randn(1500, 16, generator=generator) + 9
+    scores = bottleneck_sweep(
+        x[:800].to(device), labels[:800].to(device), x[800:].to(device), labels[800:].to(device), probe=ONE
+    )
+    assert [score.width for score in scores] == [2, 4, 8, 16]
+    two, four, _, full = scores
+    assert two.interval.value < 0.9 < four.interval.value
+    assert four.interval.value > full.interval.value - 0.01
+    assert full.variance == pytest.approx(1)
+    assert [s.variance for s in scores] == sorted(s.variance for s in scores)
+    assert four.interval.n == 700
+    with pytest.raises(ValueError, match="widths"):
+        bottleneck_sweep(x, labels, x, labels, widths=(17,))

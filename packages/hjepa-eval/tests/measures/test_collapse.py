@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from hjepa_eval import CollapseConfig, FeatureSet, Verdict, judge_collapse, judge_levels, measure_unlabelled
+
+
+def normal(n=600, width=64, seed=0):
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_what_varies_in_all_directions_is_healthy(device):
+    report = judge_collapse(normal().to(device))
+    assert (report.verdict, report.reasons, report.n) == (Verdict.healthy, (), 600)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "reason"),
+    [
+        (lambda z: torch.full_like(z, 2.5), "collapsed", "hardly differ"),
+        (torch.zeros_like, "collapsed", "hardly differ"),
+        (lambda z: 1e-3 * z + 1, "collapsed", "hardly differ"),
+        (lambda z: z[:, :1] * z[:1], "collapsed", "few directions"),
+        (lambda z: z[:, :4] @ z[:4], "poor", "few directions"),
+        (lambda z: z * (torch.arange(64, device=z.device) < 48), "poor", "constant"),
+        (lambda z: z + 8, "poor", "same way"),
+    ],
+)
+def test_each_kind_of_collapse_is_named_with_its_number(device, change, verdict, reason):
+    report = judge_collapse(change(normal().to(device)))
+    assert report.verdict == verdict
+    assert any(reason in line for line in report.reasons)
+    assert all(any(character.isdigit() for character in line) for line in report.reasons)
+
+
+def test_every_level_has_its_own_verdict():
+    labels = torch.full((600,), -1)
+    sets = {"0": FeatureSet(values=normal(), labels=labels), "1": FeatureSet(values=torch.ones(600, 8), labels=labels)}
+    assert {level: report.verdict for level, report in judge_levels(sets).items()} == {
+        "0": Verdict.healthy,
+        "1": Verdict.collapsed,
+    }
+
+
+def test_bounds_are_checked():
+    with pytest.raises(ValueError, match="rank_share"):
+        CollapseConfig(rank_share=(0.01, 0.1))
+    with pytest.raises(ValueError, match="cosine"):
+        CollapseConfig(cosine=(0.99, 0.9))
+    with pytest.raises(ValueError, match="two samples"):
+        judge_collapse(torch.zeros(1, 3))
+
+
+def test_all_numbers_come_with_intervals_and_counts():
+    features = FeatureSet(values=normal(), labels=torch.full((600,), -1))
+    found = {one.metric: one for one in measure_unlabelled(features, samples=500)}
+    assert set(found) == {"rankme", "effective_rank", "alpha_req", "isotropy", "spread", "mean_cosine", "uniformity"}
+    for one in found.values():
+        assert one.low < one.value < one.high
+        assert (one.n, one.method) == (500, "jackknife")
+    assert found["effective_rank"].details["verdict"] == "healthy"
+    # The deviation of a standard normal is known: the interval must hold it, and be narrow.
+    assert found["spread"].low < 1.0 < found["spread"].high
+    assert found["spread"].high - found["spread"].low < 0.05

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from torch import nn
+
+from hjepa_eval import SegmentationProbe, bootstrap, correspondence_accuracy, crop_matches
+from hjepa_eval.probes.heads import HeadTraining
+from hjepa_eval.probes.segmentation import SegmentationProbeConfig
+
+
+def scenes(n, seed):
+    """Four by four patches of three classes, whose tokens show the class; masks at four pixels a patch."""
+    generator = torch.Generator().manual_seed(seed)
+    patch = torch.randint(0, 3, (n, 4, 4), generator=generator)
+    tokens = torch.eye(3, 8)[patch.flatten(1)] * 3 + torch.randn(n, 16, 8, generator=generator) + 2
+    return tokens, patch.repeat_interleave(4, 1).repeat_interleave(4, 2)
+
+
+def naive_iou(predicted, masks):
+    scores = []
+    for number in range(3):
+        a, b = (predicted == number) & (masks >= 0), masks == number
+        scores.append(float((a & b).sum() / (a | b).sum()))
+    return sum(scores) / 3
+
+
+def test_segmentation_learns_the_classes_and_counts_by_the_definition(device):
+    (tokens, masks), (test_tokens, test_masks) = scenes(120, 0), scenes(60, 1)
+    masks[:, 0, 0] = -1
+    test_masks[:, :, 3] = -1
+    config = SegmentationProbeConfig(
+        training=HeadTraining(
+            learning_rates=(1e-4, 3e-2), weight_decays=(0.0,), epochs=8, batch_size=16, optimizer="adamw"
+        )
+    )
+    probe = SegmentationProbe(config).fit(tokens, masks, (4, 4), device=device)
+    assert probe.chosen.learning_rate == 3e-2
+    found = probe.mean_iou(test_tokens, test_masks)
+    assert 0.5 < found < 0.99
+    predicted = probe.predict(test_tokens, (16, 16))
+    assert found == pytest.approx(naive_iou(predicted, test_masks), abs=1e-6)
+    counts = probe.confusion(test_tokens, test_masks)
+    assert counts.sum() == (test_masks >= 0).sum()
+
+    def iou(mean):
+        hit = mean.diagonal(dim1=1, dim2=2)
+        return (hit / (mean.sum(1) + mean.sum(2) - hit)).mean(1)
+
+    interval = bootstrap(counts.double(), iou)
+    assert interval.value == pytest.approx(found, abs=1e-6)
+    assert interval.low < found < interval.high
+    assert interval.n == 60
+
+
+def test_segmentation_refuses_what_does_not_fit():
+    tokens, masks = scenes(3, 0)
+    with pytest.raises(ValueError, match="grid"):
+        SegmentationProbe().fit(tokens, masks, (4, 5))
+    with pytest.raises(ValueError, match="same images"):
+        SegmentationProbe().fit(tokens, masks[:2], (4, 4))
+    with pytest.raises(RuntimeError, match="fit"):
+        SegmentationProbe().predict(tokens, (2, 2))
+
+
+def test_matches_of_crops_are_the_same_places_of_an_image():
+    """Real crops of an image that holds its own coordinates."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    image = torch.stack((y, x)) + 0.5
+    first, second = torch.tensor([[8.0, 4.0, 32.0, 40.0]]), torch.tensor([[0.0, 16.0, 48.0, 32.0]])
+    flipped = torch.tensor([True])
+    matches = crop_matches(first, second, (4, 4), second_flipped=flipped)[0]
+
+    def patches(box, mirrored):
+        top, left, height, width = (int(v) for v in box[0])
+        crop = image[:, top : top + height, left : left + width]
+        crop = crop.flip(2) if mirrored else crop
+        return nn.functional.adaptive_avg_pool2d(crop, 4).flatten(1).T
+
+    a, b = patches(first, False), patches(second, True)
+    half = torch.tensor([48 / 8, 32 / 8])
+    for centre, match in zip(a, matches, strict=True):
+        inside = ((centre - b).abs() <= half).all(1).nonzero().flatten()
+        if match < 0:
+            assert not len(inside) or float((centre - b).abs().amin()) >= 0
+            assert not (16 < centre[1] < 48 and 0 < centre[0] < 48)
+        else:
+            assert match in inside
+    assert (matches >= 0).any()
+    assert (matches < 0).any()
+
+
+def test_correspondence_counts_right_patches_and_near_ones(device):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 9, 16, generator=generator)
+    order = torch.stack([torch.randperm(9, generator=generator) for _ in range(3)])
+    second = torch.empty_like(tokens)
+    for image in range(3):
+        second[image, order[image]] = 2 * tokens[image]
+    matches = order.clone()
+    matches[0, :4] = -1
+    matches[2] = -1
+    exact = correspondence_accuracy(tokens.to(device), second.to(device), matches.to(device), (3, 3))
+    assert exact[:2].tolist() == [1, 1]
+    assert exact[2] != exact[2]
+    shifted = torch.where(matches % 3 < 2, matches + 1, matches - 2)
+    shifted = torch.where(matches >= 0, shifted, -1)
+    wrong = correspondence_accuracy(tokens.to(device), second.to(device), shifted.to(device), (3, 3))
+    assert wrong[:2].tolist() == [0, 0]
+    near = correspondence_accuracy(tokens.to(device), second.to(device), shifted.to(device), (3, 3), tolerance=1)
+    expected = [(matches[i][matches[i] >= 0] % 3 < 2).double().mean().item() for i in range(2)]
+    assert near[:2].tolist() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="one shape"):
+        correspondence_accuracy(tokens, second[:, :4], matches, (3, 3))

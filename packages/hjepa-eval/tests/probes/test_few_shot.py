@@ -1,0 +1,62 @@
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from hjepa_eval import FewShotConfig, few_shot
+from hjepa_eval.probes.few_shot import draw_samples
+
+
+def classes(n, seed, noise=2.0):
+    means = torch.randn(4, 12, generator=torch.Generator().manual_seed(9))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (n,), generator=generator)
+    return means[labels] + noise * torch.randn(n, 12, generator=generator), labels
+
+
+def test_more_labels_help_and_every_score_has_its_interval_and_count(device):
+    (x, y), (test_x, test_y) = classes(1000, 0), classes(1500, 1)
+    scores = few_shot(x.to(device), y.to(device), test_x.to(device), test_y.to(device))
+    assert [score.labels for score in scores] == ["1-shot", "5-shot", "10-shot", "1%", "10%"]
+    assert [score.n_train for score in scores[:3]] == [4, 20, 40]
+    assert scores[4].n_train == sum(round(0.1 * int(count)) for count in y.bincount())
+    means = [score.interval.value for score in scores]
+    assert means[0] < means[1] < means[2] < means[4]
+    for score in scores:
+        assert score.interval.low < score.interval.value < score.interval.high
+        assert (score.interval.method, score.interval.n, len(score.draws)) == ("draws", 5, 5)
+        assert len(set(score.draws)) > 1
+
+
+def test_a_draw_is_the_logistic_regression_of_its_samples(device):
+    (x, y), (test_x, test_y) = classes(300, 2), classes(800, 3)
+    config = FewShotConfig(shots=(5,), shares=(), draws=3, seed=7)
+    (score,) = few_shot(x.to(device), y.to(device), test_x.to(device), test_y.to(device), config)
+    mean, scale = x.mean(0), x.std(0, correction=0)
+    for draw, ours in enumerate(score.draws):
+        chosen = draw_samples(y, [5] * 4, seed=7, draw=draw)
+        assert y[chosen].bincount().tolist() == [5] * 4
+        theirs = LogisticRegression(C=1 / (20 * config.l2), max_iter=2000)
+        theirs.fit(((x - mean) / scale)[chosen].numpy(), y[chosen].numpy())
+        assert ours == pytest.approx(theirs.score(((test_x - mean) / scale).numpy(), test_y.numpy()), abs=0.003)
+
+
+def test_draws_differ_and_small_ones_are_parts_of_large_ones():
+    labels = torch.arange(100) % 4
+    small, large = (set(draw_samples(labels, [size] * 4, seed=0, draw=0).tolist()) for size in (2, 10))
+    assert small < large
+    assert large != set(draw_samples(labels, [10] * 4, seed=0, draw=1).tolist())
+
+
+def test_numbers_that_a_class_cannot_give_are_left_out(device):
+    x, y = torch.eye(6, device=device), torch.tensor([0, 0, 0, 1, 1, 1], device=device)
+    scores = few_shot(x, y, x, y, FewShotConfig(shots=(3, 4), shares=(0.01,)))
+    assert [score.labels for score in scores] == ["3-shot", "1%"]
+    assert scores[1].n_train == 2
+
+
+def test_wrong_input_is_refused():
+    for change, message in (({"shots": (0,)}, "shots"), ({"draws": 1}, "draws"), ({"l2": 0}, "l2")):
+        with pytest.raises(ValueError, match=message):
+            FewShotConfig(**change)
+    with pytest.raises(ValueError, match="label a row"):
+        few_shot(torch.zeros(2, 2), torch.tensor([0, -1]), torch.zeros(2, 2), torch.tensor([0, 1]))

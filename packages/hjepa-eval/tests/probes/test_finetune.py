@@ -1,0 +1,120 @@
+import pytest
+import torch
+from torch import nn
+
+from hjepa_eval import Classifier, FineTuneConfig, classify, finetune, layer_groups
+
+
+class Encoder(nn.Module):
+    num_prefix_tokens = 0
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 4, 6))
+        self.patch_embed = nn.Linear(3, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.norm = nn.LayerNorm(6)
+
+    def no_weight_decay(self):
+        return {"pos_embed"}
+
+    def forward(self, images):
+        x = self.patch_embed(images.flatten(2).transpose(1, 2)) + self.pos_embed
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return self.norm(x)
+
+
+def encoder():
+    made = Encoder()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in made.parameters():
+            if value.ndim > 1:
+                value.normal_(std=0.4, generator=generator)
+            else:
+                value.zero_()
+        made.norm.weight.fill_(1.0)
+    return made
+
+
+def test_every_parameter_has_the_rate_of_its_layer():
+    model = Classifier(encoder(), 6, 3)
+    groups = layer_groups(model, learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(found) == len(list(model.parameters())) == sum(len(g["params"]) for g in groups)
+    e = model.encoder
+    assert found[id(e.pos_embed)] == (0.125, 0.0)
+    assert found[id(e.patch_embed.weight)] == (0.125, 0.1)
+    assert found[id(e.patch_embed.bias)] == (0.125, 0.0)
+    assert found[id(e.blocks[0].weight)] == (0.25, 0.1)
+    assert found[id(e.blocks[1].weight)] == (0.5, 0.1)
+    assert found[id(e.norm.weight)] == (1.0, 0.0)
+    assert found[id(model.head.weight)] == (1.0, 0.1)
+    e.patch_embed.requires_grad_(False)
+    left = layer_groups(model, learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
+    assert sum(len(g["params"]) for g in left) == len(found) - 2
+
+
+def test_a_timm_encoder_has_one_layer_a_block():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit", num_classes=5)
+    groups = layer_groups(model, learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
+    assert {g["layer"] for g in groups} == set(range(len(model.blocks) + 2))
+    layer = {id(p): g["layer"] for g in groups for p in g["params"]}
+    assert layer[id(model.cls_token)] == layer[id(model.patch_embed.proj.weight)] == 0
+    assert layer[id(model.head.weight)] == layer[id(model.norm.weight)] == len(model.blocks) + 1
+
+
+def striped(n, seed):
+    """The class is the row whose pixels vary: no linear map of the pixels tells it."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 2, (n,), generator=generator)
+    images = 0.3 * torch.randn(n, 3, 2, 2, generator=generator)
+    sign = torch.randint(0, 2, (n, 1, 2), generator=generator) * 2.0 - 1
+    images[torch.arange(n), :, labels] += sign
+    return images, labels
+
+
+def batches(images, labels):
+    return [(a, b) for a, b in zip(images.split(50), labels.split(50), strict=True)]
+
+
+def test_fine_tuning_learns_and_frozen_shallow_layers_move_less(device):
+    train, test = striped(400, 0), striped(400, 1)
+    model = Classifier(encoder(), 6, 2)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    config = FineTuneConfig(learning_rate=2e-2, layer_decay=0.5, epochs=15, label_smoothing=0.0)
+    losses = finetune(model, lambda epoch: batches(*train), 8, config, device=device)
+    assert losses[-1] < 0.5 * losses[0]
+    right, labels = classify(model, batches(*test), device=device)
+    assert right.mean() > 0.9
+    assert len(labels) == 400
+    moved = {
+        name: float((value.detach().cpu() - before[name]).abs().mean()) for name, value in model.named_parameters()
+    }
+    assert moved["encoder.patch_embed.weight"] < moved["encoder.blocks.1.weight"] < moved["head.weight"]
+
+
+def test_epochs_read_their_own_batches_and_no_more_than_announced(device):
+    train, seen = striped(400, 0), []
+
+    def epoch_batches(epoch):
+        for number, batch in enumerate(batches(*train)):
+            seen.append((epoch, number))
+            yield batch
+
+    finetune(Classifier(encoder(), 6, 2), epoch_batches, 2, FineTuneConfig(epochs=2), device=device)
+    assert [one for one in seen if one[1] < 2] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_what_cannot_be_trained_is_refused_in_one_line(device):
+    for change in ({"layer_decay": 0.0}, {"learning_rate": 0.0}, {"epochs": 0}, {"clip_norm": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            FineTuneConfig(**change)
+    with pytest.raises(ValueError, match="none"):
+        finetune(Classifier(encoder(), 6, 2), lambda epoch: [], 2)
+    train = striped(50, 0)
+    broken = [(train[0] * float("nan"), train[1])]
+    with pytest.raises(ValueError, match="not finite"):
+        finetune(Classifier(encoder(), 6, 2), lambda epoch: broken, 1, FineTuneConfig(epochs=2), device=device)

@@ -1,0 +1,57 @@
+import math
+import statistics
+
+import pytest
+import torch
+
+from hjepa_eval import bootstrap, interval_of_mean, jackknife, rankme
+
+
+def test_bootstrap_of_a_share_is_near_the_binomial_interval():
+    right = (torch.arange(400) < 300).double()
+    found = bootstrap(right, draws=4000)
+    half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert (found.value, found.n, found.method) == (0.75, 400, "bootstrap")
+    assert found.low == pytest.approx(0.75 - half, abs=0.006)
+    assert found.high == pytest.approx(0.75 + half, abs=0.006)
+    assert bootstrap(right) == bootstrap(right) != bootstrap(right, seed=1)
+    with pytest.raises(ValueError, match="none"):
+        bootstrap(right[:0])
+
+
+def test_bootstrap_holds_the_truth_nineteen_times_in_twenty():
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for trial in range(200):
+        found = bootstrap((torch.rand(150, generator=generator) < 0.6).double(), draws=300, seed=trial)
+        hits += found.low <= 0.6 <= found.high
+    assert 180 <= hits <= 199
+
+
+def test_bootstrap_of_a_statistic_of_several_numbers():
+    rows = torch.stack((torch.arange(50.0), torch.full((50,), 2.0)), dim=1)
+    found = bootstrap(rows, lambda mean: mean[:, 0] / mean[:, 1])
+    assert found.value == pytest.approx(24.5 / 2)
+    assert found.low < found.value < found.high
+
+
+def test_an_interval_over_seeds_is_students():
+    values = [0.5, 0.52, 0.57]
+    found = interval_of_mean(values)
+    half = 4.303 * statistics.stdev(values) / math.sqrt(3)
+    assert (found.value, found.high - found.value) == pytest.approx((statistics.fmean(values), half))
+    assert (found.n, found.method) == (3, "seeds")
+    with pytest.raises(ValueError, match="two repetitions"):
+        interval_of_mean([1.0])
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    z = torch.randn(1000, generator=torch.Generator().manual_seed(0)).double()
+    found = jackknife(z, lambda x: x.mean())
+    groups = [z[i::10].mean().item() for i in range(10)]
+    error = statistics.stdev(groups) / math.sqrt(10)
+    assert found.high - found.value == pytest.approx(2.262 * error)
+    rank = jackknife(torch.randn(300, 20, generator=torch.Generator().manual_seed(1)), rankme)
+    assert 15 < rank.low < rank.value < rank.high < 21
+    with pytest.raises(ValueError, match="groups"):
+        jackknife(z[:19], lambda x: x.mean())
