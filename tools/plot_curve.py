@@ -17,7 +17,7 @@ def main(run_dir: Path, output: Path) -> None:
         output: The picture.
     """
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    keys = sorted({key for row in rows for key in row if key.startswith("eval/")})
+    keys = sorted({key for row in rows for key in row if key.startswith("eval/encoder/knn_")})
     picture = curves(rows, keys, "kNN accuracy on held-out composites, online encoder")
     if picture is None:
         raise SystemExit(f"{run_dir}: no row of metrics.jsonl has a measurement; set eval.every_steps")

@@ -53,3 +53,20 @@ def test_wrong_sources(pretrain, tiny, shards, tmp_path, capsys):
     finished = pretrain.here(capsys, f"run.dir={tmp_path}/run", *tiny, "data.weights=[1,2]")
     assert finished.code == 2
     assert "weights" in finished.message
+
+
+def test_local_views_join_the_global_level(pretrain, tiny, tmp_path, capsys, read_losses):
+    words = ("recipe=lejepa", "data.views=2", "data.local_views=2", "data.local_size=[16,16]", "run.steps=2")
+    finished = pretrain.here(capsys, f"run.dir={tmp_path}/run", *tiny, *words, "eval.at_end=false")
+    assert finished.code == 0, finished.err
+    config, _ = settings.load([f"run.dir={tmp_path}/run"])
+    views = config.data.stream(1).views
+    assert [(group.count, group.size) for group in views] == [(2, (32, 32)), (2, (16, 16))]
+    assert len(read_losses(tmp_path / "run")) == 2
+
+
+def test_the_policy_for_unreadable_shards_reaches_the_stream(pretrain, tiny, tmp_path, capsys):
+    finished = pretrain.here(capsys, f"run.dir={tmp_path}/run", *tiny, "data.unreadable=perhaps")
+    assert finished.code == 2
+    assert "stop, skip" in finished.message
+    assert settings.load([*tiny, "data.unreadable=skip"])[0].data.stream(1).unreadable == "skip"

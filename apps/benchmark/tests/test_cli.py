@@ -1,51 +1,22 @@
 """The commands, on a tiny run."""
 
 import json
+import subprocess
+import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
+from hjepa_benchmark import rivals
 from hjepa_benchmark.cli import main
 from hjepa_benchmark.quantize import measure_quantization
 from hjepa_data import ShardSource
 from hjepa_models import load_pretrained
 from hjepa_models.quantization import quantize_int8, weight_bytes
 from hjepa_pretrain import settings
-from hjepa_pretrain.cli import main as pretrain
-from hjepa_pretrain.demo import compose_demo
-from hjepa_pretrain.demo.shards import write_demo_shards
 from hjepa_pretrain.evaluation import load_pair, open_sources
-
-TINY = (
-    "model=vit_nano_patch8",
-    "hjepa.encoder.embed_dim=32",
-    "hjepa.encoder.num_heads=2",
-    "hjepa.encoder.depth=1",
-    "hjepa.predictor.embed_dim=16",
-    "hjepa.predictor.num_heads=2",
-    "hjepa.predictor.depth=1",
-    "masks.num_targets=2",
-    "data.image_size=[32,32]",
-    "data.batch_size=16",
-    "data.workers=0",
-    "run.device=cpu",
-)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    for split, count in (("train", 120), ("eval", 60)):
-        write_demo_shards(compose_demo(split, count, seed=3), folder, split)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(shards, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    words = [f"run.dir={folder}", f"data.train={shards}/train-*.tar", f"data.eval={shards}/eval-*.tar", "run.steps=2"]
-    assert pretrain([*words, *TINY, "eval.every_steps=null"]) == 0
-    return folder
 
 
 def test_probes_of_a_run(run, tmp_path, capsys):
@@ -91,20 +62,54 @@ def test_quantized_weights_are_those_that_are_measured(run):
     assert all(row.drop == 0 for row in measure_quantization(model, model, config, train, test, torch.device("cpu")))
 
 
-def test_throughput_prints_a_speed(capsys):
-    assert main(["throughput", "--steps", "4", *TINY]) == 0
-    printed = capsys.readouterr().out
-    assert "images/s" in printed
-    assert "ms a step" in printed
+@pytest.mark.slow
+def test_loader_compares_all_that_are_installed(shards, tmp_path):
+    # In a process of its own: webdataset leaves files open.
+    options = ["--size", "32", "--images", "100", "--repeats", "2", "--json", str(tmp_path / "l.json")]
+    command = [sys.executable, "-m", "hjepa_benchmark.cli", "loader", f"{shards}/train-*.tar", *options]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout
+    found = json.loads((tmp_path / "l.json").read_text())
+    names = [row["loader"] for row in found["rows"]]
+    assert names[:5] == [
+        "hjepa-data",
+        "plain loop, Pillow",
+        "plain loop, torchvision",
+        "ImageFolder + DataLoader",
+        "webdataset.WebLoader",
+    ]
+    ours = found["rows"][0]["speeds"]
+    for row in found["rows"]:
+        assert row["loader"] in printed
+        assert len(row["speeds"]) == 2
+        ratios = sorted(one / other for one, other in zip(ours, row["speeds"], strict=True))
+        assert row["ratio"] == pytest.approx(sum(ratios) / 2)
 
 
-def test_loader_prints_both_speeds(shards, capsys):
-    options = ["--size", "32", "--images", "100", "--repeats", "1", "--workers", "0"]
-    assert main(["loader", f"{shards}/train-*.tar", *options]) == 0
-    printed = capsys.readouterr().out
-    assert "loader" in printed
-    assert "plain" in printed
-    assert len(ShardSource(f"{shards}/train-*.tar")) == 120
+def test_rivals_give_crops_of_the_images(shards, tmp_path):
+    """A rival that gave less than it should would be fast."""
+    setup = rivals.Setup(source=ShardSource(shards / "train-*.tar"), folder=tmp_path, size=32, workers=1, images=100)
+    given = []
+
+    def collect(_, batches):
+        given.append(next(batches))
+        return 1.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rivals, "_timed", collect)
+        for name, measure in rivals.all_loaders(setup).items():
+            if name != "webdataset.WebLoader":
+                measure(0)
+    assert len(given) >= 2
+    for batch in given:
+        pixels = batch.views[0] if hasattr(batch, "views") else batch[0] if isinstance(batch, list | tuple) else batch
+        pixels = torch.as_tensor(pixels)
+        assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (50, 3, 32, 32))
+        assert len({image.float().mean().item() for image in pixels}) > 40
+    for crop in (rivals._pillow_crop, rivals._torchvision_crop):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pixels = crop(rivals._bytes(setup.source, 0), 32, np.random.default_rng(0))
+        assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -114,10 +119,32 @@ def test_loader_prints_both_speeds(shards, capsys):
         (["quantize", "nowhere"], "nowhere"),
         (["loader", "nowhere.tar"], "nowhere.tar"),
         (["throughput", "run.stpes=2"], "run.steps"),
+        (["throughput", "recipe=mae", "--reference"], "--reference"),
+        (["throughput", "--stepz", "3"], "--stepz"),
+        (["throughput", "--steps", "many"], "--steps"),
+        (["suite=quick", "nowhere"], "nowhere"),
+        (["suite=huge", "nowhere"], "huge"),
+        (["suite", "nowhere", "extra"], "extra"),
+        (["suite", ".", "--corruption-images", "0"], "--corruption-images=0"),
+        (["suite", ".", "--folder", "imagenet-r"], "NAME=PATH"),
+        (["suite", ".", "--folder", "r=nowhere"], "nowhere"),
+        (["compare", "one"], "two runs"),
+        (["compare", "one", "two"], "one"),
+        (["sweep", "run.stpes=1,2"], "run.steps"),
+        (["everything"], "everything"),
+        ([], "COMMAND"),
     ],
 )
-def test_wrong_input_is_one_line_and_code_2(arguments, expected, capsys):
+def test_wrong_input_is_one_line_and_code_2(arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     message = capsys.readouterr().err
     assert expected in message
     assert len(message.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from hjepa_benchmark.cli import _parser; _parser().format_help(); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout.strip() == "False"

@@ -110,3 +110,41 @@ def test_muon_goes_on_from_its_state(device):
 def test_muon_without_a_matrix_is_refused(device):
     with pytest.raises(ValueError, match="no trainable matrix"):
         OptimizerConfig(kind="muon").build(nn.Linear(2, 2).to(device))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lion", "lars"])
+def test_lion_and_lars_leave_norms_and_biases_alone(device, kind):
+    module = nn.Linear(3, 3).to(device)
+    weight, bias = (parameter.detach().clone() for parameter in (module.weight, module.bias))
+    optimizer = OptimizerConfig(kind=kind, betas=(0.9, 0.99), momentum=0.0, trust=0.01).build(module)
+    set_rates(optimizer, learning_rate=0.1, weight_decay=0.5)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    optimizer.step()
+    if kind == "lion":  # decoupled decay, then the sign of the gradient
+        expected, expected_bias = weight * (1 - 0.1 * 0.5) - 0.1, bias - 0.1
+    else:  # the gradient with its decay, scaled by the norms of the matrix; the bias plain
+        whole = module.weight.grad + 0.5 * weight
+        ratio = 0.01 * weight.norm() / (module.weight.grad.norm() + 0.5 * weight.norm())
+        expected, expected_bias = weight - 0.1 * ratio * whole, bias - 0.1 * 2.0
+    torch.testing.assert_close(module.weight.detach(), expected)
+    torch.testing.assert_close(module.bias.detach(), expected_bias)
+
+
+@pytest.mark.slow
+def test_lars_adapts_matrices_without_decay_too(device):
+    module = nn.Linear(3, 3).to(device)
+    before = module.weight.detach().clone()
+    optimizer = OptimizerConfig(kind="lars", momentum=0.0).build(module)
+    set_rates(optimizer, learning_rate=1.0, weight_decay=0.0)
+    module.weight.grad = torch.full_like(module.weight, 1000.0)
+    optimizer.step()
+    assert float((module.weight.detach() - before).norm() / before.norm()) == pytest.approx(0.001, rel=1e-3)
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"optimizer.kind=lion: .*pip install 'timm'") as caught:
+        OptimizerConfig(kind="lion").build(nn.Linear(2, 2))
+    assert "\n" not in str(caught.value)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from hjepa_train import Outcome, ParallelConfig, World, init_world
+from hjepa_train import CheckpointStore, Outcome, ParallelConfig, World, init_world
 
 SCRIPTS = Path(__file__).parent / "scripts"
 LIMIT = 240
@@ -64,7 +63,7 @@ def rows(folder):
 
 
 def weights(folder):
-    tensors = load_file(folder / "checkpoints" / "step_00000005" / "tensors.safetensors")
+    tensors = CheckpointStore(folder / "checkpoints").at(5).tensors()
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("generator")}
 
 
@@ -76,14 +75,16 @@ def assert_same_weights(folder, reference, tolerance=2e-6):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", ["plain", "accumulate", "late"])
+@pytest.mark.parametrize("case", ["plain", "accumulate", "late", "skipped", "undone"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_ranks_train_like_one_process(kind, case, runs):
     root, *_ = runs
     mine, theirs = rows(root / kind / case), rows(root / "single" / case)
     assert [row["step"] for row in mine] == [1, 2, 3, 4, 5]
     for name in ("train/loss", "train/grad_norm", "train/loss_level_0", "train/samples", "train/lr"):
-        assert [row[name] for row in mine] == pytest.approx([row[name] for row in theirs], rel=1e-4), name
+        found, expected = ([row[name] for row in run if row[name] is not None] for run in (mine, theirs))
+        assert found == pytest.approx(expected, rel=1e-4), name
+    assert [row["train/skipped"] for row in mine] == [0, 0, *[int("bad_step" in runs[1].CASES[case])] * 3]
     for name in ("monitor/0/rankme", "monitor/0/spread"):
         assert mine[1][name] == pytest.approx(theirs[1][name], rel=1e-3)
     assert_same_weights(root / kind / case, root / "single" / case)
@@ -94,6 +95,14 @@ def test_accumulation_is_a_larger_batch(runs):
     root, *_ = runs
     for kind in ("single", "ddp", "fsdp"):
         assert_same_weights(root / kind / "accumulate", root / "single" / "plain", tolerance=2e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("kind", "name"), [("ddp", "c10d::allreduce_"), ("fsdp", "c10d::_reduce_scatter_base_")])
+def test_accumulation_averages_gradients_once_a_step(kind, name, runs):
+    once, four_times = runs[2][f"{kind} reductions"]
+    assert once[name] >= 2
+    assert four_times == once
 
 
 @pytest.mark.distributed

@@ -209,7 +209,7 @@ def test_nothing_that_came_from_a_file_is_unpickled(device, tmp_path, monkeypatc
     trainer = build(device, tmp_path, steps=STEPS + 1)
     assert trainer.fit() is Outcome.DONE
     files = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
-    assert {path.name for path in files} == {"latest", "manifest.json", "state.json", "tensors.safetensors"}
+    assert {path.name for path in files} == {"latest", "manifest.json", "state.json", "rank_00000.safetensors"}
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(device, tmp_path):

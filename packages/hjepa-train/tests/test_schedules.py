@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hjepa_train import ScheduleConfig, ScheduleKind
-from hjepa_train.schedules import warmup
+from hjepa_train import RunLength, ScheduleConfig, ScheduleKind, ScheduleUnit, TrainerConfig
+from hjepa_train.schedules import horizon_momentum, warmup
 
 finite = st.floats(-10, 10)
 
@@ -18,6 +18,8 @@ finite = st.floats(-10, 10)
     steps=st.integers(41, 200),
 )
 def test_a_schedule_is_bounded_by_its_ends_and_reaches_them(kind, value, final, start, warmup_steps, steps):
+    if kind is ScheduleKind.exponential:
+        value, final = abs(value) + 0.1, abs(final) + 0.1
     end = value if kind is ScheduleKind.constant else final
     config = ScheduleConfig(kind=kind, value=value, final=end, warmup_steps=warmup_steps, warmup_start=start)
     values = config.values(np.arange(steps + 10), steps)
@@ -44,6 +46,40 @@ def test_the_papers_ema_momentum():
     assert at(1000) == 1.0
 
 
+def test_a_horizon_is_a_share_of_the_run_whatever_its_length():
+    config = ScheduleConfig(kind=ScheduleKind.linear, value=0.996, horizon=1 / 36, final=1.0)
+    assert config.build(1800)(0) == pytest.approx(0.98)
+    assert config.build(180_000)(0) == pytest.approx(0.9998)
+    assert config.build(1800)(1800) == 1.0
+    assert ScheduleConfig(horizon=0.01).build(50)(7) == 0.0  # an average cannot be shorter than a step
+
+
+@given(share=st.floats(0.01, 1.0), steps=st.integers(200, 20_000))
+def test_an_average_with_the_momentum_of_a_horizon_lags_by_it(share, steps):
+    """The mean age of what an average holds is m / (1 - m), one step less than its horizon."""
+    momentum = horizon_momentum(share, steps)
+    ages = np.arange(200 * steps, step=max(1, steps // 50))
+    weight = momentum**ages
+    assert (ages * weight).sum() / weight.sum() + 1 == pytest.approx(share * steps, rel=0.05, abs=steps // 50 + 1)
+
+
+def test_samples_and_epochs_are_steps_of_the_global_batch():
+    length = RunLength(steps=1000, samples_per_step=64, samples_per_epoch=1000)
+    assert length.to_steps(6400, ScheduleUnit.samples) == 100
+    assert length.to_steps(6401, ScheduleUnit.samples) == 101
+    assert length.to_steps(2, ScheduleUnit.epochs) == 32
+    by_samples = ScheduleConfig(
+        kind="cosine", value=1.0, final=0.0, warmup_steps=640, steps=6400, unit=ScheduleUnit.samples
+    )
+    by_steps = ScheduleConfig(kind="cosine", value=1.0, final=0.0, warmup_steps=10, steps=100)
+    steps = np.arange(120)
+    assert np.array_equal(by_samples.values(steps, length), by_steps.values(steps, length))
+    with pytest.raises(ValueError, match="unit=epochs: the trainer does not know samples_per_epoch"):
+        RunLength(steps=10, samples_per_step=4).to_steps(1, ScheduleUnit.epochs)
+    config = TrainerConfig(steps=1000, samples_per_step=64, samples_per_epoch=1000)
+    assert config.length == length
+
+
 def test_warmup_rises_evenly_and_wastes_no_step():
     values = warmup(np.arange(10), start_value=0.0, value=1.0, steps=9)
     assert values[0] > 0
@@ -54,10 +90,13 @@ def test_warmup_rises_evenly_and_wastes_no_step():
     ("fields", "message"),
     [
         ({"kind": "cosine"}, "final=None"),
-        ({"kind": "spiral"}, "allowed: constant, linear, cosine"),
+        ({"kind": "spiral"}, "allowed: constant, linear, cosine, exponential"),
         ({"kind": "constant", "value": 1.0, "final": 0.0}, "use linear or cosine"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"warmup_steps": 10, "steps": 10}, "steps=10"),
+        ({"horizon": 0.0}, "horizon=0.0"),
+        ({"kind": "exponential", "value": 0.0, "final": 1.0}, "both above 0"),
+        ({"unit": "furlongs"}, "allowed: steps, samples, epochs"),
     ],
 )
 def test_a_wrong_schedule_is_refused_in_one_line(fields, message):

@@ -1,17 +1,27 @@
-"""`hjepa-benchmark probes|quantize|throughput|loader ...`."""
+"""`hjepa-benchmark suite|compare|sweep|probes|quantize|throughput|loader ...`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 USAGE_ERROR = 2
+SUITES = ("quick", "full")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a benchmark and returns the exit code: 0 done, 2 wrong input."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0].startswith("suite="):
+        words = ["suite", *words[1:], "--suite", words[0].removeprefix("suite=")]
     try:
+        options, others = _parser().parse_known_args(words)
+        # argparse takes settings from one place only; options may stand between them.
+        if others and (not hasattr(options, "settings") or any(word.startswith("-") for word in others)):
+            raise ValueError(f"{others[0]}: unknown; hjepa-benchmark {words[0]} --help lists what there is")
+        if others:
+            options.settings += others
         options.run(options)
     except ValueError as error:
         print(f"hjepa-benchmark: {' '.join(str(error).split())}", file=sys.stderr)
@@ -19,44 +29,114 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for what is wrong, and no usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message."""
+        raise ValueError(f"{message}; {self.prog} --help says more")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hjepa-benchmark", description="Measure what a run learned and how fast it ran."
+    parser = _Parser(prog="hjepa-benchmark", description="Measure what a run learned and how fast it ran.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    suite = commands.add_parser(
+        "suite", help="all measures of a run in one page: hjepa-benchmark suite=quick|full RUN_DIR"
     )
-    commands = parser.add_subparsers(required=True, metavar="probes|quantize|throughput|loader")
+    suite.add_argument("run_dir", type=Path, help="folder of a finished hjepa-pretrain run")
+    suite.add_argument("--suite", choices=SUITES, default="quick", help="how much (default quick)")
+    _data(suite)
+    suite.add_argument("--corruption-images", type=int, metavar="N", help="held-out images that are changed")
+    suite.add_argument(
+        "--folder", action="append", default=[], metavar="NAME=PATH",
+        help="also classify a folder of other images, one folder a class (ImageNet-A, -R, -Sketch); needs --classes",
+    )  # fmt: skip
+    suite.add_argument(
+        "--classes", type=Path, help="text file: class folders of the training set, one a line, in order"
+    )
+    suite.set_defaults(run=_suite)
+
+    compare = commands.add_parser("compare", help="runs side by side; what is not measured yet is measured first")
+    compare.add_argument(
+        "run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="folders of finished runs, 2 and more"
+    )
+    compare.add_argument("--suite", choices=SUITES, default="quick", help="for runs without results (default quick)")
+    compare.add_argument("--out", type=Path, help="also write a page, one HTML file that opens offline")
+    compare.add_argument("--json", type=Path, help="also write the numbers to this file")
+    compare.set_defaults(run=_compare)
+
+    sweep = commands.add_parser("sweep", help="train every combination of settings, then compare them over seeds")
+    sweep.add_argument("settings", nargs="+", metavar="key=a,b", help="as hjepa-pretrain --multirun takes them")
+    sweep.add_argument("--suite", choices=SUITES, default="quick", help="how much is measured (default quick)")
+    sweep.add_argument("--out", type=Path, help="also write a page, one HTML file that opens offline")
+    sweep.add_argument("--json", type=Path, help="also write the numbers to this file")
+    sweep.set_defaults(run=_sweep)
 
     probes = commands.add_parser("probes", help="kNN, linear probe and ranks of every level of a run")
     probes.add_argument("run_dir", type=Path, help="folder of a finished hjepa-pretrain run")
-    probes.add_argument("--train", help="shards for the kNN bank and the probe; default: those of the run")
-    probes.add_argument("--eval", help="held-out shards; default: those of the run")
+    _data(probes)
     probes.add_argument("--json", type=Path, help="also write the rows to this file")
     probes.set_defaults(run=_probes)
 
     quantize = commands.add_parser("quantize", help="kNN of every level of a run with its weights in 8 bits, and bytes")
     quantize.add_argument("run_dir", type=Path, help="folder of a finished hjepa-pretrain run")
-    quantize.add_argument("--train", help="shards for the kNN bank; default: those of the run")
-    quantize.add_argument("--eval", help="held-out shards; default: those of the run")
+    _data(quantize)
     quantize.add_argument("--json", type=Path, help="also write the rows to this file")
     quantize.set_defaults(run=_quantize)
 
     throughput = commands.add_parser("throughput", help="training steps a second on synthetic images on the device")
     throughput.add_argument("--steps", type=int, default=30, help="timed steps (default 30)")
+    throughput.add_argument("--reference", action="store_true", help="also a plain I-JEPA step, in turn with ours")
+    throughput.add_argument("--json", type=Path, help="also write the numbers to this file")
     throughput.add_argument("settings", nargs="*", metavar="key=value", help="any setting of hjepa-pretrain")
     throughput.set_defaults(run=_throughput)
 
     loader = commands.add_parser(
-        "loader", help="the loader beside a plain loop of decode and crop, same images and cores"
+        "loader", help="the loader beside plain loops, ImageFolder, webdataset and litdata, same images and cores"
     )
     loader.add_argument("shards", help="tar, glob, braces or directory")
     loader.add_argument("--size", type=int, default=224, help="side of a crop, pixels (default 224)")
-    loader.add_argument("--workers", type=int, default=1, help="processes, the same number for both (default 1)")
+    loader.add_argument("--workers", type=int, default=1, help="processes, the same number for each (default 1)")
     loader.add_argument("--images", type=int, default=2_000, help="images a measurement (default 2000)")
     loader.add_argument("--repeats", type=int, default=5, help="measurements of each, in turn (default 5)")
+    loader.add_argument("--json", type=Path, help="also write the numbers to this file")
     loader.set_defaults(run=_loader)
     return parser
 
 
+def _data(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--train", help="shards that are learned from; default: those of the run")
+    command.add_argument("--eval", help="held-out shards; default: those of the run")
+
+
 # Each command imports what it needs: torch takes seconds, and --help should not.
+
+
+def _suite(options: argparse.Namespace) -> None:
+    from hjepa_benchmark.suite.run import run_suite
+
+    run_suite(
+        options.run_dir,
+        suite=options.suite,
+        train=options.train,
+        held_out=options.eval,
+        corruption_images=options.corruption_images,
+        folders=options.folder,
+        classes=options.classes,
+    )
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from hjepa_benchmark.comparison.run import compare_runs
+
+    compare_runs(options.run_dirs, suite=options.suite, page=options.out, output=options.json)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from hjepa_benchmark.comparison.sweep import sweep
+
+    sweep(options.settings, suite=options.suite, page=options.out, output=options.json)
 
 
 def _probes(options: argparse.Namespace) -> None:
@@ -72,16 +152,21 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _throughput(options: argparse.Namespace) -> None:
-    from hjepa_benchmark.throughput import print_throughput
+    from hjepa_benchmark.throughput.measure import print_throughput
 
-    print_throughput(options.settings, steps=options.steps)
+    print_throughput(options.settings, steps=options.steps, reference=options.reference, output=options.json)
 
 
 def _loader(options: argparse.Namespace) -> None:
     from hjepa_benchmark.loader import print_loader
 
     print_loader(
-        options.shards, size=options.size, workers=options.workers, images=options.images, repeats=options.repeats
+        options.shards,
+        size=options.size,
+        workers=options.workers,
+        images=options.images,
+        repeats=options.repeats,
+        output=options.json,
     )
 
 

@@ -22,11 +22,15 @@ and shows what was learned.
 Often set: run.dir run.steps run.seed run.time_limit (90s, 30m, 11h30m) data.batch_size data.image_size data.workers
 checkpoint.every_steps checkpoint.every_minutes eval.every_steps trainer.learning_rate.value
 
+  hjepa-pretrain plan.show=true [key=value ...]              draw the schedules of a run, and stop
+  hjepa-pretrain plan.find_lr=true [key=value ...]           sweep learning rates, suggest one, and stop
+  hjepa-pretrain plan.dry=true plan.world_size=256 parallel=fsdp data.batch_size=16384 \\
+      plan.models=[vit_large_patch16,vit_huge_patch14]       memory and time of a step on machines elsewhere, and stop
   hjepa-pretrain --settings [key=value ...]                  print every setting with its value, and stop
   hjepa-pretrain --help
 
-Exit codes: 0 done; 2 wrong input (one line says what); 75 stopped early with everything saved, go on with run.dir=...;
-1 anything else. Under torchrun each process exits so, torchrun itself with 1.
+Exit codes: 0 done; 2 wrong input (one line says what); 3 diverged or collapsed; 75 stopped early with everything saved,
+go on with run.dir=...; 1 anything else. Under torchrun each process exits so, torchrun itself with 1.
 """
 
 
@@ -53,10 +57,9 @@ def _run(words: list[str]) -> int:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from hjepa_data import WorkerError
     from hjepa_pretrain import settings
-    from hjepa_pretrain.run import OtherRankError, pretrain
-    from hjepa_train import EXIT_ERROR, EXIT_WRONG_INPUT, TrainingError
+    from hjepa_pretrain.failures import judge
+    from hjepa_pretrain.run import pretrain
 
     try:
         config, plain = settings.load(words)
@@ -64,20 +67,15 @@ def _run(words: list[str]) -> int:
             print(OmegaConf.to_yaml(plain, resolve=True), end="")
             return 0
         outcome = pretrain(config, plain, words, Console(soft_wrap=True))
-    except ValueError as error:
-        return _fail(str(error), EXIT_WRONG_INPUT, shown=not isinstance(error, OtherRankError))
-    except (TrainingError, WorkerError, OSError) as error:
-        return _fail(str(error), EXIT_ERROR, shown=True)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the last checkpoint stands, run.dir goes on from it", EXIT_ERROR, shown=main_rank)
+    except (Exception, KeyboardInterrupt) as error:
+        failure = judge(error)
+        if failure is None:
+            raise
+        if failure.line is not None and (main_rank or not failure.alike):
+            print(f"hjepa-pretrain: {' '.join(failure.line.split())}", file=sys.stderr)
+        return failure.code
     if outcome.exit_code and main_rank:
         print(
             f"stopped early, everything is saved; go on with: hjepa-pretrain run.dir={plain.run.dir}", file=sys.stderr
         )
     return outcome.exit_code
-
-
-def _fail(message: str, code: int, *, shown: bool) -> int:
-    if shown:
-        print(f"hjepa-pretrain: {' '.join(message.split())}", file=sys.stderr)
-    return code

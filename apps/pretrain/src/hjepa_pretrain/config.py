@@ -3,12 +3,22 @@
 from dataclasses import dataclass, field
 
 from hjepa_data.masks import MaskConfig
-from hjepa_data.stream import EvalConfig, StreamConfig, WorkerConfig
+from hjepa_data.stream import EvalConfig, StreamConfig, UnreadablePolicy, WorkerConfig
 from hjepa_data.transforms import IMAGENET_MEAN, IMAGENET_STD, ColorConfig, ViewGroup
 from hjepa_models import HJEPAConfig
 from hjepa_pretrain.baselines.config import BaselineConfig
 from hjepa_pretrain.duration import seconds
-from hjepa_train import CheckpointConfig, MonitorConfig, ParallelKind, ProfilerConfig, TrainerConfig
+from hjepa_train import (
+    CheckpointConfig,
+    EarlyStopConfig,
+    LoggerConfig,
+    LoggerKind,
+    MonitorConfig,
+    ParallelKind,
+    ProfilerConfig,
+    TrainerConfig,
+)
+from hjepa_train.plan import MachineConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,9 +61,12 @@ class DataConfig:
     """Which images, in which batches and crops."""
 
     train: str | None = None
-    """Shards to learn from: braces, a glob, a directory, a list file or one tar; also at http, s3 or gs URLs."""
+    """What to learn from: shards (braces, a glob, a directory, a list file or one tar, here or at http, s3 or gs URLs),
+    a folder of images, `hf:NAME:SPLIT` or `torchvision:CLASS:ROOT`; several with ` + ` between them."""
+    weights: tuple[float, ...] = ()
+    """Share of each of several in a batch; none shows every image once an epoch."""
     eval: str | None = None
-    """Shards to measure on; null measures nothing but the ranks."""
+    """Images to measure on, named likewise; null measures nothing but the ranks."""
     cache: str | None = None
     """Where the demo's shards are kept; null is `~/.cache/hjepa`."""
     image_size: tuple[int, ...] = (224, 224)
@@ -66,6 +79,12 @@ class DataConfig:
     """Area of a view as a part of the image's."""
     crop_ratio: tuple[float, ...] = (0.75, 4 / 3)
     """Width over height of a view on the image."""
+    local_views: int = 0
+    """Smaller views beside those, for the global level (multi-crop)."""
+    local_size: tuple[int, ...] = (96, 96)
+    """Height and width of a local view, pixels."""
+    local_scale: tuple[float, ...] = (0.05, 0.3)
+    """Area of a local view as a part of the image's."""
     flip: float = 0.5
     """Probability of a mirror image."""
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -79,13 +98,15 @@ class DataConfig:
     cache_mib: int = 0
     """Memory in which each worker keeps small decoded images, MiB; the batches do not change."""
     max_skipped_fraction: float = 0.01
-    """Share of damaged images above which the run stops; ten are always allowed."""
+    """Share of images left out above which the run stops; ten are always allowed."""
+    unreadable: str = "stop"
+    """What a shard that vanishes or cannot be fetched does to the run: `stop`, or `skip` its images and count them."""
     eval_crop_fraction: float = 0.875
     """Part of the largest centred square that evaluation sees."""
 
     def __post_init__(self) -> None:
         """Take lists, and refuse what the parts would refuse later."""
-        for name in ("image_size", "crop_scale", "crop_ratio", "mean", "std"):
+        for name in ("image_size", "crop_scale", "crop_ratio", "local_size", "local_scale", "mean", "std", "weights"):
             setattr(self, name, tuple(getattr(self, name)))
         if len(self.image_size) != 2 or len(self.mean) != 3 or len(self.std) != 3:
             raise ValueError(
@@ -96,6 +117,12 @@ class DataConfig:
             raise ValueError(f"data.batch_size={self.batch_size}: a batch holds images; allowed: 1 and more")
         if self.workers < 0:
             raise ValueError(f"data.workers={self.workers}: no number of processes; allowed: 0 and more")
+        if self.views < 1 or self.local_views < 0:
+            raise ValueError(
+                f"data.views={self.views}, local_views={self.local_views}: allowed: 1 and more, and 0 and more"
+            )
+        if self.unreadable not in set(UnreadablePolicy):
+            raise ValueError(f"data.unreadable={self.unreadable}: unknown; allowed: {', '.join(UnreadablePolicy)}")
         if self.cache_mib < 0:
             raise ValueError(f"data.cache_mib={self.cache_mib}: no amount of memory; allowed: 0 (none) and more")
         if self.train is not None and not self.train:
@@ -108,16 +135,22 @@ class DataConfig:
                 f"data.batch_size={self.batch_size}: trainer.accumulate={accumulate} does not divide it; "
                 f"allowed: multiples of {accumulate}"
             )
-        view = ViewGroup(
-            count=self.views, size=self.image_size, scale=self.crop_scale, ratio=self.crop_ratio, flip=self.flip
-        )
+        views = [
+            ViewGroup(count=count, size=size, scale=scale, ratio=self.crop_ratio, flip=self.flip)
+            for count, size, scale in (
+                (self.views, self.image_size, self.crop_scale),
+                (self.local_views, self.local_size, self.local_scale),
+            )
+            if count
+        ]
         return StreamConfig(
             global_batch_size=self.batch_size // accumulate,
             window_shards=self.window_shards,
-            views=(view,),
+            views=tuple(views),
             workers=WorkerConfig(count=self.workers, pin_memory=True),
             cache_bytes=self.cache_mib << 20,
             max_skipped_fraction=self.max_skipped_fraction,
+            unreadable=UnreadablePolicy(self.unreadable),
         )
 
     def evaluation(self) -> EvalConfig:
@@ -135,7 +168,7 @@ class EvaluationConfig:
     """What is measured, and how often."""
 
     every_steps: int | None = 1000
-    """Optimizer steps between kNN measurements of the encoder; null never measures before the end."""
+    """Optimizer steps between measurements of every level (kNN, RankMe); null never measures before the end."""
     train_samples: int = 10_000
     """Training images that make the bank of the kNN and fit the linear probe."""
     eval_samples: int = 10_000
@@ -154,6 +187,45 @@ class EvaluationConfig:
                 raise ValueError(f"eval.{name}={getattr(self, name)}: too few; allowed: 1 and more")
         if self.every_steps is not None and self.every_steps < 1:
             raise ValueError(f"eval.every_steps={self.every_steps}: too small; allowed: 1 and more, or null")
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """What to look at before a run; the program then stops, and leaves no run behind."""
+
+    show: bool = False
+    """Draw learning rate, weight decay, EMA momentum, level weights and patch sizes over the run."""
+    find_lr: bool = False
+    """Train for `find_lr_steps` while the learning rate rises by equal factors, draw the loss and suggest a rate."""
+    find_lr_low: float = 1e-6
+    """First learning rate of the sweep."""
+    find_lr_high: float = 1.0
+    """Last one."""
+    find_lr_steps: int = 100
+    """Optimizer steps of the sweep."""
+    dir: str = "plan"
+    """Where the pictures go."""
+    dry: bool = False
+    """Print memory, bytes sent and time of a step on `world_size` ranks, none of which has to be there."""
+    world_size: int = 1
+    """Ranks of the dry run."""
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    """What a rank of the dry run is made of."""
+    models: tuple[str, ...] = ()
+    """Models that the dry run compares; empty takes the run's own."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if not 0.0 < self.find_lr_low < self.find_lr_high:
+            raise ValueError(
+                f"plan.find_lr_low={self.find_lr_low}, find_lr_high={self.find_lr_high}: no range of rates; allowed: "
+                "0 < low < high"
+            )
+        self.models = tuple(self.models)
+        if self.world_size < 1:
+            raise ValueError(f"plan.world_size={self.world_size}: no number of ranks; allowed: 1 and more")
+        if self.find_lr_steps < 10:
+            raise ValueError(f"plan.find_lr_steps={self.find_lr_steps}: too few to see a curve; allowed: 10 and more")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -186,9 +258,16 @@ class PretrainConfig:
     """Trace some steps into `<run.dir>/profile`; `profiler` says which."""
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)
+    loggers: tuple[LoggerKind, ...] = (LoggerKind.tensorboard, LoggerKind.jsonl)
+    """Where rows go: `tensorboard`, `jsonl` (the report's curves need it), `wandb`, `mlflow`."""
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    early_stop: EarlyStopConfig | None = None
+    """`{metric: eval/encoder/knn_20, patience: 5}` ends a run that no longer gets better; null runs to the end."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit one another."""
+        self.loggers = tuple(self.loggers)
         channels = self.hjepa.encoder.in_channels
         if channels != 3:
             raise ValueError(f"hjepa.encoder.in_channels={channels}: images of shards are decoded to 3; allowed: 3")

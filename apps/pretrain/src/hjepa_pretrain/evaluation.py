@@ -14,16 +14,17 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from hjepa_data import DataError, EvalConfig, ShardSource, normalize
-from hjepa_eval import FeatureSet, Scores, evaluate, extract, knn_accuracy
+from hjepa_data import DataError, EvalConfig, MixtureSource, Source, normalize, open_source
+from hjepa_eval import FeatureSet, Scores, evaluate, extract, knn_accuracy, rankme
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.demo.shards import demo_shards
 from hjepa_pretrain.model import Model, build_model
-from hjepa_train import Callback, StepResult, Trainer
+from hjepa_train import Trainer
 
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
+_AND = " + "
 _BATCH = 256
 _PIXELS = 32
 # One number for all rows, so that their ranks compare; few enough for the singular values of raw pixels.
@@ -54,7 +55,7 @@ class Images:
         return Images(pixels=self.pixels[chosen], labels=self.labels[chosen])
 
 
-def load_images(source: ShardSource, config: EvalConfig) -> Images:
+def load_images(source: Source, config: EvalConfig) -> Images:
     """Decode the samples that an evaluation stream gives, and say what it left out."""
     stream = config.build(source)
     batches = list(stream)
@@ -68,16 +69,20 @@ def load_images(source: ShardSource, config: EvalConfig) -> Images:
     )
 
 
-def open_sources(config: PretrainConfig) -> tuple[ShardSource, ShardSource | None]:
-    """Open the shards of a run, training and held-out; without `data.train` those of the demo, made if need be."""
+def open_sources(config: PretrainConfig) -> tuple[Source, Source | None]:
+    """Open the images of a run, training and held-out; without `data.train` those of the demo, made if need be."""
     train, held_out = config.data.train, config.data.eval
     if train is None:
         train, held_out = demo_shards(config.data.cache)
-    return ShardSource(train), None if held_out is None else ShardSource(held_out)
+    weights = config.data.weights or None
+    sources = [open_source(part.strip()) for part in train.split(_AND)]
+    if len(sources) == 1 and weights is None:
+        return sources[0], None if held_out is None else open_source(held_out)
+    return MixtureSource(sources, weights), None if held_out is None else open_source(held_out)
 
 
 def load_pair(
-    config: PretrainConfig, sources: tuple[ShardSource, ShardSource | None], train: int, held_out: int
+    config: PretrainConfig, sources: tuple[Source, Source | None], train: int, held_out: int
 ) -> tuple[Images, Images] | None:
     """Load so many training and held-out images; None without held-out shards."""
     if sources[1] is None:
@@ -146,12 +151,12 @@ def _pixels(images: Tensor) -> Tensor:
     return functional.interpolate(images, size=(_PIXELS, _PIXELS), mode="area").flatten(1)
 
 
-class OnlineEvaluation(Callback):
-    """kNN accuracy of the encoder on the way: logs `eval/encoder/knn_<k>` every n steps and at the last one.
+class OnlineEvaluation:
+    """Measures every level on the way, in one pass: `eval/<level>/knn_<k>` and `eval/<level>/rankme`.
 
     Args:
         config: of the run.
-        train: bank of the kNN.
+        train: bank of the kNN; RankMe is theirs.
         test: held-out images.
     """
 
@@ -159,34 +164,29 @@ class OnlineEvaluation(Callback):
         self._config = config
         self._train, self._test = train, test
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        """Measure the untrained encoder."""
-        if trainer.step == 0:
-            self._measure(trainer)
-
-    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Measure, where it is time."""
-        every = self._config.eval.every_steps
-        if every is not None and (trainer.step % every == 0 or trainer.step == trainer.config.steps):
-            self._measure(trainer)
-
-    def _measure(self, trainer: Trainer) -> None:
-        config, device = self._config, trainer.world.device
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
+        """Return the measurements of the model as it is."""
+        config, k = self._config, self._config.eval.k
         trainer.module.eval()
-        bank, test = (
+        banks, tests = (
             extract(
-                lambda pixels: trainer.call("features", pixels),
+                lambda pixels: trainer.call("all_features", pixels),
                 images.batches(config.data.mean, config.data.std),
-                device=device,
+                device=trainer.world.device,
                 branch="target",
-            )["encoder"].labelled()
+                pooling="mean",
+            )
             for images in (self._train, self._test)
         )
         trainer.module.train()
-        k = config.eval.k
-        if len(bank) >= k and len(test):
-            accuracy = knn_accuracy(bank.values, bank.labels, test.values, test.labels, ks=(k,))[k]
-            trainer.log({f"eval/encoder/knn_{k}": accuracy})
+        row: dict[str, float] = {}
+        for level, features in banks.items():
+            row[f"eval/{level}/rankme"] = float(rankme(features.values[:_RANK_SAMPLES]))
+            bank, test = features.labelled(), tests[level].labelled()
+            if len(bank) >= k and len(test):
+                found = knn_accuracy(bank.values, bank.labels, test.values, test.labels, ks=(k,))
+                row[f"eval/{level}/knn_{k}"] = found[k]
+        return row
 
 
 def results_content(rows: list[Row], step: int, config: PretrainConfig) -> dict[str, Any]:

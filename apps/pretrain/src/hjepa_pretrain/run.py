@@ -9,11 +9,12 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from hjepa_data import DataError, ShardSource
+from hjepa_data import DataError, DevicePrefetcher, Source
 from hjepa_models import Block
 from hjepa_pretrain import settings
 from hjepa_pretrain.baselines import BaselineKind
 from hjepa_pretrain.config import PretrainConfig
+from hjepa_pretrain.dry_run import dry_run
 from hjepa_pretrain.evaluation import (
     OnlineEvaluation,
     load_pair,
@@ -25,26 +26,28 @@ from hjepa_pretrain.evaluation import (
     save_results,
 )
 from hjepa_pretrain.model import Model, save_model
+from hjepa_pretrain.plan import find_learning_rate, show_schedules
 from hjepa_pretrain.provenance import provenance
 from hjepa_pretrain.report import write_report
 from hjepa_pretrain.task import PretrainTask, build_task
 from hjepa_train import (
     Callback,
     CollapseMonitor,
-    MetricsLog,
+    EarlyStop,
+    Measure,
     Outcome,
     Profiler,
     ProgressBar,
     StepResult,
-    TensorBoardLog,
     TimeLimit,
     Trainer,
     World,
+    build_loggers,
     init_world,
     leave_world,
 )
 
-Sources = tuple[ShardSource, ShardSource | None]
+Sources = tuple[Source, Source | None]
 T = TypeVar("T")
 
 
@@ -117,9 +120,16 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
     started = time.monotonic()
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
+    if config.plan.dry:
+        dry_run(words, config, console)
+        return Outcome.DONE
     world = init_world(config.trainer.parallel)
     try:
         sources = _sources(config, world)
+        config.trainer.samples_per_epoch = len(sources[0])
+        if config.plan.show or config.plan.find_lr:
+            _plan(config, plain, sources, world, console)
+            return Outcome.DONE
         trainer, folder = _prepare(config, plain, words, sources, world, console, started)
         outcome = trainer.fit()
     finally:
@@ -127,6 +137,15 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
     if outcome is Outcome.DONE and world.is_main:
         _finish(config, trainer, sources, folder, console)
     return outcome
+
+
+def _plan(config: PretrainConfig, plain: DictConfig, sources: Sources, world: World, console: Console) -> None:
+    """Show what a run would do, and leave no run behind."""
+    if config.plan.show and world.is_main:
+        show_schedules(config, console)
+    if config.plan.find_lr:
+        _count_classes(config, plain, sources[0])
+        find_learning_rate(config, build_task(config), _stream(config, sources, world), world, console)
 
 
 def _together(world: World, work: Callable[[], T]) -> T:
@@ -169,12 +188,10 @@ def _prepare(
 ) -> tuple[Trainer, Path]:
     _count_classes(config, plain, sources[0])
     task = build_task(config)
-    stream = config.data.stream(config.trainer.accumulate).build(
-        sources[0], seed=config.run.seed, rank=world.rank, world_size=world.size
-    )
+    stream = _stream(config, sources, world)
     stamp = world.from_main(int(time.time()))
     folder = _together(world, lambda: _folder(config, plain, stamp))
-    callbacks = _together(world, lambda: _callbacks(config, sources, folder, console, started))
+    callbacks = _together(world, lambda: _callbacks(config, plain, sources, folder, console, started))
     trainer = Trainer(
         task,
         stream,
@@ -191,7 +208,14 @@ def _prepare(
     return trainer, folder
 
 
-def _count_classes(config: PretrainConfig, plain: DictConfig, source: ShardSource) -> None:
+def _stream(config: PretrainConfig, sources: Sources, world: World) -> DevicePrefetcher:
+    stream = config.data.stream(config.trainer.accumulate).build(
+        sources[0], seed=config.run.seed, rank=world.rank, world_size=world.size
+    )
+    return DevicePrefetcher(stream, world.device)
+
+
+def _count_classes(config: PretrainConfig, plain: DictConfig, source: Source) -> None:
     """Fill in how many classes a supervised baseline has to tell apart."""
     if config.baseline is not None and config.baseline.kind is BaselineKind.supervised:
         found = int(source.labels.max()) + 1
@@ -219,19 +243,20 @@ def _folder(config: PretrainConfig, plain: DictConfig, stamp: int) -> Path:
 
 
 def _callbacks(
-    config: PretrainConfig, sources: Sources, folder: Path, console: Console, started: float
+    config: PretrainConfig, plain: DictConfig, sources: Sources, folder: Path, console: Console, started: float
 ) -> list[Callback]:
     callbacks: list[Callback] = [CollapseMonitor(config.monitor)]
     if config.eval.every_steps is not None:
         images = load_pair(config, sources, config.eval.online_samples, config.eval.online_samples)
         if images is not None:
-            callbacks.append(OnlineEvaluation(config, *images))
+            callbacks.append(Measure(config.eval.every_steps, OnlineEvaluation(config, *images)))
     callbacks += [
         SkippedImages(config.trainer.log_every, console),
-        MetricsLog(folder / "metrics.jsonl"),
-        TensorBoardLog(folder),
+        *build_loggers(config.loggers, folder, config.logger, settings.flat(plain)),
         ProgressBar(console=console),
     ]
+    if config.early_stop is not None:
+        callbacks.append(EarlyStop(config.early_stop))
     if config.profile:
         callbacks.append(Profiler(folder / "profile", config.profiler))
     if config.run.time_limit_seconds is not None:

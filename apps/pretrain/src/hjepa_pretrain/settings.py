@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hjepa_data.masks import MASK_LAWS
 from hjepa_models import encoder_config
 from hjepa_pretrain.config import PretrainConfig
-from hjepa_train import ParallelKind
+from hjepa_train import ParallelKind, ScheduleUnit
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +34,13 @@ CONFIG_FILE = "config.yaml"
 CHANGEABLE = (
     "run.dir", "run.steps", "run.time_limit", "run.device", "run.threads", "parallel", "data.eval", "data.workers",
     "data.cache_mib", "checkpoint.", "eval.", "monitor.", "profile", "profiler.", "trainer.log_every",
-    "trainer.learning_rate.", "trainer.weight_decay.", "trainer.precision",
+    "trainer.learning_rate.", "trainer.weight_decay.", "trainer.precision", "trainer.guard.", "trainer.check_every",
+    "loggers", "logger.", "early_stop", "plan.",
 )  # fmt: skip
 DERIVED = {
     "trainer.steps": "run.steps",
+    "trainer.samples_per_step": "data.batch_size",
+    "trainer.samples_per_epoch": "data.train",
     "trainer.parallel.kind": "parallel",
     "trainer.parallel.device": "run.device",
     "hjepa.level_weights.ramp_steps": "run.steps",
@@ -134,7 +137,7 @@ def _parse(words: Sequence[str]) -> list[Override]:
 def _fresh(words: Sequence[str], given: dict[str, Override]) -> DictConfig:
     """Compose a new run: the demo preset where no data is named, the named model, then the user's words."""
     words = [quoted(word) for word in words]
-    if "data.train" not in given and "preset" not in given:
+    if not given.keys() & {"data.train", "preset", "plan.dry"}:
         words = ["preset=demo", *words]
     named = encoder_config(str(_compose(words).model))
     model = [f"hjepa.encoder.{field}={_plain(getattr(named, field))}" for field in _NAMED]
@@ -153,7 +156,7 @@ def _fit_world(plain: DictConfig) -> None:
 def _shorten_warmup(plain: DictConfig) -> None:
     """Keep a recipe's warm-up within a fifth of a run that is shorter than the recipe was made for, and say so."""
     rate, limit = plain.trainer.learning_rate, plain.run.steps // 5
-    if rate.warmup_steps > limit:
+    if rate.unit is ScheduleUnit.steps and rate.warmup_steps > limit:
         text = "trainer.learning_rate.warmup_steps=%d shortened to %d, a fifth of run.steps=%d"
         logger.info(text, rate.warmup_steps, limit, plain.run.steps)
         rate.warmup_steps = limit
@@ -162,6 +165,7 @@ def _shorten_warmup(plain: DictConfig) -> None:
 def _derive(plain: DictConfig) -> None:
     """Fill in what follows from another setting (`DERIVED`)."""
     plain.trainer.steps = plain.run.steps
+    plain.trainer.samples_per_step = plain.data.batch_size
     plain.trainer.parallel.kind = plain.parallel
     plain.trainer.parallel.device = plain.run.device
     # Ramps are fractions of the run; a run of one step has none.
@@ -256,6 +260,11 @@ def _amend(stored: DictConfig, overrides: Sequence[Override]) -> DictConfig:
                 "another model or order; leave this setting out, or start another run.dir"
             )
     return plain
+
+
+def flat(plain: DictConfig) -> dict[str, Any]:
+    """Returns every setting by its dotted name."""
+    return dict(_leaves(OmegaConf.to_container(plain, resolve=True, enum_to_str=True)))
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401

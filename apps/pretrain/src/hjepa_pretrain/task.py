@@ -1,6 +1,7 @@
 """What the trainer trains: colours, masks and the model, joined."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -42,14 +43,26 @@ class PretrainTask(nn.Module):
         """The (online, target) modules that the trainer keeps close."""
         return self.model.ema_pairs()
 
+    @property
+    def may_skip_parameters(self) -> bool:
+        """Whether some steps leave trained parameters without a gradient."""
+        return isinstance(self.model, Baseline) or self.model.may_skip_parameters
+
+    def compile_step(self, **options: Any) -> None:  # noqa: ANN401
+        """Compile the model's part of the step in place, with options of `torch.compile`."""
+        if isinstance(self.model, Baseline):
+            self.model.compile(**options)
+        else:
+            self.model.compile_step(**options)
+
     def draw_masks(self, step: int, sample: Int[Tensor, " B"]) -> tuple[Int[Tensor, "R Kc"], Int[Tensor, "R M Kt"]]:
         """Draw the masks of a step, view after view: R = masked views * B rows of flat indices."""
         drawn = [masks(step, sample) for masks in self._masks]
         return torch.cat([one.context for one in drawn]), torch.cat([one.targets for one in drawn])
 
-    def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-        """Return the pooled features of the target encoder for normalised images."""
-        return self.model.features(images)
+    def all_features(self, images: Float[Tensor, "B C H W"]) -> dict[str, Float[Tensor, "B D"]]:
+        """Return the mean-pooled features of every level of the target branch, for normalised images."""
+        return {str(level): features for level, features in self.model.all_features(images).items()}
 
     def forward(self, batch: Batch, step: int) -> StepOutput:
         """Return loss, losses by level and embeddings of one micro-batch."""

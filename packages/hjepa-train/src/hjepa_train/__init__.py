@@ -3,23 +3,36 @@
 from hjepa_train.callbacks import (
     CollapseMonitor,
     CollapsePolicy,
-    MetricsLog,
+    EarlyStop,
+    EarlyStopConfig,
+    Measure,
     MonitorConfig,
     Profiler,
     ProfilerConfig,
     ProgressBar,
-    TensorBoardLog,
+    StopMode,
     TimeLimit,
 )
 from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
 from hjepa_train.ema import EMA
-from hjepa_train.errors import CheckpointError, CollapseError, TrainingError
+from hjepa_train.errors import CheckpointError, CollapseError, DivergedError, TrainingError, UnstableError
+from hjepa_train.guard import GuardConfig
+from hjepa_train.loggers import (
+    LoggerConfig,
+    LoggerKind,
+    MetricsLog,
+    MLflowLog,
+    TensorBoardLog,
+    WandbLog,
+    build_loggers,
+)
+from hjepa_train.lr_finder import RateSweep, find_rate
 from hjepa_train.optim import OptimizerConfig, OptimizerKind, parameter_groups
-from hjepa_train.outcome import EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED, EXIT_WRONG_INPUT, Outcome
-from hjepa_train.parallel import ParallelConfig, ParallelKind, World, init_world, leave_world
+from hjepa_train.outcome import EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED, EXIT_UNSTABLE, EXIT_WRONG_INPUT, Outcome
+from hjepa_train.parallel import FSDPConfig, ParallelConfig, ParallelKind, World, init_world, leave_world
 from hjepa_train.precision import Precision
-from hjepa_train.protocols import Batch, Callback, HasEMA, Output, StepOutput, Stream
-from hjepa_train.schedules import ScheduleConfig, ScheduleKind
+from hjepa_train.protocols import Batch, Callback, Compilable, HasEMA, Output, SkipsParameters, StepOutput, Stream
+from hjepa_train.schedules import RunLength, ScheduleConfig, ScheduleKind, ScheduleUnit
 from hjepa_train.trainer import StepResult, Trainer, TrainerConfig
 
 __all__ = [
@@ -27,6 +40,7 @@ __all__ = [
     "EXIT_DONE",
     "EXIT_ERROR",
     "EXIT_PREEMPTED",
+    "EXIT_UNSTABLE",
     "EXIT_WRONG_INPUT",
     "Batch",
     "Callback",
@@ -37,7 +51,17 @@ __all__ = [
     "CollapseError",
     "CollapseMonitor",
     "CollapsePolicy",
+    "Compilable",
+    "DivergedError",
+    "EarlyStop",
+    "EarlyStopConfig",
+    "FSDPConfig",
+    "GuardConfig",
     "HasEMA",
+    "LoggerConfig",
+    "LoggerKind",
+    "MLflowLog",
+    "Measure",
     "MetricsLog",
     "MonitorConfig",
     "OptimizerConfig",
@@ -50,17 +74,26 @@ __all__ = [
     "Profiler",
     "ProfilerConfig",
     "ProgressBar",
+    "RateSweep",
+    "RunLength",
     "ScheduleConfig",
     "ScheduleKind",
+    "ScheduleUnit",
+    "SkipsParameters",
     "StepOutput",
     "StepResult",
+    "StopMode",
     "Stream",
     "TensorBoardLog",
     "TimeLimit",
     "Trainer",
     "TrainerConfig",
     "TrainingError",
+    "UnstableError",
+    "WandbLog",
     "World",
+    "build_loggers",
+    "find_rate",
     "init_world",
     "leave_world",
     "parameter_groups",

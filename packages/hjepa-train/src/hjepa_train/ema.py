@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from hjepa_train.sharded import local
@@ -38,18 +39,23 @@ class EMA:
                     )
 
     @torch.no_grad()
-    def update(self, momentum: float) -> None:
+    def update(self, momentum: float, *, unless: Bool[Tensor, ""] | None = None) -> None:
         """Move the targets once, after a real optimizer step.
 
         Args:
             momentum: m, between 0 (copy) and 1 (stay).
+            unless: On the device: where it is True nothing moves, and the host does not wait to hear of it.
         """
         if self._averaged:
             online = [local(source).float() for source, _ in self._averaged]
             target = [local(copy) for _, copy in self._averaged]
-            torch._foreach_lerp_(target, online, 1.0 - momentum)
+            if unless is None:
+                torch._foreach_lerp_(target, online, 1.0 - momentum)
+            else:
+                torch._foreach_lerp_(target, online, [torch.where(unless, 0.0, 1.0 - momentum)] * len(target))
         for source, copy in self._copied:
-            local(copy).copy_(local(source))
+            kept = local(source) if unless is None else torch.where(unless, local(copy), local(source))
+            local(copy).copy_(kept)
 
 
 def _matched(online: nn.Module, target: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -16,8 +16,16 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: a loss that is not finite, a stream that ends, a collapse with policy `stop`."""
 
 
-class CollapseError(TrainingError):
+class UnstableError(TrainingError):
+    """A run that would only do it again: the same command is not to be started again unseen."""
+
+
+class CollapseError(UnstableError):
     """The embeddings have collapsed and the policy of the monitor is `stop`."""
+
+
+class DivergedError(UnstableError):
+    """Too many steps in a row had a loss or a gradient that is not finite, or a spike."""
 
 
 def choice(kind: type[Choice], field: str, value: str) -> Choice:

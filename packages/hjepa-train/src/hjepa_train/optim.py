@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hjepa_train.errors import choice
+from hjepa_train.extra import load
 from hjepa_train.muon import MuonWithAdamW
 
 
@@ -18,14 +19,16 @@ class OptimizerKind(StrEnum):
 
     adamw = "adamw"
     muon = "muon"
+    lion = "lion"
+    lars = "lars"
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW, or Muon for the matrices of the blocks; the learning rate and the weight decay come from schedules."""
+    """AdamW, Muon for the matrices of the blocks, Lion or LARS; learning rate and weight decay come from schedules."""
 
     kind: OptimizerKind = OptimizerKind.adamw
-    """`adamw`, or `muon` for the matrices named by `muon_names` and AdamW for the rest."""
+    """`adamw`; `muon` for the matrices named by `muon_names` and AdamW for the rest; `lion` or `lars`, of timm."""
     muon_names: tuple[str, ...] = ("blocks.",)
     """Matrices whose full name contains one of these words are Muon's."""
     muon_scale: float = 1.0
@@ -33,7 +36,11 @@ class OptimizerConfig:
     muon_momentum: float = 0.95
     """Decay of Muon's running mean of the gradient."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
+    """Decay of the running means of the gradient and of its square; Lion (0.9, 0.99): of its update and its memory."""
+    momentum: float = 0.9
+    """LARS: decay of the running sum of its steps."""
+    trust: float = 0.001
+    """LARS: largest relative change of a matrix in a step of learning rate 1."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
     no_decay_names: tuple[str, ...] = ("bias", "token", "position", "pos_embed", "register", "table", "frequencies")
@@ -51,6 +58,10 @@ class OptimizerConfig:
         self.muon_names = tuple(self.muon_names)
         if not 0.0 <= self.muon_momentum < 1.0:
             raise ValueError(f"muon_momentum={self.muon_momentum}: out of range; allowed: 0 <= momentum < 1")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum={self.momentum}: out of range; allowed: 0 <= momentum < 1")
+        if self.trust <= 0.0:
+            raise ValueError(f"trust={self.trust}: not positive; allowed: above 0, e.g. 0.001")
         if self.muon_scale <= 0.0:
             raise ValueError(f"muon_scale={self.muon_scale}: not positive; allowed: above 0, e.g. 1")
         if self.eps <= 0.0:
@@ -60,7 +71,7 @@ class OptimizerConfig:
         """Return the optimizer of the module's trainable parameters.
 
         Raises:
-            ValueError: Where nothing is trainable, or `kind=muon` finds no matrix.
+            ValueError: Where nothing is trainable, `kind=muon` finds no matrix, or timm is not installed.
         """
         groups = parameter_groups(module, no_decay_names=self.no_decay_names)
         on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
@@ -69,8 +80,29 @@ class OptimizerConfig:
             groups = self._split_off_muon(module, groups)
             momentum = self.muon_momentum
             return MuonWithAdamW(groups, betas=self.betas, eps=self.eps, fused=fused, momentum=momentum)
-        foreach = None if fused else True
-        return torch.optim.AdamW(groups, lr=0.0, betas=self.betas, eps=self.eps, fused=fused, foreach=foreach)
+        if self.kind is not OptimizerKind.adamw:
+            return self._of_timm(groups)
+        # A step counter on the device lets the guard undo a step there.
+        return torch.optim.AdamW(
+            groups,
+            lr=0.0,
+            betas=self.betas,
+            eps=self.eps,
+            fused=fused,
+            foreach=None if fused else True,
+            capturable=on_cuda and not fused,
+        )
+
+    def _of_timm(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        optimizers = load("timm.optim", f"optimizer.kind={self.kind}", "timm")
+        made: torch.optim.Optimizer
+        if self.kind is OptimizerKind.lion:
+            made = optimizers.Lion(groups, lr=0.0, betas=self.betas)
+        else:
+            # Matrices are adapted whatever their weight decay; norms, biases and tokens never.
+            adapted = [{**group, "always_adapt": group["decays"]} for group in groups]
+            made = optimizers.Lars(adapted, lr=1.0, momentum=self.momentum, trust_coeff=self.trust)
+        return made
 
     def _split_off_muon(self, module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         chosen = {

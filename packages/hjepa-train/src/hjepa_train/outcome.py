@@ -7,6 +7,8 @@ from enum import StrEnum
 EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_WRONG_INPUT = 2
+EXIT_UNSTABLE = 3
+"""Diverged or collapsed: the same command would do it again, so look before starting it."""
 EXIT_PREEMPTED = 75
 """sysexits.h calls 75 EX_TEMPFAIL: a temporary failure, try again. The same command resumes the run."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import time
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_train.errors import choice
-from hjepa_train.protocols import Batch
+from hjepa_train.precision import Precision
+from hjepa_train.protocols import Batch, SkipsParameters
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
 
 _TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
@@ -34,15 +37,40 @@ class ParallelKind(StrEnum):
 
 
 @dataclass(kw_only=True, slots=True)
+class FSDPConfig:
+    """How FSDP2 shards; optimizer and EMA work on the shards, which are float32 whatever is sent."""
+
+    param_dtype: Precision = Precision.fp32
+    """Of the weights that are gathered for a block: `bf16` halves what is sent, and is what autocast computes with."""
+    reduce_dtype: Precision = Precision.fp32
+    """Of the gradients that are summed over ranks."""
+    reshard_after_forward: bool = True
+    """Free a block's weights after its forward pass and gather them again for the backward; false keeps them."""
+    shard_size: int | None = None
+    """Ranks over which weights are sharded, e.g. those of a machine: groups of so many hold copies; null means all."""
+    cpu_offload: bool = False
+    """CUDA only: keep shards, gradients and optimizer state in the memory of the host."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown choices."""
+        self.param_dtype = choice(Precision, "param_dtype", self.param_dtype)
+        self.reduce_dtype = choice(Precision, "reduce_dtype", self.reduce_dtype)
+        if self.shard_size is not None and self.shard_size < 1:
+            raise ValueError(f"shard_size={self.shard_size}: no number of ranks; allowed: 1 and more, or null for all")
+
+
+@dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """How a run is spread over the processes that `torchrun` started."""
 
     kind: ParallelKind = ParallelKind.single
     """`single` process, `ddp` (each rank has all weights) or `fsdp` (FSDP2, weights sharded over the ranks)."""
-    find_unused_parameters: bool = True
-    """DDP only: allow parameters without gradient, as a curriculum has; False saves a walk over the graph per step."""
+    find_unused_parameters: bool | None = None
+    """DDP only: allow parameters without gradient, at the price of a walk over the graph each step; null asks the
+    module's `may_skip_parameters`, and allows where it does not say."""
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu` or `cuda`; the rank on its machine picks the GPU."""
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
 
     def __post_init__(self) -> None:
         """Refuse unknown choices."""
@@ -61,6 +89,17 @@ class World:
     size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: dist.ProcessGroup | None = None
+    """The process group; None means the default one."""
+
+    def beside(self) -> World:
+        """Return the same ranks on the CPU in a group of their own, for another thread; all ranks call it."""
+        cpu = torch.device("cpu")
+        if self.size == 1:
+            return dataclasses.replace(self, device=cpu)
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        return dataclasses.replace(self, device=cpu, group=group)
 
     @property
     def is_main(self) -> bool:
@@ -70,7 +109,7 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor over ranks, in place, and return it."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
@@ -78,7 +117,7 @@ class World:
         if self.size == 1:
             return flags
         votes = torch.tensor(flags, dtype=torch.int32, device=self.control_device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
         return tuple(bool(vote) for vote in votes.tolist())
 
     def from_main(self, value: int) -> int:
@@ -86,7 +125,7 @@ class World:
         if self.size == 1:
             return value
         shared = torch.tensor([value], dtype=torch.int64, device=self.control_device)
-        dist.broadcast(shared, src=0)
+        dist.broadcast(shared, src=0, group=self.group)
         return int(shared.item())
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -94,7 +133,7 @@ class World:
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous())
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
         return torch.cat(parts)
 
     @property
@@ -130,8 +169,22 @@ def init_world(config: ParallelConfig | None = None, *, init_method: str | None 
         if size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
+            _join(backend, init_method, rank, size)
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def _join(backend: str, init_method: str | None, rank: int, size: int) -> None:
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if init_method is not None or life is None:
+        dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
+        return
+    # The agent's store outlives its workers: without names of their own, workers that torchrun starts again find the
+    # addresses of those that died, and wait for them.
+    from torch.distributed.rendezvous import rendezvous
+
+    shared, rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"life-{life}", shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def leave_world() -> None:
@@ -159,11 +212,13 @@ def wrap(module: nn.Module, config: ParallelConfig, world: World, blocks: Sequen
     """
     adapter = _Adapter(module)
     if config.kind is ParallelKind.fsdp:
-        return _shard(adapter, world, tuple(blocks))
+        return _shard(adapter, config.fsdp, world, tuple(blocks))
     if world.size == 1:
         return adapter
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
     unused = config.find_unused_parameters
+    if unused is None:
+        unused = module.may_skip_parameters if isinstance(module, SkipsParameters) else True
     return DistributedDataParallel(adapter, device_ids=device_ids, find_unused_parameters=unused)
 
 
@@ -178,18 +233,44 @@ def gradient_sync(wrapped: nn.Module, *, enabled: bool) -> Iterator[None]:
         yield
 
 
-def _shard(adapter: nn.Module, world: World, blocks: tuple[type[nn.Module], ...]) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+def _shard(adapter: nn.Module, config: FSDPConfig, world: World, blocks: tuple[type[nn.Module], ...]) -> nn.Module:
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    if config.cpu_offload and world.device.type != "cuda":
+        raise ValueError("cpu_offload=true: the weights are in the memory of the host already; use it with device=cuda")
+    options: dict[str, Any] = {
+        "mesh": _mesh(config, world),
+        "reshard_after_forward": config.reshard_after_forward,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=config.param_dtype.dtype, reduce_dtype=config.reduce_dtype.dtype),
+        "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+    }
     for child in adapter.modules():
         if isinstance(child, blocks):
-            fully_shard(child, mesh=mesh)
-    fully_shard(adapter, mesh=mesh)
+            fully_shard(child, **options)
+    fully_shard(adapter, **options)
     # Weights are gathered for `forward` alone, unless another method is named.
     register_fsdp_forward_method(adapter, "call")
     return adapter
+
+
+def _mesh(config: FSDPConfig, world: World) -> DeviceMesh:
+    """Return the ranks in a row, or in rows of `shard_size` where each row holds all weights."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = world.size if config.shard_size is None else config.shard_size
+    if world.size % size:
+        raise ValueError(
+            f"shard_size={size}: does not divide the {world.size} ranks; allowed: a divisor, or null for all"
+        )
+    if size == world.size:
+        return init_device_mesh(world.device.type, (size,))
+    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("copy", "shard"))
 
 
 def _is_fsdp(module: nn.Module) -> TypeGuard[FSDPModule]:

@@ -14,6 +14,11 @@ class Precision(StrEnum):
     bf16 = "bf16"
     fp32 = "fp32"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of tensors."""
+        return torch.bfloat16 if self is Precision.bf16 else torch.float32
+
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context of a forward pass; weights, gradients, optimizer and EMA stay float32."""

@@ -71,6 +71,23 @@ class HasEMA(Protocol):
         """Return (online, target) modules of equal structure."""
 
 
+@runtime_checkable
+class Compilable(Protocol):
+    """A module that knows what of its step can be compiled; `compile=true` calls it."""
+
+    def compile_step(self, **options: Any) -> None:  # noqa: ANN401
+        """Compile the step in place, with options of `torch.compile`."""
+
+
+@runtime_checkable
+class SkipsParameters(Protocol):
+    """A module that knows whether steps leave trained parameters without a gradient; DDP has to know."""
+
+    @property
+    def may_skip_parameters(self) -> bool:
+        """Whether some steps do."""
+
+
 class Callback:
     """Everything that is not the step itself. Subclasses override what they need.
 
@@ -93,7 +110,7 @@ class Callback:
         """Run when the step has something logged: `row` is `step` and scalars, averaged over ranks."""
 
     def on_save(self, trainer: Trainer) -> None:
-        """Run after a checkpoint is committed."""
+        """Run when a checkpoint of this step is taken; it is written and committed after this."""
 
     def on_fit_end(self, trainer: Trainer, outcome: Outcome | None) -> None:
         """Run once at the end, whatever happens; `outcome` is None where an error ended the run."""

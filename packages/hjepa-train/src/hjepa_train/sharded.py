@@ -30,10 +30,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def placed_like(here: Tensor, saved: Tensor) -> Tensor:
-    """Return a copy of a whole tensor, placed and sharded like the one here; no rank sends anything."""
-    if is_sharded(here):
-        from torch.distributed.tensor import distribute_tensor
+def offsets(tensor: Tensor) -> tuple[int, ...]:
+    """Return where this rank's part begins in the whole tensor, along each axis."""
+    if is_sharded(tensor):
+        (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+        return tuple(chunk.offsets)
+    return (0,) * tensor.ndim
 
-        return distribute_tensor(saved.to(here.device), here.device_mesh, here.placements, src_data_rank=None)
-    return saved.to(here.device, copy=True)
+
+def is_copy(tensor: Tensor) -> bool:
+    """Tell whether another rank of the mesh holds the same part and comes first: hybrid sharding has copies."""
+    if not is_sharded(tensor):
+        return False
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return any(place.is_replicate() and here for place, here in zip(tensor.placements, coordinate, strict=True))

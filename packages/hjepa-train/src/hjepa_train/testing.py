@@ -103,6 +103,11 @@ class ToyModule(nn.Module):
             self.register_buffer("mean", torch.zeros(width))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
+    @property
+    def may_skip_parameters(self) -> bool:
+        """Whether the predictor waits at the beginning."""
+        return self.late_step > 0
+
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return the encoder and its copy."""
         return [(self.online, self.target)]

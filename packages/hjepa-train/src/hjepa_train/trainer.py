@@ -14,18 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from hjepa_train.callbacks.save import SaveEvery
-from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
-from hjepa_train.checkpoint.state import collect, model_shapes, restore
+from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore, Saver
+from hjepa_train.checkpoint.state import generator_states, model_shapes, restore, run_tensors
 from hjepa_train.ema import EMA
 from hjepa_train.errors import CheckpointError, TrainingError, choice, one_line
+from hjepa_train.graph import compile_module, recompute_activations
+from hjepa_train.guard import Guard, GuardConfig, step_unless
 from hjepa_train.optim import OptimizerConfig, OptimizerKind, set_rates
 from hjepa_train.outcome import Outcome
 from hjepa_train.parallel import ParallelConfig, ParallelKind, World, call, gradient_sync, init_world, wrap
 from hjepa_train.precision import Precision, autocast
 from hjepa_train.protocols import Batch, Callback, HasEMA, Stream
-from hjepa_train.schedules import ScheduleConfig, ScheduleKind
+from hjepa_train.schedules import RunLength, ScheduleConfig, ScheduleKind
 from hjepa_train.sharded import whole
 from hjepa_train.signals import StopSignals
+from hjepa_train.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,16 @@ class TrainerConfig:
     """Of AdamW's decaying group, by optimizer step."""
     ema_momentum: ScheduleConfig = field(default_factory=_linear_momentum)
     """Share of the target that stays, by optimizer step; used where the module has EMA pairs."""
+    samples_per_step: int | None = None
+    """Samples of an optimizer step over all ranks; schedules with `unit=samples` or `epochs` need it."""
+    samples_per_epoch: int | None = None
+    """Samples of the training set; schedules with `unit=epochs` need it."""
+    recompute: tuple[str, ...] = ()
+    """Classes of blocks that run again in the backward pass instead of keeping their activations, e.g. `[Block]`."""
+    compile: bool = False
+    """Compile the step, or under FSDP each block; the first step then takes up to a minute."""
+    compile_backend: str = "inductor"
+    """Of `torch.compile`; `aot_eager` compiles without generating code."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -67,18 +80,33 @@ class TrainerConfig:
     log_every: int = 10
     """Steps between rows of training metrics; the first and the last step are always logged."""
     check_every: int = 10
-    """CUDA only: steps between reads of the not-finite flag; a CPU checks each step."""
+    """CUDA only: steps between the questions whether too many steps were bad; a CPU asks at each step."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What happens to steps whose loss or gradient is not finite, or spikes."""
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         self.precision = choice(Precision, "precision", self.precision)
-        for name in ("steps", "accumulate", "log_every", "check_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: too small; allowed: 1 and more")
-        if self.optimizer.kind is OptimizerKind.muon and self.parallel.kind is ParallelKind.fsdp:
-            raise ValueError("optimizer.kind=muon: needs whole matrices, which fsdp shards; use adamw, or parallel=ddp")
+        self.recompute = tuple(self.recompute)
+        for name in ("steps", "accumulate", "log_every", "check_every", "samples_per_step", "samples_per_epoch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: too small; allowed: 1 and more")
+        whole_matrices = (OptimizerKind.muon, OptimizerKind.lars)
+        if self.optimizer.kind in whole_matrices and self.parallel.kind is ParallelKind.fsdp:
+            raise ValueError(
+                f"optimizer.kind={self.optimizer.kind}: needs whole matrices, which fsdp shards; use adamw or lion, or "
+                "parallel=ddp"
+            )
         if self.clip_norm is not None and self.clip_norm <= 0.0:
             raise ValueError(f"clip_norm={self.clip_norm}: not positive; allowed: above 0, or null for no clipping")
+
+    @property
+    def length(self) -> RunLength:
+        """The length of the run in every unit that a schedule may count."""
+        return RunLength(
+            steps=self.steps, samples_per_step=self.samples_per_step, samples_per_epoch=self.samples_per_epoch
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,6 +123,8 @@ class StepResult:
     """Before clipping, over all ranks."""
     rates: dict[str, float]
     """`lr`, `weight_decay` and, with an EMA, `ema_momentum` of this step."""
+    skipped: Tensor
+    """Whether the guard has left the step out."""
 
 
 class Trainer:
@@ -108,7 +138,7 @@ class Trainer:
         callbacks: Logging, monitors and the like, run in this order on every rank.
         checkpoint: When to save; None means the defaults of `CheckpointConfig`.
         world: From `init_world(config.parallel)`; None joins it here.
-        blocks: FSDP only: classes of submodules that are sharded one at a time.
+        blocks: Classes of submodules that FSDP shards, and compiles, one at a time.
         metadata: JSON to keep in each checkpoint, e.g. the resolved configuration.
     """
 
@@ -129,41 +159,57 @@ class Trainer:
         self.world = init_world(config.parallel) if world is None else world
         self.stream = stream
         self.module = module.to(self.world.device)
+        recompute_activations(self.module, config.recompute)
+        if config.compile:
+            one_graph = config.parallel.kind is not ParallelKind.fsdp
+            compile_module(self.module, blocks, whole=one_graph, backend=config.compile_backend)
         self.model = wrap(self.module, config.parallel, self.world, blocks)
         self.optimizer = config.optimizer.build(self.module)
         self.ema = EMA(self.module.ema_pairs()) if isinstance(self.module, HasEMA) else None
         saving = CheckpointConfig() if checkpoint is None else checkpoint
-        self.store = None if run_dir is None else CheckpointStore(run_dir / "checkpoints", keep=saving.keep)
-        self.callbacks = [*callbacks] if self.store is None else [*callbacks, SaveEvery(saving)]
+        self.store: CheckpointStore | None = None
+        self._saver: Saver | None = None
+        self.callbacks = [*callbacks]
+        if run_dir is not None:
+            self.store = CheckpointStore(run_dir / "checkpoints", keep=saving.keep, keep_every=saving.keep_every_steps)
+            self._saver = Saver(self.store, self.world)
+            self.callbacks.append(SaveEvery(saving))
+        self._grace_seconds = saving.grace_seconds
         self.metadata = {} if metadata is None else metadata
         self.step = 0
         """Optimizer steps done."""
         self.samples = 0
         """Samples seen by all ranks."""
+        self.lr_scale = 1.0
+        """What the learning rate's schedule is multiplied by."""
         self.stop_reason: str | None = None
+        self.end_reason: str | None = None
         self._schedules = self._build_schedules()
         self._trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._save_requested = False
         self._saved_step: int | None = None
+        self._stall: float | None = None
         self._row: dict[str, float] = {}
-        self._timer = (0.0, 0)
-        self._bad_step = torch.full((), -1, dtype=torch.int64, device=self.world.device)
+        self._speed = Throughput()
+        dumps = None if run_dir is None else run_dir / "dumps"
+        self.guard = Guard(config.guard, self.module, self.world, check_every=config.check_every, folder=dumps)
 
     def fit(self) -> Outcome:
         """Train to the last step, or until a signal or a callback asks for a stop; save, and say which it was.
 
         Raises:
-            TrainingError: Where the loss is not finite, the stream ends or a collapse is not tolerated.
+            UnstableError: Where too many steps in a row are bad, or a collapse is not tolerated.
+            TrainingError: Where the stream ends.
             CheckpointError: Where a checkpoint is of another model, or cannot be written.
         """
         outcome: Outcome | None = None
         try:
-            with StopSignals(self.request_stop):
+            with StopSignals(self.request_stop, self._grace_seconds):
                 self.restore()
                 self._call(lambda callback: callback.on_fit_start(self))
-                self._timer = (time.perf_counter(), self.samples)
-                self._loop()
-            outcome = Outcome.DONE if self.step >= self.config.steps else Outcome.PREEMPTED
+                self._speed.start(step=self.step, samples=self.samples)
+                ended = self._train()
+            outcome = Outcome.DONE if ended else Outcome.PREEMPTED
         except Exception as error:
             if self.world.size > 1:
                 rank, size = self.world.rank, self.world.size
@@ -189,22 +235,26 @@ class Trainer:
         """Stop when this step has ended, after saving; every rank stops at the same step."""
         self.stop_reason = reason
 
+    def request_end(self, reason: str) -> None:
+        """End the run as done when this step has ended, after saving; every rank ends at the same step."""
+        self.end_reason = reason
+
     def save(self) -> None:
-        """Write a checkpoint of the present step; all ranks call it."""
-        if self.store is None or self._saved_step == self.step:
+        """Take a checkpoint of the present step, to be written while the training goes on; all ranks call it.
+
+        Raises:
+            CheckpointError: Where the checkpoint before could not be written.
+        """
+        if self._saver is None or self._saved_step == self.step:
             return
-        self._refuse_bad_step()
-        tensors = collect(self.module, self.optimizer, self.world)
-        problem: CheckpointError | None = None
-        if self.world.is_main:
-            try:
-                self.store.save(self.step, tensors, self._state(), model_shapes(self.module))
-            except CheckpointError as error:
-                problem = error
-        if any(self.world.any(problem is not None)):
-            raise problem or CheckpointError("the main rank could not save the checkpoint")
-        self._saved_step = self.step
+        self.guard.check(self.step, now=True)
+        began = time.perf_counter()
         self._call(lambda callback: callback.on_save(self))
+        tensors = run_tensors(self.module, self.optimizer)
+        self._saver.take(self.step, tensors, generator_states(self.world), self._state(), model_shapes(self.module))
+        self._saved_step = self.step
+        self._stall = time.perf_counter() - began
+        self._saver.times.stalls.append(self._stall)
 
     def restore(self) -> None:
         """Go to the newest whole checkpoint of the run directory, if there is one; all ranks call it."""
@@ -226,40 +276,72 @@ class Trainer:
             restore(self.module, self.optimizer, self.world, checkpoint.tensors())
             self._load_state(checkpoint.state)
 
-    def _loop(self) -> None:
+    def _train(self) -> bool:
+        """Run the loop, and let the last checkpoint come to its end; tell whether the run is done."""
+        began = time.perf_counter()
+        try:
+            ended = self._loop()
+        except Exception:
+            self._let_save_end()
+            raise
+        if self._saver is not None:
+            times, elapsed = self._saver.times, time.perf_counter() - began
+            self._saver.wait()
+            if times.stalls and self.world.is_main:
+                logger.info(times.summary(elapsed))
+        return ended
+
+    def _let_save_end(self) -> None:
+        try:
+            if self._saver is not None:
+                self._saver.wait()
+        except Exception as error:
+            logger.warning("the last checkpoint was not saved: %s", one_line(error))
+
+    def _loop(self) -> bool:
         self.module.train()
         batches = self._open_stream()
-        stop = False
-        while self.step < self.config.steps and not stop:
+        stop, ended = False, self.end_reason is not None
+        while self.step < self.config.steps and not (stop or ended):
             result = self._train_step(batches)
             self.step += 1
             if self._is_logged():
                 self.log(self._read(result))
-            paused = time.perf_counter()
-            for callback in self.callbacks:
-                callback.on_step_end(self, result)
-            self._flush_row()
-            stop, save = self.world.any(self.stop_reason is not None, self._save_requested)
-            if save or stop or self.step == self.config.steps:
-                self._save_requested = False
-                self.save()
-            # What callbacks and checkpoints take is not the speed of training.
-            self._timer = (self._timer[0] + time.perf_counter() - paused, self._timer[1])
-        if stop and self.step < self.config.steps:
-            reason = self.stop_reason or "asked by another rank"
-            logger.info("stopped after step %d of %d (%s)", self.step, self.config.steps, reason)
+            with self._speed.paused():
+                for callback in self.callbacks:
+                    callback.on_step_end(self, result)
+                self._flush_row()
+                wishes = (self.stop_reason is not None, self.end_reason is not None, self._save_requested)
+                unsaved = self._saver is not None and self._saver.failed
+                stop, ended, save, unsaved = self.world.any(*wishes, unsaved)
+                if unsaved:
+                    break
+                if save or stop or ended or self.step == self.config.steps:
+                    self._save_requested = False
+                    self.save()
+        if (stop or ended) and self.step < self.config.steps:
+            reason = (self.end_reason if ended else self.stop_reason) or "asked by another rank"
+            what = "ended" if ended else "stopped"
+            logger.info("%s after step %d of %d (%s)", what, self.step, self.config.steps, reason)
+        return ended or self.step >= self.config.steps
 
     def _train_step(self, batches: Iterator[Batch]) -> StepResult:
         rates = {name: schedule(self.step) for name, schedule in self._schedules.items()}
+        rates["lr"] *= self.lr_scale
         set_rates(self.optimizer, learning_rate=rates["lr"], weight_decay=rates["weight_decay"])
+        self.guard.begin(self.step)
         loss, metrics, embeddings = self._backward(batches)
         grad_norm = self._clip()
-        self._watch(loss, grad_norm)
-        self.optimizer.step()
+        bad = self.guard.judge(loss, grad_norm, rates)
+        self.guard.check(self.step + 1, now=self.step + 1 == self.config.steps)
+        on_host = self.guard.on_host
+        step_unless(self.optimizer, bad, on_host=on_host)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(rates["ema_momentum"])
-        return StepResult(loss=loss, metrics=metrics, embeddings=embeddings, grad_norm=grad_norm, rates=rates)
+        if self.ema is not None and not (on_host and bool(bad)):
+            self.ema.update(rates["ema_momentum"], unless=None if on_host else bad)
+        return StepResult(
+            loss=loss, metrics=metrics, embeddings=embeddings, grad_norm=grad_norm, rates=rates, skipped=bad
+        )
 
     def _backward(self, batches: Iterator[Batch]) -> tuple[Tensor, dict[str, Tensor], Mapping[str, Tensor]]:
         count = self.config.accumulate
@@ -268,6 +350,7 @@ class Trainer:
         embeddings: Mapping[str, Tensor] = {}
         for micro in range(count):
             batch = self._next(batches)
+            self.guard.saw(batch)
             with gradient_sync(self.model, enabled=micro == count - 1):
                 with autocast(self.config.precision, self.world.device):
                     loss, metrics, embeddings = self.model(batch, self.step)
@@ -288,12 +371,12 @@ class Trainer:
         return itertools.chain(first, batches)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
-        try:
-            batch = next(batches)
-        except StopIteration:
+        with self._speed.waiting():
+            batch = next(batches, None)
+        if batch is None:
             raise TrainingError(
                 f"step {self.step}: the stream has ended before step {self.config.steps}; give a stream without end"
-            ) from None
+            )
         return batch.to(self.world.device, non_blocking=True)
 
     def _clip(self) -> Tensor:
@@ -303,35 +386,23 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(self._trainable, self.config.clip_norm, norm)
         return whole(norm)
 
-    def _watch(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Note the first step that is not finite; a GPU is asked for it only now and then."""
-        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        self._bad_step = torch.where((self._bad_step < 0) & bad, self.step + 1, self._bad_step)
-        if self.world.device.type == "cpu" or (self.step + 1) % self.config.check_every == 0:
-            self._refuse_bad_step()
-
-    def _refuse_bad_step(self) -> None:
-        step = int(self._bad_step)
-        if step >= 0:
-            raise TrainingError(
-                f"step {step}: the loss or its gradient is not finite; start again to resume from the last checkpoint, "
-                "with a lower learning rate, a longer warm-up or precision=fp32"
-            )
-
     def _is_logged(self) -> bool:
         return self.step % self.config.log_every == 0 or self.step in (1, self.config.steps)
 
     def _read(self, result: StepResult) -> dict[str, float]:
         """Average the step's scalars over ranks and bring them to the host, all at once."""
         scalars = {**dict(sorted(result.metrics.items())), "loss": result.loss, "grad_norm": result.grad_norm}
+        scalars |= {"skipped": self.guard.skipped, "data_wait": torch.tensor(self._speed.waited)}
         stacked = torch.stack([scalar.to(self.world.device, torch.float64) for scalar in scalars.values()])
         means = self.world.sum(stacked) / self.world.size
         row = {f"train/{name}": mean for name, mean in zip(scalars, means.tolist(), strict=True)}
         row |= {f"train/{name}": rate for name, rate in result.rates.items()}
-        began, samples = self._timer
-        self._timer = (time.perf_counter(), self.samples)
-        row["train/images_per_second"] = (self.samples - samples) / max(1e-9, self._timer[0] - began)
+        speed = self._speed.read(step=self.step, samples=self.samples)
+        row |= {"train/images_per_second": speed.images_per_second, "train/step_ms": speed.step_ms}
+        row["train/data_wait"] /= speed.seconds
         row["train/samples"] = float(self.samples)
+        if self._stall is not None:
+            row["checkpoint/stall_seconds"], self._stall = self._stall, None
         return row
 
     def _flush_row(self) -> None:
@@ -362,7 +433,8 @@ class Trainer:
         schedules = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         if self.ema is not None:
             schedules["ema_momentum"] = config.ema_momentum
-        return {name: schedule.build(config.steps) for name, schedule in schedules.items()}
+        length = config.length
+        return {name: schedule.build(length) for name, schedule in schedules.items()}
 
     def _state(self) -> dict[str, Any]:
         states = {callback.key: callback.state_dict() for callback in self.callbacks}
@@ -371,6 +443,7 @@ class Trainer:
             "samples": self.samples,
             "world_size": self.world.size,
             "stream": self.stream.state_dict(),
+            "guard": self.guard.state_dict(),
             "callbacks": {key: state for key, state in states.items() if state},
             "torch": str(torch.__version__),
             "metadata": self.metadata,
@@ -380,6 +453,8 @@ class Trainer:
         self.step = self._saved_step = int(state["step"])
         self.samples = int(state["samples"])
         self.stream.load_state_dict(state["stream"])
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
         for callback in self.callbacks:
             if callback.key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.key])

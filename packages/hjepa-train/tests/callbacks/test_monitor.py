@@ -92,6 +92,27 @@ def test_the_policy_stop_ends_the_run(device):
     assert "\n" not in str(caught.value)
 
 
+def test_the_policy_lower_lr_lowers_the_rate_and_a_resumed_run_keeps_it(device, tmp_path):
+    torch.manual_seed(0)
+    line = torch.randn(64, 1) * torch.randn(1, 32)
+    embeddings = [torch.randn(64, 32), line, line, torch.randn(64, 32)]
+
+    def run(steps):
+        rows = Rows()
+        config = TrainerConfig(
+            steps=steps,
+            log_every=1,
+            learning_rate=ScheduleConfig(value=0.8),
+            parallel=ParallelConfig(device=device.type),
+        )
+        monitor = CollapseMonitor(MonitorConfig(every=1, policy="lower_lr", lr_factor=0.5, lr_floor=0.3))
+        Trainer(Given(embeddings), ArithmeticStream(), config, run_dir=tmp_path, callbacks=[monitor, rows]).fit()
+        return [row["train/lr"] for row in rows.rows]
+
+    assert run(3) == [0.8, 0.8, 0.4]
+    assert run(5) == pytest.approx([0.8 * 0.3, 0.8 * 0.3])
+
+
 class Given(nn.Module):
     """Emits the embeddings that it is given, step by step."""
 
@@ -133,10 +154,10 @@ def test_a_fall_from_an_early_value_is_seen_and_can_be_switched_off(device):
 def test_the_best_reading_survives_a_resume():
     monitor = CollapseMonitor()
     monitor.load_state_dict({"best": {"0": {"effective_rank": 30.0, "spread": 1.0}}})
-    assert monitor.state_dict() == {"best": {"0": {"effective_rank": 30.0, "spread": 1.0}}}
+    assert monitor.state_dict() == {"best": {"0": {"effective_rank": 30.0, "spread": 1.0}}, "lr_scale": 1.0}
 
 
-@pytest.mark.parametrize("fields", [{"every": 0}, {"policy": "pray"}, {"max_samples": 2}, {"drop": 1.0}])
+@pytest.mark.parametrize("fields", [{"every": 0}, {"policy": "x"}, {"max_samples": 2}, {"drop": 1.0}, {"lr_floor": 1}])
 def test_a_wrong_monitor_is_refused(fields):
     with pytest.raises(ValueError, match="allowed"):
         MonitorConfig(**fields)

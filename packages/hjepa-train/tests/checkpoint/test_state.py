@@ -1,9 +1,14 @@
+import threading
+
 import pytest
 import torch
 from torch import nn
 
-from hjepa_train import CheckpointError, OptimizerConfig, World
-from hjepa_train.checkpoint.state import collect, model_shapes, restore
+from hjepa_train import CheckpointError, CheckpointStore, OptimizerConfig, World
+from hjepa_train.checkpoint import Saver
+from hjepa_train.checkpoint.parts import own_parts
+from hjepa_train.checkpoint.state import generator_states, model_shapes, restore, run_tensors
+from hjepa_train.checkpoint.tensors import SavedTensors, write_tensors
 from hjepa_train.optim import set_rates
 from hjepa_train.testing import ArithmeticStream, ToyModule
 
@@ -19,10 +24,19 @@ def _stepped(device, module, count=2):
     return module, optimizer
 
 
-def test_everything_comes_back(device):
+def _save(folder, module, optimizer, world):
+    """Write what one process has to a file; return it as it comes back."""
+    tensors = run_tensors(module, optimizer) | generator_states(world)
+    parts = own_parts({name: tensor.cpu() for name, tensor in tensors.items()}, 0, 1)
+    path = folder / f"{len(list(folder.iterdir()))}.safetensors"
+    write_tensors(path, parts)
+    return SavedTensors([path])
+
+
+def test_everything_comes_back(device, tmp_path):
     world = World(device=device)
     module, optimizer = _stepped(device, ToyModule(late_step=100))
-    saved = collect(module, optimizer, world)
+    saved = _save(tmp_path, module, optimizer, world)
     drawn = torch.rand(3), torch.rand(3, device=device)
     assert not any(name.startswith("optimizer/predictor") for name in saved)
 
@@ -30,36 +44,43 @@ def test_everything_comes_back(device):
     restore(other, fresh, world, saved)
     assert torch.equal(torch.rand(3), drawn[0])
     assert torch.equal(torch.rand(3, device=device), drawn[1])
-    again = collect(other, fresh, world)
+    again = _save(tmp_path, other, fresh, world)
     assert saved.keys() == again.keys()
     assert all(torch.equal(saved[n], again[n]) for n in saved if not n.startswith("generator"))
     assert model_shapes(other)["mask_token"] == [1, 8]
 
 
-def test_saved_tensors_do_not_share_memory_with_the_model(device):
+def test_a_snapshot_does_not_follow_the_model(device, tmp_path):
+    """What the thread writes is what stood there when the step ended, whatever the training does meanwhile."""
+    world = World(device=device)
     module, optimizer = _stepped(device, ToyModule())
-    saved = {name: tensor.clone() for name, tensor in collect(module, optimizer, World(device=device)).items()}
-    other, fresh = _stepped(device, ToyModule(seed=1), count=0)
-    restore(other, fresh, World(device=device), saved)
-    copies = {name: tensor.clone() for name, tensor in saved.items()}
-    set_rates(fresh, learning_rate=0.1, weight_decay=0.0)
-    other(next(iter(ArithmeticStream())).to(device), 0).loss.backward()
-    fresh.step()
-    assert all(torch.equal(copies[name], saved[name]) for name in saved)
+    store = CheckpointStore(tmp_path)
+    write, go = store.save, threading.Event()
+    store.save = lambda *arguments: (go.wait(10), write(*arguments))
+    saver = Saver(store, world)
+    before = {name: tensor.clone() for name, tensor in run_tensors(module, optimizer).items()}
+    saver.take(2, run_tensors(module, optimizer), generator_states(world), {"step": 2}, model_shapes(module))
+    set_rates(optimizer, learning_rate=0.1, weight_decay=0.0)
+    module(next(iter(ArithmeticStream())).to(device), 0).loss.backward()
+    optimizer.step()
+    go.set()
+    saver.wait()
+    saved = store.newest().tensors()
+    assert all(torch.equal(saved[name], tensor.cpu()) for name, tensor in before.items())
+    assert not all(torch.equal(saved[name], tensor.cpu()) for name, tensor in run_tensors(module, optimizer).items())
 
 
-def test_a_tied_tensor_is_saved_under_both_names(device):
+def test_a_tied_tensor_is_saved_under_both_names(device, tmp_path):
     first = nn.Linear(3, 3, bias=False).to(device)
     module = nn.ModuleDict({"a": first, "b": nn.Linear(3, 3, bias=False).to(device)})
     module["b"].weight = first.weight
-    saved = collect(module, OptimizerConfig().build(module), World(device=device))
+    saved = _save(tmp_path, module, OptimizerConfig().build(module), World(device=device))
     assert torch.equal(saved["model/a.weight"], saved["model/b.weight"])
-    assert saved["model/a.weight"].data_ptr() != saved["model/b.weight"].data_ptr()
 
 
-def test_a_rank_that_was_not_there_draws_its_own_numbers(device):
+def test_a_rank_that_was_not_there_draws_its_own_numbers(device, tmp_path):
     module, optimizer = _stepped(device, ToyModule())
-    saved = collect(module, optimizer, World(device=device))
+    saved = _save(tmp_path, module, optimizer, World(device=device))
     draws = []
     for rank in (0, 1, 2, 1):
         restore(module, optimizer, World(rank=rank, device=device), saved)
@@ -69,9 +90,9 @@ def test_a_rank_that_was_not_there_draws_its_own_numbers(device):
     assert torch.equal(draws[1], draws[3])
 
 
-def test_state_of_a_parameter_that_is_frozen_here_is_refused(device):
+def test_state_of_a_parameter_that_is_frozen_here_is_refused(device, tmp_path):
     module, optimizer = _stepped(device, ToyModule())
-    saved = collect(module, optimizer, World(device=device))
+    saved = _save(tmp_path, module, optimizer, World(device=device))
     frozen = ToyModule().to(device)
     frozen.predictor.requires_grad_(False)
     with pytest.raises(CheckpointError, match="optimizer state of 6 frozen or unknown parameters: predictor"):

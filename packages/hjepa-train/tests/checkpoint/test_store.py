@@ -2,6 +2,7 @@ import errno
 import json
 import logging
 import resource
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from hjepa_train import CheckpointConfig, CheckpointError, CheckpointStore
 from hjepa_train.checkpoint import store as store_module
 from hjepa_train.checkpoint.files import DamagedError, read_manifest
+from hjepa_train.checkpoint.parts import Part
+from hjepa_train.checkpoint.tensors import write_tensors
 
 MODEL = {"weight": [4, 3]}
 
@@ -19,8 +22,8 @@ def store(tmp_path):
 
 
 def save(store, step, size=4):
-    tensors = {"model/weight": torch.full((size, 3), float(step))}
-    return store.save(step, tensors, {"step": step, "stream": {"position": step}}, MODEL)
+    parts = {"model/weight": Part(offsets=(0, 0), values=torch.full((size, 3), float(step)))}
+    return store.save(step, parts, {"step": step, "stream": {"position": step}}, {"weight": [size, 3]})
 
 
 def test_a_checkpoint_comes_back_as_it_was(store):
@@ -48,14 +51,14 @@ def test_only_the_newest_stay(store):
 
 
 def corrupt_size(path):
-    with (path / "tensors.safetensors").open("r+b") as file:
+    with (path / "rank_00000.safetensors").open("r+b") as file:
         file.truncate(20)
 
 
 def corrupt_bit(path):
-    content = bytearray((path / "tensors.safetensors").read_bytes())
+    content = bytearray((path / "rank_00000.safetensors").read_bytes())
     content[-1] ^= 1
-    (path / "tensors.safetensors").write_bytes(content)
+    (path / "rank_00000.safetensors").write_bytes(content)
 
 
 def corrupt_json(path):
@@ -78,7 +81,31 @@ def lose_manifest(path):
     (path / "manifest.json").unlink()
 
 
-DAMAGES = [corrupt_size, corrupt_bit, corrupt_json, corrupt_fields, corrupt_format, lose_file, lose_manifest]
+def lose_rank(path):
+    (path / "rank_00000.safetensors").unlink()
+
+
+def put_another_file(path):
+    """A file that was not written by this run: a whole one of the same size."""
+    name = path / "rank_00000.safetensors"
+    name.unlink()
+    write_tensors(name, {"model/weight": Part(offsets=(0, 0), values=torch.full((4, 3), -1.0))})
+
+
+def put_a_foreign_directory(path):
+    shutil.rmtree(path)
+    path.mkdir()
+    (path / ".metadata").write_bytes(b"\x80\x04N.")
+    (path / "__0_0.distcp").write_bytes(b"another program's")
+
+
+def older_format(path):
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+
+
+OTHERS = [lose_rank, put_another_file, put_a_foreign_directory, older_format]
+DAMAGES = [*OTHERS, corrupt_size, corrupt_bit, corrupt_json, corrupt_fields, corrupt_format, lose_file, lose_manifest]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -109,7 +136,7 @@ def test_what_an_interrupted_save_left_is_no_checkpoint_and_goes(store):
     save(store, 1)
     leftover = store.folder / ".tmp-step_00000002"
     leftover.mkdir()
-    (leftover / "tensors.safetensors").write_bytes(b"half")
+    (leftover / "rank_00000.safetensors").write_bytes(b"half")
     assert store.newest().state["step"] == 1
     save(store, 3)
     assert not leftover.exists()
@@ -170,7 +197,7 @@ def test_the_manifest_tells_every_file(store):
     path = save(store, 1)
     manifest = read_manifest(path, verify=True)
     assert manifest == json.loads((path / "manifest.json").read_text())
-    assert set(manifest["files"]) == {"state.json", "tensors.safetensors"}
+    assert set(manifest["files"]) == {"state.json", "rank_00000.safetensors"}
     corrupt_bit(path)
     read_manifest(path, verify=False)
     with pytest.raises(DamagedError, match="another SHA-256"):

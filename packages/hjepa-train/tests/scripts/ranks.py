@@ -7,12 +7,15 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from hjepa_train import (
     Callback,
     CheckpointConfig,
     CollapseMonitor,
     MetricsLog,
     MonitorConfig,
+    OptimizerConfig,
     ParallelConfig,
     ScheduleConfig,
     Trainer,
@@ -22,7 +25,27 @@ from hjepa_train import (
 )
 from hjepa_train.testing import ArithmeticStream, ToyBlock, ToyModule
 
-CASES = {"plain": {}, "accumulate": {"accumulate": 2}, "late": {"late_step": 3}}
+CASES = {
+    "plain": {},
+    "accumulate": {"accumulate": 2},
+    "late": {"late_step": 3},
+    "skipped": {"bad_step": 2},
+    "undone": {"bad_step": 2, "deferred": True},
+}
+
+
+class BadOnLastRank(ToyModule):
+    """Its loss is infinite at a step on one rank, with a gradient that tells nobody."""
+
+    def __init__(self, bad_step, bad_rank, **fields):
+        super().__init__(**fields)
+        self.bad_step, self.bad_rank = bad_step, bad_rank
+
+    def forward(self, batch, step):
+        output = super().forward(batch, step)
+        if self.bad_rank and step == self.bad_step:
+            output.loss = output.loss + float("inf")
+        return output
 
 
 class StopRankOne(Callback):
@@ -44,9 +67,10 @@ def train(case, parallel, world, folder, callbacks=(), steps=5):
         learning_rate=ScheduleConfig(kind="cosine", value=0.01, final=0.0, warmup_steps=2),
         ema_momentum=ScheduleConfig(value=0.9),
         parallel=parallel,
+        optimizer=OptimizerConfig(fused=case.get("deferred")),
     )
     trainer = Trainer(
-        ToyModule(late_step=case.get("late_step", 0)),
+        BadOnLastRank(case.get("bad_step"), world.rank == world.size - 1, late_step=case.get("late_step", 0)),
         ArithmeticStream(batch_size=16 // accumulate, rank=world.rank, size=world.size),
         config,
         world=world,
@@ -55,7 +79,19 @@ def train(case, parallel, world, folder, callbacks=(), steps=5):
         checkpoint=CheckpointConfig(every_steps=None, every_minutes=None),
         blocks=[ToyBlock],
     )
+    trainer.guard.on_host = not case.get("deferred", False)
     return trainer.fit()
+
+
+def reductions(parallel, world, accumulate):
+    """Count what is sent to average gradients (and flags) in two steps."""
+    config = TrainerConfig(steps=2, accumulate=accumulate, precision="fp32", parallel=parallel)
+    stream = ArithmeticStream(rank=world.rank, size=world.size)
+    trainer = Trainer(ToyModule(), stream, config, world=world, blocks=[ToyBlock])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        trainer.fit()
+    counts = {event.key: event.count for event in profile.key_averages() if event.key.startswith("c10d::")}
+    return {name: count for name, count in counts.items() if "reduce" in name}
 
 
 def main():
@@ -69,6 +105,7 @@ def main():
         stopped = train({}, parallel, world, root / kind / "stopped", [StopRankOne()])
         resumed = train({}, parallel, world, root / kind / "stopped")
         outcomes[kind] = [stopped, resumed]
+        outcomes[f"{kind} reductions"] = [reductions(parallel, world, accumulate) for accumulate in (1, 4)]
     if world.is_main:
         print(json.dumps(outcomes))
     leave_world()

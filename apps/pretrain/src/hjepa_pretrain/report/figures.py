@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-_COLORS = ("#0b6e99", "#d9730d", "#0f7b6c", "#6940a5", "#ad1a72", "#64473a")
+COLORS = ("#0b6e99", "#d9730d", "#0f7b6c", "#6940a5", "#ad1a72", "#64473a")
 _CONTEXT, _TARGET = (0.05, 0.45, 0.75), (0.95, 0.45, 0.10)
 
 
@@ -36,7 +36,7 @@ def curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], title: str,
     if not lines:
         return None
     figure, axes = plt.subplots(figsize=(5.2, 3.0))
-    for color, (key, points) in zip(_COLORS * 4, lines.items(), strict=False):
+    for color, (key, points) in zip(COLORS * 4, lines.items(), strict=False):
         steps, values = np.asarray(points, dtype=float).T
         label = key.split("/", 1)[-1]
         window = min(smooth, len(values))

@@ -40,11 +40,16 @@ def write_report(
     Returns:
         The path of the page.
     """
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    sections = [_learned(results), _losses(rows), _ranks(rows)]
+    metrics = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    sections = [_learned(results), loss_section(rows), rank_section(rows)]
     if images is not None:
         train, test = images
-        sections += [_masks(config, test), _features(config, model, test), _neighbours(config, model, train, test)]
+        sections += [
+            _masks(config, test),
+            feature_section(config, model, test),
+            neighbour_section(config, model, train, test),
+        ]
     sections += [_speed(rows), Section(title="Configuration", body=code((folder / "config.yaml").read_text()))]
     path = folder / "report.html"
     subtitle = f"{config.recipe}, {config.model}, {config.run.steps:,} steps of {config.data.batch_size} images"
@@ -63,16 +68,20 @@ def _learned(results: dict[str, Any]) -> Section:
     return Section(title="What was learned", note=note, body=body)
 
 
-def _losses(rows: list[dict[str, Any]]) -> Section:
+def loss_section(rows: list[dict[str, Any]]) -> Section:
+    """Losses and accuracies on the way, from the rows of `metrics.jsonl`."""
     levels = sorted({key for row in rows for key in row if key.startswith("train/loss_level_")})
     top = [key for key in levels if key.endswith("_global")]
-    knn = sorted({key for row in rows for key in row if key.startswith("eval/")})
+    measured = sorted({key for row in rows for key in row if key.startswith("eval/")})
+    knn = [key for key in measured if "/knn_" in key]
+    ranks = [key for key in measured if key.endswith("/rankme")]
     window = max(1, len(rows) // 40)
     drawn = (
         figures.curves(rows, ["train/loss"], "training loss", smooth=window),
         figures.curves(rows, [key for key in levels if key not in top], "masked levels, unweighted", smooth=window),
         figures.curves(rows, top, "global level, unweighted", smooth=window),
         figures.curves(rows, knn, "kNN accuracy on the way"),
+        figures.curves(rows, ranks, "RankMe of frozen features on the way"),
     )
     note = (
         "The loss of a JEPA is no measure of quality: its targets move. It may rise while the features improve; look "
@@ -81,7 +90,8 @@ def _losses(rows: list[dict[str, Any]]) -> Section:
     return Section(title="Loss and accuracy", note=note, pictures=[picture for picture in drawn if picture])
 
 
-def _ranks(rows: list[dict[str, Any]]) -> Section:
+def rank_section(rows: list[dict[str, Any]]) -> Section:
+    """RankMe, effective rank and spread on the way, and the collapse alarm."""
     pictures = []
     for measure, title in (("rankme", "RankMe"), ("effective_rank", "centred effective rank"), ("spread", "spread")):
         keys = sorted(
@@ -109,7 +119,8 @@ def _masks(config: PretrainConfig, test: Images) -> Section:
 
 
 @torch.no_grad()
-def _features(config: PretrainConfig, model: Model, test: Images) -> Section:
+def feature_section(config: PretrainConfig, model: Model, test: Images) -> Section:
+    """The tokens of every level on some images, coloured by their principal components."""
     shown = test.head(_SHOWN)
     model.eval()
     found = model.all_features(_normalized(config, model, shown), pool="none")
@@ -128,7 +139,8 @@ def _features(config: PretrainConfig, model: Model, test: Images) -> Section:
 
 
 @torch.no_grad()
-def _neighbours(config: PretrainConfig, model: Model, train: Images, test: Images) -> Section:
+def neighbour_section(config: PretrainConfig, model: Model, train: Images, test: Images) -> Section:
+    """Held-out images beside their nearest training images."""
     queries = test.head(_QUERIES)
     bank = train.head(5_000)
     model.eval()

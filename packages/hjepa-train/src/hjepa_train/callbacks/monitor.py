@@ -25,6 +25,7 @@ class CollapsePolicy(StrEnum):
     """What an alarm does."""
 
     warn = "warn"
+    lower_lr = "lower_lr"
     stop = "stop"
 
 
@@ -35,7 +36,11 @@ class MonitorConfig:
     every: int = 50
     """Steps between readings."""
     policy: CollapsePolicy = CollapsePolicy.warn
-    """`warn` logs a line and goes on, `stop` ends the run with a CollapseError."""
+    """`warn` logs a line and goes on, `lower_lr` also lowers the learning rate, `stop` ends the run (CollapseError)."""
+    lr_factor: float = 0.5
+    """`lower_lr`: the learning rate is multiplied by this at each reading with an alarm."""
+    lr_floor: float = 0.01
+    """`lower_lr`: but never goes below this share of its schedule."""
     min_rank: float = 0.01
     """Alarm where the effective rank is below this share of the largest possible one, min(n - 1, D) (at least 1.5)."""
     min_spread: float = 1e-3
@@ -52,6 +57,9 @@ class MonitorConfig:
             raise ValueError(f"every={self.every}: too small; allowed: 1 and more")
         if self.max_samples < 3:
             raise ValueError(f"max_samples={self.max_samples}: too few for a rank; allowed: 3 and more")
+        for name in ("lr_factor", "lr_floor"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)}: lowers nothing; allowed: above 0 and below 1")
         for name in ("min_rank", "min_spread", "drop"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: not a share; allowed: 0 (never) up to 1")
@@ -109,7 +117,8 @@ class CollapseMonitor(Callback):
     """Logs `monitor/<level>/{rankme,effective_rank,std,spread}` and `monitor/alarm`, the number of collapsed levels.
 
     The embeddings are those of the step's last micro-batch, gathered over ranks. They need no labels and say
-    nothing about quality; they say when a run is not worth its electricity.
+    nothing about quality; they say when a run is not worth its electricity. A step that the guard has left out is not
+    read.
 
     Args:
         config: When to look, and the thresholds.
@@ -119,10 +128,17 @@ class CollapseMonitor(Callback):
         self.config = MonitorConfig() if config is None else config
         self._best: dict[str, dict[str, float]] = {}
         self._alarmed: set[str] = set()
+        self._lr_scale = 1.0
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Go on with the learning rate that earlier alarms have left."""
+        trainer.lr_scale = self._lr_scale
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Take a reading of every level, where it is time."""
         if not result.embeddings or not (trainer.step == 1 or trainer.step % self.config.every == 0):
+            return
+        if bool(result.skipped):
             return
         row: dict[str, float] = {}
         alarms: dict[str, str] = {}
@@ -138,12 +154,12 @@ class CollapseMonitor(Callback):
         self._raise_alarm(trainer, alarms)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best readings so far."""
-        return {"best": self._best}
+        """Return the best readings so far and how far the learning rate has been lowered."""
+        return {"best": self._best, "lr_scale": self._lr_scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the best readings."""
-        self._best = state["best"]
+        """Take them over."""
+        self._best, self._lr_scale = state["best"], state.get("lr_scale", 1.0)
 
     def _judge(self, level: str, reading: Reading, count: int, width: int) -> str | None:
         config = self.config
@@ -170,3 +186,12 @@ class CollapseMonitor(Callback):
             if level not in self._alarmed and trainer.world.is_main:
                 logger.warning("%s; %s", line, remedy)
         self._alarmed = set(alarms)
+        if alarms and self.config.policy is CollapsePolicy.lower_lr:
+            self._lower_rate(trainer)
+
+    def _lower_rate(self, trainer: Trainer) -> None:
+        lowered = max(self.config.lr_floor, self._lr_scale * self.config.lr_factor)
+        if lowered < self._lr_scale:
+            self._lr_scale = trainer.lr_scale = lowered
+            if trainer.world.is_main:
+                logger.warning("step %d: learning rate lowered to %g of its schedule", trainer.step, lowered)

@@ -1,4 +1,4 @@
-"""A trace of a few steps, for torch-tb-profiler in TensorBoard and for Perfetto."""
+"""A trace of a few steps, for torch-tb-profiler in TensorBoard and for Perfetto, and the memory of a GPU in them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from hjepa_train.trainer import StepResult, Trainer
 
 
+_ALLOCATIONS = 200_000
+"""Events of the memory snapshot; older ones go."""
+
+
 @dataclass(kw_only=True, slots=True)
 class ProfilerConfig:
     """Which steps of this process are traced."""
@@ -28,6 +32,8 @@ class ProfilerConfig:
     """Steps in the trace."""
     with_stack: bool = False
     """Record the Python lines of each operation (slow, large)."""
+    memory: bool = True
+    """CUDA only: also record each allocation of the steps in the trace."""
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -39,6 +45,8 @@ class ProfilerConfig:
 class Profiler(Callback):
     """Writes `<folder>/<rank>.<time>.pt.trace.json` once; the extra `profiler` installs what shows it in TensorBoard.
 
+    On a GPU `<folder>/<rank>.memory.pickle` beside it is the snapshot of its memory, for pytorch.org/memory_viz.
+
     Args:
         folder: Where the traces go, e.g. `run/profile`.
         config: Which steps.
@@ -48,6 +56,8 @@ class Profiler(Callback):
         self.folder = folder
         self.config = ProfilerConfig() if config is None else config
         self._profile: profile | None = None
+        self._memory = False
+        self._steps = 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Start the profiler's schedule."""
@@ -64,14 +74,36 @@ class Profiler(Callback):
             with_stack=config.with_stack,
         )
         self._profile.start()
+        self._memory = config.memory and trainer.world.device.type == "cuda"
+        self._steps = 0
+        self._record_memory(trainer)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Tell the profiler that a step has ended."""
         if self._profile is not None:
             self._profile.step()
+            self._steps += 1
+            self._record_memory(trainer)
 
     def on_fit_end(self, trainer: Trainer, outcome: Outcome | None) -> None:
         """Stop the profiler; a trace that has begun is written."""
         if self._profile is not None:
             self._profile.stop()
             self._profile = None
+        if self._memory and self._steps > self.config.wait + self.config.warmup:
+            self._write_memory(trainer)
+
+    def _record_memory(self, trainer: Trainer) -> None:
+        first = self.config.wait + self.config.warmup
+        if self._memory and self._steps == first:
+            torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
+        elif self._memory and self._steps == first + self.config.active:
+            self._write_memory(trainer)
+
+    def _write_memory(self, trainer: Trainer) -> None:
+        self._memory = False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(  # type: ignore[no-untyped-call]
+            str(self.folder / f"rank{trainer.world.rank}.memory.pickle")
+        )
+        torch.cuda.memory._record_memory_history(enabled=None)

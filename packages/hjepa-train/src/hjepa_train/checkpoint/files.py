@@ -6,10 +6,17 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+
+
+class Written(NamedTuple):
+    """Size and SHA-256 of a file."""
+
+    size: int
+    sha256: str
 
 
 class DamagedError(Exception):
@@ -17,8 +24,9 @@ class DamagedError(Exception):
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON; floats keep every bit, what is no JSON is refused."""
+    """Write JSON and flush it to the disk; floats keep every bit, what is no JSON is refused."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    sync(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -41,19 +49,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_manifest(folder: Path, model: dict[str, list[int]]) -> None:
-    """Describe the files of a folder (size, SHA-256) and the model that they belong to, and flush all of it."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    write_json(folder / MANIFEST, {"format": FORMAT, "files": files, "model": model})
-    sync(folder / MANIFEST)
+def write_manifest(folder: Path, model: dict[str, list[int]], files: dict[str, Written]) -> None:
+    """Say what stands in a folder (size and SHA-256 of each file) and to which model it belongs."""
+    names = {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()}
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": names, "model": model})
     sync(folder)
 
 
 def read_manifest(folder: Path, *, verify: bool) -> dict[str, Any]:
-    """Return the manifest of a folder; `verify` reads every file and checks it.
+    """Return the manifest of a folder whose files are there and as long as it says; `verify` reads them all too.
 
     Raises:
         DamagedError: Where a file is missing, shorter or different.
@@ -63,16 +67,23 @@ def read_manifest(folder: Path, *, verify: bool) -> dict[str, Any]:
         raise DamagedError(f"{MANIFEST}: not of format {FORMAT}")
     if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("model"), dict):
         raise DamagedError(f"{MANIFEST}: names no files or no model")
-    for name, expected in manifest["files"].items() if verify else ():
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise DamagedError(f"{name} is missing")
         size = path.stat().st_size
         if size != expected["size"]:
             raise DamagedError(f"{name} has {size} bytes of {expected['size']}")
-        if _sha256(path) != expected["sha256"]:
+        if verify and describe(path).sha256 != expected["sha256"]:
             raise DamagedError(f"{name} has another SHA-256 than its manifest")
     return manifest
+
+
+def describe(path: Path) -> Written:
+    """Read a file and return its size and SHA-256."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Written(file.tell(), digest)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -82,8 +93,3 @@ def replace_text(path: Path, text: str) -> None:
     sync(aside)
     aside.replace(path)
     sync(path.parent)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,16 +1,16 @@
-"""The tensors of a run by name: model, optimizer, random generators; whole on the way out, sharded on the way in."""
+"""The tensors of a run by name: model, optimizer, random generators; each rank gives its part and takes its part."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from hjepa_train.checkpoint.tensors import SavedTensors
 from hjepa_train.errors import CheckpointError
 from hjepa_train.parallel import World
-from hjepa_train.sharded import placed_like, whole
 
 MODEL, OPTIMIZER, GENERATOR = "model", "optimizer", "generator"
 
@@ -20,32 +20,24 @@ def model_shapes(module: nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def collect(module: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Tensor]:
-    """Gather the run's tensors on the CPU of the main rank; all ranks call it, the others get nothing."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in _named_state(module, optimizer):
-        value = whole(tensor)
-        if world.is_main:
-            copy = value.detach().cpu().contiguous()
-            # A tied tensor has two names and one storage, which safetensors refuses.
-            tensors[name] = copy.clone() if copy.data_ptr() in seen else copy
-            seen.add(copy.data_ptr())
-    for device, state in _generator_states(world).items():
-        every = world.gather(state.to(world.control_device)[None]).cpu()
-        tensors |= {f"{GENERATOR}/{device}/{rank}": row.clone() for rank, row in enumerate(every) if world.is_main}
-    return tensors
+def run_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the tensors of model and optimizer by name, as they lie on this rank, sharing their memory."""
+    return {name: tensor.detach() for name, tensor in _named_state(module, optimizer)}
 
 
-def restore(module: nn.Module, optimizer: torch.optim.Optimizer, world: World, saved: Mapping[str, Tensor]) -> None:
+def generator_states(world: World) -> dict[str, Tensor]:
+    """Return the states of this rank's random generators by name."""
+    return {f"{GENERATOR}/{device}/{world.rank}": state for device, state in _generator_states(world).items()}
+
+
+def restore(module: nn.Module, optimizer: torch.optim.Optimizer, world: World, saved: SavedTensors) -> None:
     """Put saved tensors back, whatever the number of ranks that saved them; the model's names are checked before.
 
     Raises:
         CheckpointError: Where the optimizer's state is of other parameters.
     """
-    with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            tensor.copy_(placed_like(tensor, saved[f"{MODEL}/{name}"]))
+    for name, tensor in module.state_dict().items():
+        saved.copy_to(f"{MODEL}/{name}", tensor)
     _restore_optimizer(module, optimizer, saved)
     _restore_generators(world, saved)
 
@@ -58,29 +50,32 @@ def _named_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterato
             yield f"{OPTIMIZER}/{name}/{key}", value
 
 
-def _restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+def _restore_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedTensors) -> None:
     names = {parameter: name for name, parameter in module.named_parameters()}
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in saved.items():
+    by_parameter: dict[str, list[str]] = {}
+    for name in saved:
         if name.startswith(f"{OPTIMIZER}/"):
-            parameter_name, _, key = name.removeprefix(f"{OPTIMIZER}/").rpartition("/")
-            by_parameter.setdefault(parameter_name, {})[key] = tensor
+            by_parameter.setdefault(name.removeprefix(f"{OPTIMIZER}/").rpartition("/")[0], []).append(name)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = {}
     for index, parameter in enumerate(parameters):
         # A parameter that has had no gradient yet (a level that a curriculum adds later) has no state.
-        values = by_parameter.pop(names[parameter], {})
-        if values:
-            states[index] = {key: _moment(parameter, value) for key, value in values.items()}
+        keys = by_parameter.pop(names[parameter], [])
+        if keys:
+            states[index] = {key.rpartition("/")[2]: _moment(parameter, key, saved) for key in keys}
     if by_parameter:
         first = ", ".join(sorted(by_parameter)[:3])
         raise CheckpointError(f"optimizer state of {len(by_parameter)} frozen or unknown parameters: {first}")
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _moment(parameter: Tensor, saved: Tensor) -> Tensor:
+def _moment(parameter: Tensor, name: str, saved: SavedTensors) -> Tensor:
     # Running means have the shape of their parameter; the step count is a scalar that is never sharded.
-    return placed_like(parameter, saved) if saved.shape == parameter.shape else saved.clone()
+    if tuple(saved.shapes[name]) != tuple(parameter.shape):
+        return saved[name].clone()
+    moment = torch.empty_like(parameter, requires_grad=False)
+    saved.copy_to(name, moment)
+    return moment
 
 
 def _generator_states(world: World) -> dict[str, Tensor]:
@@ -90,7 +85,7 @@ def _generator_states(world: World) -> dict[str, Tensor]:
     return states
 
 
-def _restore_generators(world: World, saved: Mapping[str, Tensor]) -> None:
+def _restore_generators(world: World, saved: SavedTensors) -> None:
     for device in _generator_states(world):
         own = saved.get(f"{GENERATOR}/{device}/{world.rank}")
         if own is None:

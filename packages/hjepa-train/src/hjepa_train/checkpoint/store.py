@@ -1,8 +1,7 @@
 """The folder of checkpoints: each is written aside, verified, renamed; then `latest` is moved.
 
-A checkpoint is one safetensors file (whole tensors, so that any number of ranks can read it), one JSON file (step,
-stream, callbacks) and a manifest. `torch.distributed.checkpoint` would write shards in parallel, but its `.metadata`
-is a pickle, and nothing that came from a file is ever unpickled here.
+A checkpoint is a safetensors file of each rank with its parts of the tensors (`tensors.py`), one JSON file (step,
+stream, callbacks) and a manifest. Any number of ranks can read it.
 """
 
 from __future__ import annotations
@@ -10,17 +9,17 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+import torch
 
 from hjepa_train.checkpoint.files import (
     DamagedError,
+    Written,
+    describe,
     read_json,
     read_manifest,
     replace_text,
@@ -28,11 +27,15 @@ from hjepa_train.checkpoint.files import (
     write_json,
     write_manifest,
 )
+from hjepa_train.checkpoint.parts import Part
+from hjepa_train.checkpoint.state import MODEL
+from hjepa_train.checkpoint.tensors import SUFFIX, SavedTensors, write_tensors
 from hjepa_train.errors import CheckpointError, one_line
+from hjepa_train.parallel import World
 
 logger = logging.getLogger(__name__)
 
-TENSORS, STATE, LATEST = "tensors.safetensors", "state.json", "latest"
+STATE, LATEST = "state.json", "latest"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -46,10 +49,14 @@ class CheckpointConfig:
     """Save when so many minutes have passed since the last save; None means never by the clock."""
     keep: int | None = 2
     """Number of newest checkpoints that stay; None means all."""
+    keep_every_steps: int | None = None
+    """Checkpoints of steps that this divides stay for good; None means that none does."""
+    grace_seconds: float | None = None
+    """Time that a signal leaves to finish the step and save; what takes longer ends at once; None means no limit."""
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        for field in ("every_steps", "every_minutes", "keep"):
+        for field in ("every_steps", "every_minutes", "keep", "keep_every_steps", "grace_seconds"):
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise ValueError(f"{field}={value}: not positive; allowed: above 0, or null for no limit of that kind")
@@ -60,6 +67,8 @@ class Checkpoint:
     """A verified checkpoint on the disk."""
 
     path: Path
+    files: tuple[str, ...]
+    """Names of the files that hold tensors."""
     model: dict[str, list[int]]
     """Name and shape of each tensor of the model."""
     state: dict[str, Any]
@@ -69,11 +78,12 @@ class Checkpoint:
     def open(cls, path: Path, *, verify: bool = True) -> Checkpoint:
         """Verify a checkpoint directory and read what is small; raise DamagedError where it is not whole."""
         manifest = read_manifest(path, verify=verify)
-        return cls(path=path, model=manifest["model"], state=read_json(path / STATE))
+        files = tuple(name for name in sorted(manifest["files"]) if name.endswith(SUFFIX))
+        return cls(path=path, files=files, model=manifest["model"], state=read_json(path / STATE))
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Return the saved tensors, read from the disk one at a time."""
-        return _LazyTensors(self.path / TENSORS)
+    def tensors(self) -> SavedTensors:
+        """Return the saved tensors, whole, read from the disk one at a time."""
+        return SavedTensors(self.path / name for name in self.files)
 
     def check_model(self, shapes: Mapping[str, list[int]]) -> None:
         """Raise CheckpointError, naming what differs, where this is the checkpoint of another model."""
@@ -100,11 +110,12 @@ class CheckpointStore:
     Args:
         folder: Where they lie; made when the first one is saved.
         keep: Number of newest checkpoints that stay; None means all.
+        keep_every: Checkpoints of steps that this divides stay for good; None means that none does.
     """
 
-    def __init__(self, folder: Path, *, keep: int | None = 2) -> None:
+    def __init__(self, folder: Path, *, keep: int | None = 2, keep_every: int | None = None) -> None:
         self.folder = folder
-        self.keep = keep
+        self.keep, self.keep_every = keep, keep_every
 
     def paths(self) -> list[Path]:
         """Return the checkpoint directories, newest first, whole or not."""
@@ -138,31 +149,73 @@ class CheckpointStore:
             raise CheckpointError(f"{path}: {error}; the run directory must be shared by all ranks") from error
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any], model: dict[str, list[int]]
+        self,
+        step: int,
+        parts: Mapping[str, Part],
+        state: dict[str, Any],
+        model: dict[str, list[int]],
+        world: World | None = None,
     ) -> Path:
-        """Write the checkpoint of a step, or leave everything as it was.
+        """Write the checkpoint of a step, or leave everything as it was; all ranks call it with their parts.
 
         Raises:
-            CheckpointError: Where the disk is full or not writable.
+            CheckpointError: Where the disk is full or not writable, on all ranks.
         """
+        world = World() if world is None else world
         path, aside = self.folder / _name(step), self.folder / f".tmp-{_name(step)}"
+        mine = aside / f"rank_{world.rank:05d}{SUFFIX}"
+        problem: Exception | None = None
+        written = Written(0, "0" * 64)
         try:
-            self.clean()
-            aside.mkdir(parents=True)
-            save_file(dict(tensors), aside / TENSORS)
-            write_json(aside / STATE, state)
-            write_manifest(aside, model)
-            Checkpoint.open(aside)
-            self._commit(aside, path)
-        except (OSError, SafetensorError, DamagedError) as error:
-            self.clean()
-            kept = next((p.name for p in self.paths()), "none yet")
-            raise CheckpointError(
-                f"{path}: not saved ({one_line(error)}); newest checkpoint that is whole: {kept}; "
-                "make room or choose another run directory, then start again to resume"
-            ) from error
-        self._retain(step)
+            if world.is_main:
+                self.clean()
+                aside.mkdir(parents=True)
+        except OSError as error:
+            problem = error
+        self._agree(problem, path, world)
+        try:
+            written = write_tensors(mine, parts)
+            if describe(mine) != written:
+                raise DamagedError(f"{mine.name} does not read as it was written")
+        except (OSError, DamagedError) as error:
+            problem = error
+        files = _gathered(written, world)
+        self._agree(problem, path, world)
+        try:
+            if world.is_main:
+                self._finish(aside, path, files, state, model)
+        except (OSError, DamagedError) as error:
+            problem = error
+        self._agree(problem, path, world)
         return path
+
+    def _agree(self, problem: Exception | None, path: Path, world: World) -> None:
+        """Go on where no rank has a problem; else clean up and raise it everywhere."""
+        if not any(world.any(problem is not None)):
+            return
+        if world.is_main:
+            self.clean()
+        if problem is None:
+            raise CheckpointError(f"{path}: not saved; another rank could not write its part, and says why")
+        kept = next((p.name for p in self.paths()), "none yet")
+        raise CheckpointError(
+            f"{path}: not saved ({one_line(problem)}); newest checkpoint that is whole: {kept}; "
+            "make room or choose another run directory, then start again to resume"
+        ) from problem
+
+    def _finish(
+        self, aside: Path, path: Path, files: list[Written], state: dict[str, Any], model: dict[str, list[int]]
+    ) -> None:
+        write_json(aside / STATE, state)
+        names = {f"rank_{rank:05d}{SUFFIX}": written for rank, written in enumerate(files)}
+        write_manifest(aside, model, {STATE: describe(aside / STATE), **names})
+        # Each rank has read its file back; here it counts that all of them are there and make whole tensors.
+        shapes = Checkpoint.open(aside, verify=False).tensors().shapes
+        missing = [name for name, shape in model.items() if shapes.get(f"{MODEL}/{name}") != shape]
+        if missing:
+            raise DamagedError(f"{len(missing)} tensors of the model were not written ({', '.join(missing[:3])})")
+        self._commit(aside, path)
+        self._retain(_step(path))
 
     def clean(self) -> None:
         """Remove what an interrupted save has left."""
@@ -185,32 +238,19 @@ class CheckpointStore:
         if self.keep is None:
             return
         for old in [path for path in self.paths() if _step(path) <= step][self.keep :]:
+            if self.keep_every is not None and _step(old) % self.keep_every == 0:
+                continue
             # Out of the way first: half a checkpoint must never look like one.
             doomed = self.folder / f".tmp-old-{old.name}"
             old.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
-class _LazyTensors(Mapping[str, Tensor]):
-    def __init__(self, path: Path) -> None:
-        self._file = _open_tensors(path)
-        self._names = frozenset(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._names))
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _open_tensors(path: Path) -> Any:  # noqa: ANN401 (whether its methods are typed depends on the version)
-    return safe_open(path, framework="pt", device="cpu")
+def _gathered(written: Written, world: World) -> list[Written]:
+    """Return what each rank has written."""
+    row = torch.tensor([[*written.size.to_bytes(8, "little"), *bytes.fromhex(written.sha256)]], dtype=torch.uint8)
+    rows = world.gather(row).tolist()
+    return [Written(int.from_bytes(row[:8], "little"), bytes(row[8:]).hex()) for row in rows]
 
 
 def _name(step: int) -> str:

@@ -1,0 +1,180 @@
+"""Figures of benchmarks, drawn off screen: numbers in, PNG bytes out."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from hjepa_eval import Measurement
+from hjepa_pretrain.report.figures import COLORS, Array, png
+
+Points = Sequence[tuple[float, Measurement]]
+
+
+def bars(groups: Sequence[str], series: Mapping[str, Sequence[Measurement | None]], title: str) -> bytes:
+    """Draw bars with their intervals, a colour for each series.
+
+    Args:
+        groups: names along the axis.
+        series: a number for each group by name of the series; None leaves a gap.
+        title: of the axis of numbers.
+    """
+    figure, axes = plt.subplots(figsize=(max(4.8, 0.3 * len(groups) * len(series) + 2), 3.0))
+    # A series with one number, like raw pixels among levels, is a line to compare with.
+    counts = {name: sum(one is not None for one in values) for name, values in series.items()}
+    lone = {name for name, count in counts.items() if count == 1 < max(counts.values())}
+    barred = [name for name in series if name not in lone]
+    width = 0.8 / max(1, len(barred))
+    for number, name in enumerate(series):
+        color = COLORS[number % len(COLORS)]
+        known = [(place, one) for place, one in enumerate(series[name]) if one is not None]
+        if name in lone:
+            one = known[0][1]
+            axes.axhline(one.value, color=color, linestyle="--", linewidth=1.4, label=name)
+            axes.axhspan(one.low, one.high, color=color, alpha=0.13, linewidth=0)
+        elif known:
+            offset = (barred.index(name) - (len(barred) - 1) / 2) * width
+            at, found = [place + offset for place, _ in known], [one for _, one in known]
+            heights = [one.value for one in found]
+            axes.bar(at, heights, width * 0.92, color=color, label=name)
+            axes.errorbar(at, heights, yerr=_errors(found), fmt="none", ecolor="#1f2328", elinewidth=0.9, capsize=2)
+    axes.set_xticks(range(len(groups)), groups, fontsize=9)
+    axes.set_ylabel(title)
+    _plain(axes)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return png(figure)
+
+
+def lines(panels: Mapping[str, Mapping[str, Points]], across: str, up: str, *, columns: int = 4) -> bytes:
+    """Draw panels that share their axes, a line with its interval for each series.
+
+    Args:
+        panels: points (place, number) by series, by title of the panel.
+        across: title of the axis of places.
+        up: title of the axis of numbers.
+        columns: panels side by side.
+    """
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    shape = (2.5 * columns + 0.6, 2.3 * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, sharey=True)
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    for axis, (title, series) in zip(axes.reshape(-1), panels.items(), strict=False):
+        for name, points in series.items():
+            color = COLORS[names.index(name) % len(COLORS)]
+            style = "-" if names.index(name) < len(COLORS) else "--"
+            places, known = [place for place, _ in points], [one for _, one in points]
+            values = [one.value for one in known]
+            axis.plot(places, values, style, color=color, marker="o", markersize=3, linewidth=1.5, label=name)
+            low, high = _errors(known)
+            spread = (np.subtract(values, low), np.add(values, high))
+            axis.fill_between(places, *spread, color=color, alpha=0.07, linewidth=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(across, fontsize=8)
+        axis.tick_params(labelsize=8)
+        _plain(axis)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(up, fontsize=9)
+    for axis in axes.reshape(-1)[len(panels) :]:
+        axis.set_visible(False)
+    handles = {
+        label: handle
+        for axis in axes.reshape(-1)
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.tight_layout()
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        frameon=False,
+        fontsize=8,
+        loc="upper center",
+        ncols=6,
+        bbox_to_anchor=(0.5, 0),
+    )
+    return png(figure)
+
+
+def progress(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> bytes:
+    """Draw a line for each series.
+
+    Args:
+        series: points (place, number) by name.
+        across: title of the axis of places.
+        up: title of the axis of numbers.
+    """
+    figure, axes = plt.subplots(figsize=(5.2, 3.2))
+    for number, (name, points) in enumerate(series.items()):
+        style = "-" if number < len(COLORS) else "--"
+        places, values = zip(*points, strict=True)
+        axes.plot(places, values, style, color=COLORS[number % len(COLORS)], linewidth=1.5, label=name)
+    axes.set(xlabel=across, ylabel=up)
+    _plain(axes)
+    axes.legend(frameon=False, fontsize=8)
+    return png(figure)
+
+
+def matrix(values: Array, rows: Sequence[str], columns: Sequence[str], title: str, *, percent: bool = False) -> bytes:
+    """Draw a table of numbers in [0, 1] as a heat map with the numbers in it.
+
+    Args:
+        values: [rows, columns]; NaN stays empty.
+        rows: names of the rows.
+        columns: names of the columns.
+        title: of the picture.
+        percent: write percentages.
+    """
+    size = (0.62 * len(columns) + 2.2, 0.42 * len(rows) + 1.3)
+    figure, axes = plt.subplots(figsize=size)
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1e-9, float(np.nanmax(values))), aspect="auto")
+    middle = 0.55 * float(np.nanmax(values))
+    for row in range(len(rows)):
+        for column in range(len(columns)):
+            value = float(values[row, column])
+            if np.isnan(value):
+                continue
+            text = f"{100 * value:.0f}" if percent else f"{value:.2f}"
+            color = "white" if value > middle else "#1f2328"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.spines[:].set_visible(False)
+    return png(figure)
+
+
+def attention(images: Array, maps: Array) -> bytes:
+    """Draw which patches are attended to, over all heads and by head.
+
+    Args:
+        images: uint8 [n, H, W, 3].
+        maps: attention that each patch receives [n, heads, rows, columns].
+    """
+    shown = np.concatenate([maps.mean(1, keepdims=True), maps], axis=1)[:, :7]
+    size = (1.45 * len(images), 1.5 * (1 + shown.shape[1]))
+    figure, axes = plt.subplots(1 + shown.shape[1], len(images), figsize=size, squeeze=False)
+    for column, image in enumerate(images):
+        axes[0, column].imshow(image)
+        for row in range(shown.shape[1]):
+            axes[row + 1, column].imshow(shown[column, row], cmap="magma", interpolation="nearest")
+    labels = ["image", "all heads", *(f"head {head}" for head in range(maps.shape[1]))]
+    for row, label in zip(axes, labels, strict=False):
+        row[0].set_ylabel(label, fontsize=9)
+    for axis in axes.reshape(-1):
+        axis.set(xticks=[], yticks=[])
+    return png(figure)
+
+
+def _errors(known: Sequence[Measurement]) -> tuple[list[float], list[float]]:
+    """Distances down and up to the ends of the intervals; 0 where there is none."""
+    low = [max(0.0, one.value - one.low) if np.isfinite(one.low) else 0.0 for one in known]
+    high = [max(0.0, one.high - one.value) if np.isfinite(one.high) else 0.0 for one in known]
+    return low, high
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

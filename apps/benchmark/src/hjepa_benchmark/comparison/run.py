@@ -1,0 +1,232 @@
+"""Compare runs: Markdown on the terminal, a page, JSON."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hjepa_benchmark import charts
+from hjepa_benchmark.comparison.compare import (
+    Candidate,
+    Difference,
+    curve,
+    differing_settings,
+    group_by_settings,
+    group_interval,
+    paired_differences,
+    read_candidates,
+)
+from hjepa_benchmark.runs import WEIGHTS_FILE, read_config
+from hjepa_benchmark.suite.findings import find
+from hjepa_benchmark.suite.report import copyable, numbers_table
+from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE, run_suite
+from hjepa_benchmark.suite.subjects import BRANCHES
+from hjepa_benchmark.suite.summary import cell, markdown
+from hjepa_eval import Measurement
+from hjepa_pretrain.report.page import Section, code, page
+
+_SIDE_BY_SIDE = ("linear", "few_shot_5-shot", "attentive_1", "map", "miou", "rankme", "mce")
+Table = tuple[list[str], list[list[str]]]
+
+
+def compare_runs(folders: Sequence[Path], *, suite: str = "quick", page: Path | None, output: Path | None) -> None:
+    """Put runs side by side; a run without results is measured first.
+
+    Args:
+        folders: of finished runs; differences are to the first.
+        suite: quick or full, for those that are to be measured.
+        page: also write an HTML file.
+        output: also write a JSON file.
+
+    Raises:
+        ValueError: there are fewer than two, or one is no finished run.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"RUN_DIR={', '.join(map(str, folders))}: a comparison needs two runs and more")
+    _measure_missing(folders, suite)
+    runs = read_candidates(folders)
+    show(runs, grouped=False, page_file=page, output=output)
+
+
+def show(runs: list[Candidate], *, grouped: bool, page_file: Path | None, output: Path | None) -> None:
+    """Print a comparison as Markdown, and write its page and its JSON.
+
+    Args:
+        runs: the candidates.
+        grouped: put runs that differ in the seed alone together.
+        page_file: the page, or None.
+        output: the JSON, or None.
+    """
+    metrics = _metrics(runs)
+    accuracies = [metric for metric in metrics if metric.startswith("knn_") or metric in ("linear", "attentive_1")]
+    differences = paired_differences(runs, accuracies)
+    tables: dict[str, Table] = {}
+    if grouped:
+        tables["Over seeds"] = _groups(runs, metrics)
+    tables |= {
+        "Results": _results(runs, metrics),
+        f"Difference to {runs[0].name}, same samples": _differences(differences),
+        "Settings that differ": _settings(runs),
+        "Cost": _cost(runs),
+    }
+    for title, (header, rows) in tables.items():
+        if rows:
+            print(f"\n{title}\n\n{markdown(header, rows, _names(title))}")
+    others = [run.name for run in runs[1:] if run.name not in {one.run for one in differences}]
+    if others:
+        print(f"\nNo paired difference for {', '.join(others)}: tested on other samples than {runs[0].name}.")
+    if page_file is not None:
+        _write_page(page_file, runs, tables)
+        print(f"\npage: {page_file}")
+    if output is not None:
+        output.write_text(json.dumps(_content(runs, differences, metrics), indent=1) + "\n")
+
+
+def _measure_missing(folders: Sequence[Path], suite: str) -> None:
+    for folder in folders:
+        read_config(folder)
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise ValueError(
+                f"{folder}: no {WEIGHTS_FILE}, the run is not finished; go on with: hjepa-pretrain run.dir={folder}"
+            )
+    for folder in folders:
+        if not (folder / FOLDER / RESULTS_FILE).is_file():
+            print(f"{folder}: no results yet, measuring (suite={suite})", file=sys.stderr, flush=True)
+            run_suite(folder, suite=suite)
+
+
+def _metrics(runs: Sequence[Candidate]) -> list[str]:
+    seen = dict.fromkeys(one.metric for run in runs for one in run.trained())
+    knn = [metric for metric in seen if metric.startswith("knn_") and metric == f"knn_{runs[0].settings.get('eval.k')}"]
+    return [*knn, *(metric for metric in _SIDE_BY_SIDE if metric in seen)]
+
+
+def _results(runs: Sequence[Candidate], metrics: Sequence[str]) -> Table:
+    rows = []
+    for run in runs:
+        levels = dict.fromkeys(one.name.level for one in run.trained() if one.metric == "linear")
+        rows += [[run.name, level, *_cells(run, BRANCHES["trained"], level, metrics)] for level in levels]
+    for name, level in (("untrained", "encoder"), ("pixels", "pixels")):
+        rows.append([f"{name} ({runs[0].name})", level, *_cells(runs[0], BRANCHES[name], level, metrics)])
+    return ["run", "level", *metrics], rows
+
+
+def _cells(run: Candidate, branch: str, level: str, metrics: Sequence[str]) -> list[str]:
+    measured = list(run.results.measurements)
+    return [cell(find(measured, metric, branch=branch, level=level)) for metric in metrics]
+
+
+def _groups(runs: Sequence[Candidate], metrics: Sequence[str]) -> Table:
+    rows = []
+    for label, group in group_by_settings(runs).items():
+        levels = dict.fromkeys(one.name.level for run in group for one in run.trained() if one.metric == "linear")
+        for level in levels:
+            cells = [cell(group_interval(group, metric, level)) for metric in metrics]
+            rows.append([label, str(len(group)), level, *cells])
+    return ["settings", "seeds", "level", *metrics], rows
+
+
+def _differences(differences: Sequence[Difference]) -> Table:
+    rows = [
+        [
+            one.run, one.level, one.metric, f"{one.interval.value:+.3f}",
+            f"{one.interval.low:+.3f} to {one.interval.high:+.3f}",
+            "yes" if one.interval.low > 0 or one.interval.high < 0 else "no", str(one.interval.n),
+        ]
+        for one in differences
+    ]  # fmt: skip
+    return ["run", "level", "metric", "difference", "95 % interval", "beyond chance", "n"], rows
+
+
+def _settings(runs: Sequence[Candidate]) -> Table:
+    return ["setting", *(run.name for run in runs)], [[key, *row] for key, row in differing_settings(runs).items()]
+
+
+def _cost(runs: Sequence[Candidate]) -> Table:
+    rows = []
+    for run in runs:
+        about = run.results.about
+        images, seconds = about.get("images_seen"), about.get("training_seconds")
+        rows.append(
+            [
+                run.name, str(about.get("recipe", "-")),
+                "-" if images is None else f"{images:,}",
+                "-" if seconds is None else f"{seconds:,.0f}",
+                "-" if not images or not seconds else f"{float(images) / float(seconds):,.0f}",
+            ]
+        )  # fmt: skip
+    return ["run", "recipe", "images seen", "training seconds", "images/s"], rows
+
+
+def _names(title: str) -> int:
+    return 3 if title.startswith(("Difference", "Over")) else 1 if title.startswith("Settings") else 2
+
+
+def _write_page(path: Path, runs: Sequence[Candidate], tables: dict[str, Table]) -> None:
+    sections = []
+    for title, (header, rows) in tables.items():
+        body = (
+            numbers_table(header, rows) + copyable(header, rows, _names(title)) if rows else "<p class=note>None.</p>"
+        )
+        pictures = _figures(runs) if title == "Results" else []
+        note = "Frozen features of the target branch, mean-pooled; 95 % intervals in brackets." if pictures else ""
+        sections.append(Section(title=title, note=note, pictures=pictures, body=body))
+    commands = "\n".join(f"{run.name}: {run.results.about.get('command')}" for run in runs)
+    sections.append(Section(title="Commands", body=code(commands)))
+    text = page("Comparison", " · ".join(run.name for run in runs), sections)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+
+
+def _figures(runs: Sequence[Candidate]) -> list[bytes]:
+    drawn = []
+    keys = dict.fromkeys(key for run in runs for row in run.rows for key in row if key.startswith("eval/encoder/knn_"))
+    for key in keys:
+        for seconds, across in ((False, "images seen"), (True, "seconds of training")):
+            logged = {run.name: curve(run, key, seconds=seconds) for run in runs}
+            logged = {name: points for name, points in logged.items() if points}
+            if logged:
+                drawn.append(charts.progress(logged, across, f"kNN accuracy, encoder, k={key.rpartition('_')[2]}"))
+    errors: dict[str, dict[str, list[tuple[float, Measurement]]]] = {}
+    for run in runs:
+        for one in run.trained():
+            kind, _, rest = one.metric.partition("/")
+            name, _, strength = rest.partition("/")
+            if kind == "error" and strength and one.name.level == "encoder":
+                points = errors.setdefault(name.replace("_", " "), {}).setdefault(run.name, [])
+                points.append((float(strength), one))
+    if errors:
+        for series in errors.values():
+            for points in series.values():
+                points.sort(key=lambda point: point[0])
+        drawn.append(charts.lines(errors, "strength", "error, encoder"))
+    return drawn
+
+
+def _content(runs: Sequence[Candidate], differences: Sequence[Difference], metrics: Sequence[str]) -> dict[str, Any]:
+    return {
+        "runs": [
+            {
+                "name": run.name,
+                "about": dict(run.results.about),
+                "results": [
+                    {
+                        "metric": one.metric,
+                        "level": one.name.level,
+                        "value": one.value,
+                        "low": one.low,
+                        "high": one.high,
+                        "n": one.n,
+                    }
+                    for one in run.trained()
+                    if one.metric in metrics
+                ],
+            }
+            for run in runs
+        ],
+        "settings": differing_settings(runs),
+        "differences": [asdict(one) for one in differences],
+    }

@@ -1,0 +1,133 @@
+"""Probes and label-free measures of features, by level."""
+
+import torch
+from torch import Tensor
+
+from hjepa_benchmark.runs import Run
+from hjepa_benchmark.suite.findings import Findings, check_pair
+from hjepa_benchmark.suite.plan import Plan
+from hjepa_benchmark.suite.subjects import BRANCHES, PIXELS, Subject, normalized, tokens_of
+from hjepa_eval import (
+    AttentiveProbe,
+    AttentiveProbeConfig,
+    FeatureName,
+    FeatureSet,
+    LogisticProbe,
+    alignment,
+    average_precision,
+    bootstrap,
+    cka_matrix,
+    few_shot,
+    jackknife,
+    knn_predict,
+    lidar,
+    measure_unlabelled,
+)
+from hjepa_eval.robustness.draws import Draws
+from hjepa_eval.robustness.maps import read_between
+
+Features = dict[str, FeatureSet]
+_RANK_SAMPLES = 2_000
+_RETRIEVAL = 2_000
+_ATTENTIVE = 4_000
+_VIEW_IMAGES, _VIEWS = 400, 10
+
+
+def probe_levels(
+    subject: Subject, train: Features, test: Features, run: Run, plan: Plan, findings: Findings
+) -> dict[str, LogisticProbe]:
+    """kNN, logistic and few-shot accuracy of every level, and what needs no label.
+
+    Returns:
+        The logistic probes by level, which classify changed images too.
+    """
+    probes = {}
+    for level, bank in train.items():
+        x, held_out = bank.labelled(), test[level].labelled()
+        check_pair(x, held_out)
+        values, labels, probe_x = (part.to(run.device) for part in (x.values, x.labels, held_out.values))
+        truth = held_out.labels.to(run.device)
+        ks = sorted(k for k in {run.config.eval.k, *plan.ks} if k <= len(x))
+        if ks:
+            for k, predicted in knn_predict(values, labels, probe_x, ks=ks).items():
+                findings.accuracy(f"knn_{k}", bank.name, predicted == truth, n_train=len(x))
+        probes[level] = LogisticProbe().fit(values, labels)
+        predicted = probes[level].predict(probe_x)
+        findings.predicted[subject.name, level] = predicted.cpu()
+        findings.accuracy("linear", bank.name, predicted == truth, n_train=len(x), details={"l2": probes[level].l2})
+        for score in few_shot(values, labels, probe_x, truth, plan.few_shot):
+            metric = f"few_shot_{score.labels}"
+            findings.interval(metric, bank.name, score.interval, n_train=score.n_train)
+        if subject.name != PIXELS:
+            ranked = FeatureSet(values=bank.values[:_RANK_SAMPLES], labels=bank.labels[:_RANK_SAMPLES], name=bank.name)
+            if len(ranked) >= 20:
+                findings.measurements += measure_unlabelled(ranked)
+        if plan.tokens:
+            precision = average_precision(probe_x[:_RETRIEVAL], truth[:_RETRIEVAL], values, labels)
+            findings.interval("map", bank.name, bootstrap(precision[precision.isfinite()]), n_train=len(x))
+    return probes
+
+
+def probe_tokens(subject: Subject, run: Run, findings: Findings) -> None:
+    """Attentive probes of 1 and 4 blocks on the tokens of the encoder."""
+    assert subject.model is not None
+    train, test = run.train.head(_ATTENTIVE), run.test
+    tokens = {name: tokens_of(run, subject.model, images, ["encoder"])["encoder"] for name, images in
+              (("train", train), ("test", test))}  # fmt: skip
+    x, y = tokens["train"][train.labels >= 0], train.labels[train.labels >= 0]
+    test_x, test_y = tokens["test"][test.labels >= 0], test.labels[test.labels >= 0]
+    name = _name(subject, "encoder", "attentive")
+    for blocks in (1, 4):
+        probe = AttentiveProbe(AttentiveProbeConfig(blocks=blocks)).fit(x, y, device=run.device)
+        findings.accuracy(f"attentive_{blocks}", name, probe.predict(test_x).cpu() == test_y, n_train=len(x))
+
+
+def compare_levels(train: Features, findings: Findings) -> None:
+    """CKA between every pair of levels."""
+    names, matrix = cka_matrix(train)
+    for i, first in enumerate(names):
+        for j in range(i):
+            name = FeatureName(branch=train[first].name.branch, level=f"{first} - {names[j]}", pooling="mean")
+            findings.value("cka", name, float(matrix[i, j]), len(train[first]))
+
+
+@torch.no_grad()
+def compare_views(subject: Subject, run: Run, findings: Findings) -> None:
+    """LiDAR and alignment, on random crops of the same images."""
+    pixels = run.test.head(_VIEW_IMAGES).pixels
+    crops = [subject.features(random_crop(pixels, number).to(run.device)) for number in range(_VIEWS)]
+    for name in crops[0]:
+        z = torch.stack([one[name].float().cpu() for one in crops], dim=1)
+        findings.interval("lidar", name, jackknife(z, lidar), details={"views": _VIEWS})
+        findings.interval("alignment", name, jackknife(z[:, :2], lambda part: alignment(part[:, 0], part[:, 1])))
+
+
+def random_crop(pixels: Tensor, number: int) -> Tensor:
+    """A square crop of 40 to 100 % of the area of each image, half of them mirrored, at the old size."""
+    batch, _, height, width = pixels.shape
+    draws = Draws(0, torch.arange(batch), "crop", number, device=pixels.device)
+    side = draws.uniform(0.4, 1.0).sqrt()[:, None, None]
+    top, left = (draws.uniform(0, 1)[:, None, None] * (1 - side) for _ in range(2))
+    mirrored = (draws.uniform(0, 1) < 0.5)[:, None, None]
+    y, x = (torch.arange(n) + 0.5 for n in (height, width))
+    y_at = (top + side * y[:, None] / height) * height - 0.5
+    x_at = (left + side * x[None] / width) * width - 0.5
+    x_at = torch.where(mirrored, x_at.flip(2), x_at)
+    shape = (batch, height, width)
+    crop = read_between(pixels.float(), y_at.expand(shape), x_at.expand(shape), border="nearest")
+    return crop.round().to(torch.uint8)
+
+
+def attention_of(subject: Subject, run: Run, pixels: Tensor) -> Tensor:
+    """Mean attention that each patch receives in the last block of the encoder, by head [n, heads, rows, columns]."""
+    assert subject.model is not None
+    model = subject.model
+    encoder = getattr(model, "target_encoder", None) or model.encoder
+    maps: Tensor = encoder.attention_maps(normalized(run, pixels.to(run.device)))[-1].float().cpu()
+    rows, columns = run.config.hjepa.encoder.grid[-2:]
+    received = maps.mean(2)[..., -rows * columns :]
+    return received.reshape(*received.shape[:2], rows, columns)
+
+
+def _name(subject: Subject, level: str, pooling: str) -> FeatureName:
+    return FeatureName(branch=BRANCHES[subject.name], level=level, pooling=pooling)

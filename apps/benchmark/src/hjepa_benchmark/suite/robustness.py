@@ -1,0 +1,150 @@
+"""Errors of the logistic probes on changed images, and mean corruption errors against the untrained model."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hjepa_benchmark.runs import Run
+from hjepa_benchmark.suite.findings import Details, Findings, known
+from hjepa_benchmark.suite.plan import Plan
+from hjepa_benchmark.suite.subjects import BRANCHES, PIXELS, UNTRAINED, Subject
+from hjepa_data import FolderSource
+from hjepa_eval import FeatureName, LogisticProbe, bootstrap
+from hjepa_eval.robustness.corrupt import corrupt
+from hjepa_eval.robustness.error import Change, right_on_changed
+from hjepa_eval.robustness.shift import lower_resolution, occlude, rotate
+from hjepa_pretrain.evaluation import load_images
+
+Probes = Mapping[str, LogisticProbe]
+CLEAN = "error/clean"
+SHIFTS: dict[str, tuple[tuple[float, ...], Callable[[Tensor, Tensor, float], Tensor]]] = {
+    "rotation": ((15, 30, 45, 60, 90, 180), lambda images, samples, degrees: rotate(images, degrees)),
+    "occlusion": ((0.1, 0.2, 0.3, 0.5, 0.7), lambda images, samples, share: occlude(images, share, samples=samples)),
+    "resolution": ((0.75, 0.5, 0.375, 0.25, 0.125), lambda images, samples, share: lower_resolution(images, share)),
+}
+
+
+def measure_robustness(
+    pairs: Sequence[tuple[Subject, Probes]],
+    run: Run,
+    plan: Plan,
+    findings: Findings,
+    tell: Callable[[str], None],
+) -> None:
+    """Classify changed images by the probes that were fitted on clean ones.
+
+    Args:
+        pairs: subjects with their probes by level; of the untrained model only the encoder is classified.
+        run: its held-out images are changed.
+        plan: which changes.
+        findings: errors go there, and mean corruption errors.
+        tell: says what is at work.
+    """
+    images = known(run.test).head(plan.corruption_images)
+    wrong: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for metric, change in _changes(plan).items():
+        tell(metric)
+        for subject, probes in pairs:
+            wanted = {"encoder"} if subject.name == UNTRAINED else set(probes)
+            predict = partial(_predict, subject, probes, wanted, run.device)
+            for level, right in right_on_changed(predict, images.pixels, images.labels, change).items():
+                name = _name(subject, level)
+                findings.interval(metric, name, bootstrap(1 - right.double()))
+                wrong.setdefault((subject.name, level), {})[metric] = ~right
+    _mean_errors(wrong, plan, findings)
+
+
+@torch.no_grad()
+def measure_folders(
+    folders: Mapping[str, Path], classes: list[str], subject: Subject, probes: Probes, run: Run, findings: Findings
+) -> None:
+    """Classify folders of other images of the training set's classes, among the classes that they have.
+
+    Args:
+        folders: folder by the name of its metric.
+        classes: class folders of the training set, in the order of its labels.
+        subject: what is measured.
+        probes: its probes by level.
+        run: says how images are cropped.
+        findings: accuracies go there.
+    """
+    for title, path in folders.items():
+        images = load_images(FolderSource(path, classes=classes), run.config.data.evaluation())
+        present = torch.tensor(sorted(set(images.labels.tolist())))
+        for level, features in subject.extract(images, run.device).items():
+            among = copy.copy(probes[level])
+            absent = torch.ones_like(among.bias, dtype=torch.bool)
+            absent[present.to(absent.device)] = False
+            among.bias = among.bias.masked_fill(absent, -torch.inf)
+            right = among.predict(features.values.to(run.device)).cpu() == images.labels
+            findings.accuracy(f"folder/{title}", features.name, right, details={"classes": len(present)})
+
+
+def _changes(plan: Plan) -> dict[str, Change | None]:
+    found: dict[str, Change | None] = {CLEAN: None}
+    for name in plan.corruptions:
+        for severity in plan.severities:
+            found[f"error/{name}/{severity}"] = partial(_corrupt, name, severity)
+    if plan.shifts:
+        for shift, (strengths, change) in SHIFTS.items():
+            for strength in strengths:
+                found[f"error/{shift}/{strength:g}"] = partial(_shift, change, strength)
+    return found
+
+
+def _corrupt(name: str, severity: int, images: Tensor, samples: Tensor) -> Tensor:
+    return corrupt(images, name, severity, samples=samples)
+
+
+def _shift(
+    change: Callable[[Tensor, Tensor, float], Tensor], strength: float, images: Tensor, samples: Tensor
+) -> Tensor:
+    return change(images, samples, strength)
+
+
+@torch.no_grad()
+def _predict(
+    subject: Subject, probes: Probes, wanted: set[str], device: torch.device, pixels: Tensor
+) -> dict[str, Tensor]:
+    features = subject.features(pixels.to(device))
+    return {
+        name.level: probes[name.level].predict(values.float())
+        for name, values in features.items()
+        if name.level in wanted
+    }
+
+
+def _mean_errors(wrong: Mapping[tuple[str, str], Mapping[str, Tensor]], plan: Plan, findings: Findings) -> None:
+    """MCE and relative mCE of every level against the untrained encoder, bootstrapped over images."""
+    metrics = [[f"error/{name}/{severity}" for severity in plan.severities] for name in plan.corruptions]
+    reference = wrong[UNTRAINED, "encoder"]
+    base = _table(reference, metrics)
+    for (subject, level), found in wrong.items():
+        own = _table(found, metrics)
+        pair = torch.stack((own, base), dim=1).double()  # [n, 2, corruptions, severities]
+        name = FeatureName(branch=BRANCHES[subject], level=level, pooling="flatten" if subject == PIXELS else "mean")
+        details: Details = {
+            "reference": "untrained encoder",
+            "corruptions": len(metrics),
+            "severities": len(plan.severities),
+        }
+        findings.interval("mce", name, bootstrap(pair, _ratio), details=details)
+
+
+def _table(found: Mapping[str, Tensor], metrics: list[list[str]]) -> Tensor:
+    return torch.stack([torch.stack([found[metric] for metric in row], dim=1) for row in metrics], dim=1)
+
+
+def _ratio(means: Tensor) -> Tensor:
+    """Mean over corruptions of the error's sum over severities over the reference's; means [r, 2, c, s]."""
+    sums = means.sum(dim=3)
+    return (sums[:, 0] / sums[:, 1].clamp_min(1e-12)).mean(dim=1)
+
+
+def _name(subject: Subject, level: str) -> FeatureName:
+    pooling = "flatten" if subject.name == PIXELS else "mean"
+    return FeatureName(branch=BRANCHES[subject.name], level=level, pooling=pooling)

@@ -1,0 +1,1 @@
+"""How fast a training step is, where its time goes, and what it uses of the machine."""

@@ -1,0 +1,106 @@
+"""What a step asks of the machine: operations, graph breaks, host synchronisations; and what the machine can give."""
+
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hjepa_benchmark.throughput.clock import milliseconds
+from hjepa_benchmark.throughput.step import TrainingStep
+from hjepa_data import normalize
+from hjepa_train.precision import Precision
+
+_COUNTED = 8
+
+
+def operations(step: TrainingStep) -> float:
+    """Floating-point operations of matrix products in forward and backward, mean over `every` steps.
+
+    They are counted on a few images, eagerly and with explicit attention, and scaled to the batch. Optimizer, EMA and
+    everything element by element are left out, as usual.
+
+    Args:
+        step: not compiled yet.
+    """
+    whole, counted = step.batch, min(_COUNTED, len(step.batch))
+    step.batch = type(whole)(
+        views=tuple(view[:counted] for view in whole.views),
+        labels=whole.labels[:counted],
+        sample=whole.sample[:counted],
+        epoch=whole.epoch[:counted],
+    )
+    total = 0
+    try:
+        for number in range(step.every):
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                step.forward_backward(number)
+            total += counter.get_total_flops()
+    finally:
+        step.batch = whole
+        step.optimizer.zero_grad(set_to_none=True)
+    return total / step.every * (len(whole) / counted)
+
+
+def operations_of(work: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products of one call."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def matmul_peak(precision: Precision, device: torch.device, *, seconds: float = 0.5) -> float:
+    """Operations a second of a large square matrix product, the best of a few sizes.
+
+    Args:
+        precision: of the product.
+        device: where it runs.
+        seconds: time for each size.
+    """
+    best = 0.0
+    for size in (4096, 8192, 16384) if device.type == "cuda" else (512, 1024):
+        a, b = (torch.randn(size, size, device=device).to(precision.dtype) for _ in range(2))
+        milliseconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc] # kernels are chosen
+        times: list[float] = []
+        ends = time.perf_counter() + seconds
+        while len(times) < 3 or (time.perf_counter() < ends and len(times) < 50):
+            times.append(milliseconds(lambda a=a, b=b: a @ b, device))  # type: ignore[misc]
+        best = max(best, 2 * size**3 / (statistics.median(times) / 1e3))
+    return best
+
+
+def graph_breaks(step: TrainingStep) -> int:
+    """Places where `torch.compile` would cut the model's forward pass in two."""
+    config, batch = step.config, step.batch
+    views = [normalize(view, config.data.mean, config.data.std) for view in batch.views]
+    context, targets = step.task.draw_masks(0, batch.sample)
+    labels = (batch.labels,) if config.baseline is not None else ()
+    level = logging.getLogger("torch._dynamo").level
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            explain = torch._dynamo.explain(step.task.model)
+            found = explain(views, context, targets, step.step_of(0), *labels)
+    finally:
+        logging.getLogger("torch._dynamo").setLevel(level)
+        torch._dynamo.reset()
+    return int(found.graph_break_count)
+
+
+def host_synchronisations(step: TrainingStep) -> int | None:
+    """Times that one step lets the host wait for the device; None on a CPU."""
+    if step.device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step(0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(one.message) for one in caught)

@@ -1,0 +1,277 @@
+"""Measures a step, prints the table, keeps the numbers."""
+
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hjepa_benchmark.throughput.clock import milliseconds, wait
+from hjepa_benchmark.throughput.count import (
+    graph_breaks,
+    host_synchronisations,
+    matmul_peak,
+    operations,
+    operations_of,
+)
+from hjepa_benchmark.throughput.reference import ReferenceStep
+from hjepa_benchmark.throughput.step import TrainingStep
+from hjepa_pretrain import settings
+from hjepa_pretrain.config import PretrainConfig
+
+_WARMUP = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """The plain step beside ours.
+
+    Attributes:
+        images_per_second: of one process.
+        milliseconds: median of a step.
+        operations: floating-point operations of its matrix products.
+        peak_gib: largest memory on the GPU beyond what ours holds; None on a CPU.
+        speedup: its time over ours, median over steps that followed each other.
+    """
+
+    images_per_second: float
+    milliseconds: float
+    operations: float
+    peak_gib: float | None
+    speedup: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Throughput:
+    """What a step takes.
+
+    Attributes:
+        images_per_second: images (not views) of one process.
+        milliseconds: median length of a step, over groups with one masked step each.
+        parts: milliseconds of each part, timed apart from the whole and from one another.
+        operations: floating-point operations of the matrix products of a step, forward and backward.
+        matmul_peak: operations a second that large matrix products reach here, in the step's precision.
+        utilisation: operations a second of the step over that peak.
+        peak_gib: largest memory that torch held on the GPU; None on a CPU.
+        graph_breaks: places where the compiler would cut the model's forward pass.
+        host_synchronisations: times that a step lets the host wait; None on a CPU.
+        context_tokens: visible patches of a masked view.
+        target_tokens: blocks and tokens of each.
+        reference: the plain step, where it was asked for.
+    """
+
+    images_per_second: float
+    milliseconds: float
+    parts: dict[str, float]
+    operations: float
+    matmul_peak: float
+    utilisation: float
+    peak_gib: float | None
+    graph_breaks: int
+    host_synchronisations: int | None
+    context_tokens: int
+    target_tokens: tuple[int, int]
+    reference: Reference | None = None
+
+
+def measure_throughput(config: PretrainConfig, *, steps: int, reference: bool = False) -> Throughput:
+    """Times whole steps, then their parts; with a reference, step by step in turn.
+
+    Args:
+        config: of the run to be measured.
+        steps: timed steps, after a few that are not.
+        reference: also time a plain I-JEPA step at the same numbers of tokens.
+    """
+    cuda = config.run.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    step = TrainingStep(config, device)
+    context, targets = step.task.draw_masks(0, step.batch.sample)
+    counted, breaks = operations(step), graph_breaks(step)
+    step.compile()
+    for number in range(step.every * _WARMUP):
+        step(number)
+    peak = None
+    if cuda:
+        wait(device)
+        torch.cuda.reset_peak_memory_stats()
+        for number in range(step.every):
+            step(number)
+        wait(device)
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    plain, held = None, torch.cuda.memory_allocated() if cuda else 0
+    if reference:
+        plain = ReferenceStep(config, context, targets, device)
+        for _ in range(_WARMUP):
+            plain()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+    ours, theirs = _in_turn(step, plain, steps, device)
+    length = statistics.median(ours)
+    found = None
+    if plain is not None:
+        found = Reference(
+            images_per_second=1e3 * len(step.batch) / statistics.median(theirs),
+            milliseconds=statistics.median(theirs),
+            operations=operations_of(plain.forward_backward),
+            peak_gib=_peak_of(plain, held, device) if cuda else None,
+            speedup=statistics.median(other / own for own, other in zip(ours, theirs, strict=True)),
+        )
+        del plain
+    flops_peak = matmul_peak(config.trainer.precision, device)
+    return Throughput(
+        images_per_second=1e3 * len(step.batch) / length,
+        milliseconds=length,
+        parts=step.parts(repeats=max(3, steps // step.every // 2), warmup=2),
+        operations=counted,
+        matmul_peak=flops_peak,
+        utilisation=counted / (length / 1e3) / flops_peak,
+        peak_gib=peak,
+        graph_breaks=breaks,
+        host_synchronisations=host_synchronisations(step),
+        context_tokens=context.shape[1],
+        target_tokens=(targets.shape[1], targets.shape[2]),
+        reference=found,
+    )
+
+
+def print_throughput(words: Sequence[str], *, steps: int, reference: bool, output: Path | None) -> None:
+    """Measures the run that these settings describe and prints a table.
+
+    Without `data.train` and `model` it is the demo; with a `model` it is that model on synthetic images of the
+    recipe's size. On a GPU the step is compiled unless `trainer.compile` is given.
+
+    Args:
+        words: settings of hjepa-pretrain.
+        steps: timed steps.
+        reference: also time a plain I-JEPA step.
+        output: also write the numbers to this JSON file.
+
+    Raises:
+        ValueError: a setting is wrong, or there is no step to time.
+    """
+    keys = {word.partition("=")[0] for word in words}
+    added = []
+    if "model" in keys and not keys & {"data.train", "preset", "run.dir"}:
+        added.append("data.train=synthetic")
+    if torch.cuda.is_available() and "trainer.compile" not in keys and "run.device=cpu" not in words:
+        added.append("trainer.compile=true")
+    config, _ = settings.load([*added, *words])
+    every = 1 if config.baseline is not None else config.hjepa.masked_every
+    if steps < every:
+        raise ValueError(f"--steps={steps}: too few; allowed: hjepa.masked_every={every} and more")
+    if reference and config.baseline is not None:
+        raise ValueError(f"--reference: the plain step is an I-JEPA, {config.recipe} has no masks; leave it out")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.run.threads or threads)
+    try:
+        found = measure_throughput(config, steps=steps, reference=reference)
+    finally:
+        torch.set_num_threads(threads)
+    Console(soft_wrap=True).print(_table(found, config, steps))
+    if output is not None:
+        content = {"command": ["hjepa-benchmark", "throughput", *words], **_about(config), **asdict(found)}
+        output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _in_turn(
+    step: TrainingStep, plain: ReferenceStep | None, steps: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of groups of steps with one masked step each, and of the plain steps between them."""
+    ours, theirs = [], []
+    for _ in range(steps // step.every):
+        ours.append(statistics.mean(milliseconds(lambda n=n: step(n), device) for n in range(step.every)))  # type: ignore[misc]
+        if plain is not None:
+            theirs.append(milliseconds(plain, device))
+    return ours, theirs
+
+
+def _peak_of(plain: ReferenceStep, held: int, device: torch.device) -> float:
+    torch.cuda.reset_peak_memory_stats()
+    plain()
+    wait(device)
+    return (torch.cuda.max_memory_allocated() - held) / 2**30
+
+
+def _about(config: PretrainConfig) -> dict[str, object]:
+    cuda = config.run.device != "cpu" and torch.cuda.is_available()
+    return {
+        "recipe": config.recipe,
+        "model": config.model,
+        "batch_size": config.data.batch_size,
+        "views": config.data.views,
+        "image_size": list(config.data.image_size),
+        "precision": str(config.trainer.precision),
+        "compiled": config.trainer.compile,
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _table(found: Throughput, config: PretrainConfig, steps: int) -> Table:
+    about = _about(config)
+    size = "x".join(map(str, config.data.image_size))
+    blocks, tokens = found.target_tokens
+    table = Table(
+        title=f"{config.recipe} {config.model}, batch {config.data.batch_size}, {config.data.views} views of {size}, "
+        f"{found.context_tokens} context tokens, targets {blocks}x{tokens}, {about['precision']}, "
+        f"{'compiled' if config.trainer.compile else 'eager'}, {about['device']}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.caption, table.caption_justify = (
+        f"median of {steps} steps; parts are timed apart, so they add up roughly",
+        "left",
+    )
+    table.add_column("what")
+    table.add_column("step", justify="right")
+    if found.reference is not None:
+        table.add_column("plain I-JEPA step", justify="right")
+    other = found.reference
+
+    def row(name: str, own: str, reference: str = "-") -> None:
+        table.add_row(name, own, *([reference] if other is not None else []))
+
+    row(
+        "speed",
+        f"{found.images_per_second:,.0f} images/s",
+        "" if other is None else f"{other.images_per_second:,.0f} images/s",
+    )
+    row("length", f"{found.milliseconds:.1f} ms a step", "" if other is None else f"{other.milliseconds:.1f} ms a step")
+    for name, value in found.parts.items():
+        row(f"  {name}", f"{value:.2f} ms ({100 * value / found.milliseconds:.0f} %)")
+    row(
+        "counted operations",
+        f"{found.operations / 1e9:,.4g} GFLOP",
+        "" if other is None else f"{other.operations / 1e9:,.4g} GFLOP",
+    )
+    row(
+        "done",
+        _rate(found.operations, found.milliseconds),
+        "" if other is None else _rate(other.operations, other.milliseconds),
+    )
+    peak = found.matmul_peak / 1e12
+    row(f"of the matmul peak, {peak:.2f} TFLOP/s", f"{100 * found.utilisation:.0f} %",
+        "" if other is None else f"{other.operations / other.milliseconds / 1e7 / peak:.0f} %")  # fmt: skip
+    row("peak memory", _gib(found.peak_gib), "" if other is None else _gib(other.peak_gib))
+    row("graph breaks", str(found.graph_breaks))
+    row("host synchronisations", "-" if found.host_synchronisations is None else str(found.host_synchronisations))
+    if other is not None:
+        row("speed over the plain step", f"{other.speedup:.2f}", "1")
+    return table
+
+
+def _rate(operations: float, milliseconds: float) -> str:
+    return f"{operations / milliseconds / 1e9:,.3g} TFLOP/s"
+
+
+def _gib(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} GiB"

@@ -1,0 +1,171 @@
+"""The training step of a run on synthetic images, whole and in its parts."""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hjepa_benchmark.throughput.clock import milliseconds
+from hjepa_data import Batch, normalize
+from hjepa_models import HJEPA
+from hjepa_pretrain.config import PretrainConfig
+from hjepa_pretrain.task import build_task
+from hjepa_train import EMA
+from hjepa_train.graph import recompute_activations
+from hjepa_train.precision import autocast
+
+REST, UPDATE, EMA_PART = "predictor, pyramid, losses", "optimizer", "EMA"
+_WHOLE = "whole"
+
+
+class TrainingStep:
+    """Forward, backward, clipping, optimizer and EMA of a run, at its last steps, when every level has its weight.
+
+    Args:
+        config: of the run.
+        device: where it runs.
+    """
+
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.task = build_task(config).to(device).train()
+        recompute_activations(self.task, config.trainer.recompute)
+        self.optimizer = config.trainer.optimizer.build(self.task)
+        self.ema = EMA(self.task.ema_pairs())
+        self.batch = synthetic_batch(config, device)
+        self.every = 1 if config.baseline is not None else config.hjepa.masked_every
+        self._trained = [parameter for parameter in self.task.parameters() if parameter.requires_grad]
+
+    def compile(self) -> None:
+        """Compile as the trainer does, where the run says so."""
+        if self.config.trainer.compile:
+            self.task.compile_step(backend=self.config.trainer.compile_backend)
+
+    def __call__(self, number: int) -> None:
+        """Do one step; of `every` steps in turn, one has the masked term."""
+        self.forward_backward(number)
+        self.update()
+        self.move_target()
+
+    def forward_backward(self, number: int) -> None:
+        """Loss and gradients."""
+        with autocast(self.config.trainer.precision, self.device):
+            output = self.task(self.batch, self.step_of(number))
+        output.loss.backward()
+
+    def update(self) -> None:
+        """Clip, step, forget the gradients."""
+        torch.nn.utils.clip_grad_norm_(self._trained, self.config.trainer.clip_norm or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def move_target(self) -> None:
+        """Move the target branch."""
+        self.ema.update(0.996)
+
+    def step_of(self, number: int) -> int:
+        """The step of the run that call `number` does: the last ones, over and over."""
+        return self.config.run.steps - 1 - number % self.every
+
+    def parts(self, repeats: int, warmup: int) -> dict[str, float]:
+        """Milliseconds of each part of a step, mean over `every` steps.
+
+        Masks, target and context are timed alone, with their own backward pass; what forward and backward take
+        beyond them is the predictor's, the pyramid's and the losses'.
+
+        Args:
+            repeats: timed calls of each.
+            warmup: calls before them.
+        """
+        alone = self._alone()
+        times: dict[str, list[float]] = {
+            name: [] for name in (*(name for name, _, _ in alone), _WHOLE, UPDATE, EMA_PART)
+        }
+        # One after the other in every round, so that all see the machine in the same state.
+        for _ in range(warmup + repeats):
+            group = []
+            for number in range(self.every):
+                group.append(milliseconds(partial(self.forward_backward, number), self.device))
+                update = milliseconds(self.update, self.device)
+                target = milliseconds(self.move_target, self.device)
+            times[_WHOLE].append(statistics.mean(group))
+            times[UPDATE].append(update)
+            times[EMA_PART].append(target)
+            for name, work, share in alone:
+                times[name].append(milliseconds(work, self.device) * share)
+            self.optimizer.zero_grad(set_to_none=True)
+        found = {name: statistics.median(values[warmup:]) for name, values in times.items()}
+        rest = found.pop(_WHOLE) - sum(found[name] for name, _, _ in alone)
+        parts = {name: found[name] for name, _, _ in alone}
+        parts[REST if isinstance(self.task.model, HJEPA) else "forward, backward"] = max(0.0, rest)
+        return parts | {name: found[name] for name in (UPDATE, EMA_PART)}
+
+    def _alone(self) -> list[tuple[str, Callable[[], object], float]]:
+        """Parts that can run by themselves: name, work, and how much of it a step has on average."""
+        config, model = self.config, self.task.model
+        images = [normalize(view, config.data.mean, config.data.std) for view in self.batch.views]
+        masked = torch.cat(images[: config.hjepa.masked_views])
+        context, _ = self.task.draw_masks(0, self.batch.sample)
+        share = 1 / self.every
+
+        def prepare() -> None:
+            for view in self.batch.views:
+                normalize(view, config.data.mean, config.data.std)
+            self.task.draw_masks(0, self.batch.sample)
+
+        found: list[tuple[str, Callable[[], object], float]] = [("input, masks", prepare, 1.0)]
+        if not isinstance(model, HJEPA):
+            return found
+        if model.target_encoder is not None:
+            found.append(("target", self._forward(model.target_encoder, masked), share))
+        found.append(("context", self._both(model.encoder, masked, context), share))
+        if model.global_level is not None:
+            found.append(("whole views", self._both(model.encoder, torch.cat(images)), 1.0))
+        return found
+
+    def _forward(self, module: torch.nn.Module, *arguments: Tensor) -> Callable[[], object]:
+        call = self._maybe_compiled(module)
+
+        def work() -> None:
+            with torch.no_grad(), autocast(self.config.trainer.precision, self.device):
+                call(*arguments)
+
+        return work
+
+    def _both(self, module: torch.nn.Module, *arguments: Tensor) -> Callable[[], object]:
+        call = self._maybe_compiled(module)
+
+        def work() -> None:
+            with autocast(self.config.trainer.precision, self.device):
+                tokens = call(*arguments)
+            torch.autograd.backward(tokens.float().mean())
+
+        return work
+
+    def _maybe_compiled(self, module: torch.nn.Module) -> Callable[..., Tensor]:
+        trainer = self.config.trainer
+        if not trainer.compile:
+            return module
+
+        # A new function: the module itself stays as the step has it.
+        def call(*arguments: Tensor) -> Tensor:
+            out: Tensor = module(*arguments)
+            return out
+
+        return torch.compile(call, dynamic=False, backend=trainer.compile_backend)
+
+
+def synthetic_batch(config: PretrainConfig, device: torch.device) -> Batch:
+    """Random pixels of a batch of the run, on the device."""
+    generator = torch.Generator().manual_seed(0)
+    count, channels = config.data.batch_size, config.hjepa.encoder.in_channels
+    shape = (count, channels, *config.data.image_size)
+    views = tuple(
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(config.data.views)
+    )
+    labels = torch.arange(count) % 10 if config.baseline is not None else torch.full((count,), -1)
+    return Batch(
+        views=views, labels=labels, sample=torch.arange(count), epoch=torch.zeros(count, dtype=torch.int64)
+    ).to(device)

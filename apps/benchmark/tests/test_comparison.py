@@ -1,0 +1,105 @@
+"""Runs side by side."""
+
+import json
+
+import pytest
+import torch
+
+from hjepa_benchmark.cli import main
+from hjepa_benchmark.comparison.compare import (
+    Candidate,
+    curve,
+    differing_settings,
+    group_by_settings,
+    group_interval,
+    paired_differences,
+    read_candidates,
+)
+from hjepa_eval import FeatureName, Measurement, Results
+
+NAME = FeatureName(branch="target", level="encoder", pooling="mean")
+
+
+def candidate(name, right, *, samples="same", rows=(), **settings):
+    right = torch.tensor(right)
+    one = Measurement(metric="linear", name=NAME, value=float(right.double().mean()), n=len(right))
+    results = Results(model=name, data="d", measurements=[one], about={"test_samples": samples})
+    return Candidate(
+        name=name, folder=None, results=results, right={"linear|target|encoder|mean": right},
+        settings={"data.batch_size": 4, "run.dir": name, **settings}, rows=list(rows),
+    )  # fmt: skip
+
+
+def test_differences_are_paired():
+    first = candidate("a", [True] * 50 + [False] * 50)
+    better = candidate("b", [True] * 60 + [False] * 40)
+    (one,) = paired_differences([first, better], ["linear"])
+    assert one.interval.value == pytest.approx(0.1)
+    # Ten of a hundred changed, all for the better: unpaired intervals of 0.5 and 0.6 would overlap.
+    assert one.interval.low > 0.03
+    assert paired_differences([first, candidate("c", [True] * 100, samples="other")], ["linear"]) == []
+
+
+def test_groups_are_runs_that_differ_in_the_seed_alone():
+    runs = [
+        candidate(f"{rate}{seed}", [True] * (5 + seed) + [False] * (5 - seed),
+                  **{"run.seed": seed, "lr": rate, "schedule": rate, "equal": 1})
+        for rate in ("low", "high") for seed in (0, 1, 2)
+    ]  # fmt: skip
+    assert set(differing_settings(runs)) == {"run.seed", "lr", "schedule"}
+    groups = group_by_settings(runs)
+    assert {label: len(group) for label, group in groups.items()} == {"lr=low": 3, "lr=high": 3}
+    one = group_interval(groups["lr=low"], "linear", "encoder")
+    assert (one.value, one.method, one.n) == (pytest.approx(0.6), "seeds", 3)
+    assert one.low == pytest.approx(0.6 - 4.303 * 0.1 / 3**0.5)
+    assert group_interval(groups["lr=low"][:1], "linear", "encoder").method == "none"
+    assert list(group_by_settings(runs[:3])) == ["all"]
+
+
+def test_curves_over_images_and_seconds():
+    rows = [{"step": 2, "train/step_ms": 500.0}, {"step": 4, "train/step_ms": 250.0, "eval/x": 0.3}]
+    run = candidate("a", [True], rows=rows)
+    assert curve(run, "eval/x", seconds=False) == [(16, 0.3)]
+    assert curve(run, "eval/x", seconds=True) == [(pytest.approx(1.5), 0.3)]
+
+
+@pytest.mark.slow
+def test_compare_measures_what_is_missing(run, train, tmp_path, capsys):
+    other = train("other", "run.seed=1", "trainer.learning_rate.value=0.01")
+    assert main(["suite=quick", str(run), "--corruption-images", "20"]) == 0
+    before = (run / "benchmark" / "results.json").read_bytes()
+    words = ["compare", str(run), str(other), "--out", str(tmp_path / "c.html"), "--json", str(tmp_path / "c.json")]
+    assert main(words) == 0
+    assert (run / "benchmark" / "results.json").read_bytes() == before
+    assert (other / "benchmark" / "results.json").is_file()
+    printed = capsys.readouterr().out
+    assert "| trainer.learning_rate.value |" in printed
+    assert "Difference to run, same samples" in printed
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert [one["name"] for one in found["runs"]] == ["run", "other"]
+    assert found["settings"]["run.seed"] == ["0", "1"]
+    assert "run.dir" not in found["settings"]
+    by_hand = {one["metric"]: one["value"] for one in found["runs"][1]["results"] if one["level"] == "encoder"}
+    first = {one["metric"]: one["value"] for one in found["runs"][0]["results"] if one["level"] == "encoder"}
+    linear = next(one for one in found["differences"] if (one["metric"], one["level"]) == ("linear", "encoder"))
+    assert linear["interval"]["value"] == pytest.approx(by_hand["linear"] - first["linear"])
+    assert "data:image/png" in (tmp_path / "c.html").read_text()
+    (other / "benchmark" / "right.safetensors").write_bytes(b"damaged")
+    assert main(words) == 2
+    assert "right.safetensors" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="twice"):
+        read_candidates([run, run])
+
+
+@pytest.mark.slow
+def test_sweep_trains_measures_and_groups(shards, tiny, tmp_path, capsys):
+    words = [f"data.train={shards}/train-*.tar", f"data.eval={shards}/eval-*.tar", "run.steps=1", *tiny]
+    folder = tmp_path / "swept"
+    command = ["sweep", "run.seed=0,1", f"hydra.sweep.dir={folder}", *words, "eval.every_steps=null"]
+    assert main([*command, "--json", str(tmp_path / "s.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "Over seeds" in printed
+    assert "| all | 2 | encoder |" in printed
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert len(found["runs"]) == 2
+    assert set(found["settings"]) == {"run.seed"}

@@ -1,0 +1,147 @@
+"""The training step: its speed, its parts, what it asks of the machine, and the plain step beside it."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hjepa_benchmark.cli import main
+from hjepa_benchmark.throughput.count import graph_breaks, host_synchronisations, matmul_peak, operations, operations_of
+from hjepa_benchmark.throughput.reference import PlainAttention, ReferenceStep
+from hjepa_benchmark.throughput.step import REST, TrainingStep
+from hjepa_pretrain import settings
+from hjepa_train.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    words = ("recipe=hjepa", "data.train=synthetic", *tiny, "hjepa.pyramid.fpn_dim=32", "trainer.precision=fp32")
+    return settings.load(words)[0]
+
+
+@pytest.fixture(scope="module")
+def step(config):
+    return TrainingStep(config, CPU)
+
+
+def test_the_command_prints_and_keeps_everything(tiny, tmp_path, capsys):
+    words = ["recipe=hjepa", "--steps", "3", "--reference", "--json", str(tmp_path / "t.json"), *tiny]
+    assert main(["throughput", *words, "hjepa.pyramid.fpn_dim=32"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("images/s", "ms a step", "plain I-JEPA step", "graph breaks", "host synchronisations", REST):
+        assert word in printed
+    found = json.loads((tmp_path / "t.json").read_text())
+    assert found["images_per_second"] == pytest.approx(16e3 / found["milliseconds"])
+    assert list(found["parts"]) == ["input, masks", "target", "context", REST, "optimizer", "EMA"]
+    assert found["utilisation"] == pytest.approx(
+        found["operations"] / (found["milliseconds"] / 1e3) / found["matmul_peak"]
+    )
+    # The pixels of the recipe, not those of the demo, and its preset's tricks are off.
+    assert (found["image_size"], found["batch_size"], found["recipe"]) == ([32, 32], 16, "hjepa")
+    assert found["peak_gib"] is None
+    assert found["host_synchronisations"] is None
+    assert found["reference"]["speedup"] > 0
+
+
+def test_a_model_is_measured_at_the_size_of_its_recipe(tmp_path, monkeypatch):
+    from hjepa_benchmark.throughput import measure
+
+    seen = []
+    monkeypatch.setattr(measure, "measure_throughput", lambda config, **_: seen.append(config))
+    monkeypatch.setattr(measure, "_table", lambda *_: "")
+    for words in (["recipe=hjepa", "model=vit_base_patch16", "data.batch_size=256"], []):
+        measure.print_throughput(words, steps=4, reference=False, output=None)
+    assert seen[0].data.image_size == (224, 224)
+    assert seen[0].hjepa.encoder.embed_dim == 768
+    assert seen[1].data.image_size == (32, 32)
+
+
+def test_operations_are_those_of_the_matrix_products(step, config):
+    """Counted by hand: every linear map and attention of the three passes; backward is twice forward."""
+    encoder, predictor = config.hjepa.encoder, config.hjepa.predictor
+
+    def blocks(tokens, width, depth, ratio):
+        return depth * (2 * tokens * width * width * (4 + 2 * ratio) + 4 * tokens**2 * width)
+
+    n = encoder.num_patches
+    context, targets = step.task.draw_masks(0, step.batch.sample)
+    seen, hidden = context.shape[1], targets.shape[1] * targets.shape[2]
+    embed = 2 * 3 * encoder.patch_size[0] ** 2 * encoder.embed_dim
+    target = n * embed + blocks(n, encoder.embed_dim, encoder.depth, encoder.mlp_ratio)
+    online = seen * embed + blocks(seen, encoder.embed_dim, encoder.depth, encoder.mlp_ratio)
+    inner = blocks(seen + hidden, predictor.embed_dim, predictor.depth, predictor.mlp_ratio)
+    inner += 2 * (seen + hidden) * predictor.embed_dim * encoder.embed_dim
+    least = len(step.batch) * (target + 2.5 * (online + inner))
+    most = len(step.batch) * (target + 3 * (online + inner))
+    found = operations(step)
+    # The rest is the pyramid's: three levels of two branches.
+    assert least < found < 6 * most
+    assert found == pytest.approx(operations(step))
+    assert len(step.batch) == config.data.batch_size
+    x = torch.randn(8, 16)
+    assert operations_of(lambda: x @ x.T) == 2 * 8 * 16 * 8
+
+
+def test_breaks_peaks_and_synchronisations(step):
+    assert graph_breaks(step) == 0
+    assert host_synchronisations(step) is None
+    assert matmul_peak(Precision.fp32, CPU, seconds=0.01) > 1e8
+
+
+def test_a_break_is_counted(step, monkeypatch):
+    whole = type(step.task.model).plan
+
+    def plan(model, number):
+        print("", end="")  # what no graph can hold
+        return whole(model, number)
+
+    monkeypatch.setattr(type(step.task.model), "plan", plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert graph_breaks(step) >= 1
+
+
+def test_a_step_moves_both_branches(config):
+    step = TrainingStep(config, CPU)
+    for group in step.optimizer.param_groups:
+        group["lr"] = 0.1
+    model = step.task.model
+    before = [next(one.parameters()).detach().clone() for one in (model.encoder, model.target_encoder)]
+    step(0)
+    after = [next(one.parameters()).detach() for one in (model.encoder, model.target_encoder)]
+    moved = [(new - old).abs().max().item() for old, new in zip(before, after, strict=True)]
+    assert moved[0] > 0
+    assert moved[1] == pytest.approx(0.004 * moved[0], rel=1e-3)
+
+
+def test_the_plain_attention_is_the_fused_one():
+    attention = PlainAttention(8, 2)
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    query, key, value = attention.qkv(x).view(3, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    fused = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(3, 5, 8)
+    assert torch.allclose(attention(x), attention.out(fused), atol=1e-6)
+
+
+def test_the_plain_step_learns_and_sees_the_same_tokens(config, step):
+    context, targets = step.task.draw_masks(0, step.batch.sample)
+    plain = ReferenceStep(config, context, targets, CPU)
+    seen = []
+    plain.predictor.register_forward_hook(lambda _, given, out: seen.append((given[0].shape, out.shape)))
+    target = plain.target.norm.weight.detach().clone()
+    losses = []
+    for _ in range(6):
+        plain.forward_backward()
+        images = plain.encoder.embed.weight.detach().clone()
+        plain()
+        losses.append(images)
+    assert seen[0][0][:2] == context.shape
+    assert seen[0][1][:3] == targets.shape
+    assert not torch.equal(losses[0], losses[-1])
+    assert not torch.equal(target, plain.target.norm.weight)
+    # As many parameters in the encoder as ours, up to the position of the norm and the layout of the patch embedding.
+    ours = sum(one.numel() for one in step.task.model.encoder.parameters())
+    assert sum(one.numel() for one in plain.encoder.parameters()) == pytest.approx(ours, rel=0.02)

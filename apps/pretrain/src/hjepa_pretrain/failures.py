@@ -1,0 +1,66 @@
+"""What ended a run, as an exit code and one line: wrong input, training that went wrong, machines that broke."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed import DistError
+
+from hjepa_data import WorkerError
+from hjepa_pretrain.run import OtherRankError
+from hjepa_train import EXIT_ERROR, EXIT_UNSTABLE, EXIT_WRONG_INPUT, TrainingError, UnstableError
+
+_AGAIN = "start the same command again: it goes on from the last checkpoint"
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Failure:
+    """How a program ends that has not done its work."""
+
+    code: int
+    """Exit code."""
+    line: str | None
+    """What to say; None where another process says it."""
+    alike: bool = False
+    """Whether all processes of a run fail so at the same moment, and one line is enough."""
+
+
+def judge(error: BaseException) -> Failure | None:
+    """Return what an error means to the user; None for an error of the program itself, whose traceback is needed.
+
+    Args:
+        error: what ended the run.
+    """
+    if isinstance(error, OtherRankError):
+        return Failure(code=EXIT_WRONG_INPUT, line=None)
+    if isinstance(error, ValueError):
+        return Failure(code=EXIT_WRONG_INPUT, line=str(error))
+    if isinstance(error, UnstableError):
+        return Failure(code=EXIT_UNSTABLE, line=str(error), alike=True)
+    if isinstance(error, KeyboardInterrupt):
+        said = "interrupted; the last checkpoint stands, run.dir goes on from it"
+        return Failure(code=EXIT_ERROR, line=said, alike=True)
+    line = str(error) if isinstance(error, TrainingError | WorkerError) else broken_machine(error)
+    if line is None and isinstance(error, OSError):
+        line = str(error)
+    return None if line is None else Failure(code=EXIT_ERROR, line=line)
+
+
+def broken_machine(error: BaseException) -> str | None:
+    """Say which part of a machine has failed, and what helps; None where none has.
+
+    Args:
+        error: what ended the run.
+    """
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"out of GPU memory ({said}); raise trainer.accumulate, which keeps the batch of a step and splits it, or "
+            "lower data.batch_size or the model"
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"out of memory ({said}); lower the model, data.batch_size, data.workers or data.cache_mib"
+    if isinstance(error, torch.AcceleratorError):
+        return f"the accelerator failed ({said}); {_AGAIN}, on another machine if it fails again"
+    if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return f"another process of the run is gone ({said}); its own lines say why, if it had time to; {_AGAIN}"
+    return None

@@ -1,0 +1,279 @@
+"""What a step would cost on machines that are not here: memory, arithmetic, bytes sent and time, per rank.
+
+The step runs once on fake tensors, which have a shape and no memory; shards are counted under a fake process group.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hjepa_train.optim import OptimizerKind
+from hjepa_train.parallel import FSDPConfig, ParallelKind, World, wrap
+from hjepa_train.precision import autocast
+from hjepa_train.sharded import local
+from hjepa_train.trainer import TrainerConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class MachineConfig:
+    """What a rank is made of; the defaults are an H100 SXM on a 400 Gb/s network."""
+
+    peak_tflops: float = 989.0
+    """Matrix products in the precision of the run, 10^12 operations a second, as its maker says (dense bf16)."""
+    efficiency: float = 0.5
+    """Share of it that a step reaches; measure it on one GPU."""
+    bandwidth_gb: float = 50.0
+    """10^9 bytes a second that a rank sends to ranks on other machines."""
+    memory_gib: float = 80.0
+    """Memory of the device."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        for name in ("peak_tflops", "efficiency", "bandwidth_gb", "memory_gib"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: not positive; allowed: above 0")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class StepCost:
+    """What the forward and backward pass of a micro-batch take, before anything is sharded."""
+
+    flops: int
+    """Operations of matrix products, convolutions and attention; a multiply-add counts as two."""
+    activation_bytes: int
+    """What the forward pass keeps for the backward pass, weights apart."""
+    peak_bytes: int
+    """Most that the pass holds at once: activations, gradients as they come, and what operations hand on."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Plan:
+    """A step of one rank."""
+
+    world_size: int
+    parameters: int
+    """Of the whole model, the target branch among them."""
+    trained: int
+    """Of them, those with a gradient."""
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+    working_bytes: int
+    """Most that activations and what operations hand on take at once, gradients apart."""
+    gathered_bytes: int
+    """FSDP: whole weights of the block at work and of the one that is fetched meanwhile."""
+    sent_bytes: int
+    """A step, gathering and averaging; statistics of the losses are a few kilobytes more."""
+    flops: int
+    """A step."""
+    compute_seconds: float
+    send_seconds: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """What PyTorch holds at the peak of a step."""
+        kept = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+        return kept + self.working_bytes + self.gathered_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, nothing sent while something is computed: an upper bound at this efficiency."""
+        return self.compute_seconds + self.send_seconds
+
+
+@contextmanager
+def fake_tensors(module: nn.Module) -> Iterator[None]:
+    """Give a module on the meta device fake tensors on the CPU; what is made inside is fake too."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        made: dict[Tensor, Tensor] = {}
+        for child in module.modules():
+            for name, parameter in child._parameters.items():
+                if parameter is not None:
+                    if parameter not in made:
+                        empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                        made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                    child._parameters[name] = made[parameter]  # type: ignore[assignment]
+            for name, buffer in child._buffers.items():
+                if buffer is not None:
+                    child._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        yield
+
+
+def step_cost(module: nn.Module, loss: Callable[[], Tensor], config: TrainerConfig) -> StepCost:
+    """Run a forward and a backward pass and count; on fake tensors it takes no memory.
+
+    Args:
+        module: The trained module, whose weights do not count as activations.
+        loss: Runs the forward pass of a micro-batch.
+        config: Its precision is used.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+    # The storages stay referenced: the address of one that is gone could be another's.
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with _LiveBytes() as live, FlopCounterMode(display=False) as counter:
+        saving = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with saving, autocast(config.precision, torch.device("cpu")):
+            value = loss()
+        activations = sum(storage.nbytes() for storage in kept.values())
+        kept.clear()
+        value.backward()  # type: ignore[no-untyped-call]
+    return StepCost(flops=counter.get_total_flops(), activation_bytes=activations, peak_bytes=live.peak)
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the memory of the tensors that operations make, until they are gone."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in inputs:
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._seen:
+            size = storage.nbytes()
+            self._seen[storage] = weakref.finalize(storage, self._drop, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+def plan_step(
+    module: nn.Module,
+    cost: StepCost,
+    config: TrainerConfig,
+    world_size: int,
+    machine: MachineConfig,
+    blocks: Sequence[type[nn.Module]] = (),
+) -> Plan:
+    """Return what a step takes on a rank of a world.
+
+    Args:
+        module: The trained module on the meta device, never run; it is sharded here.
+        cost: Of a micro-batch of one rank.
+        config: Parallelism, accumulation, optimizer.
+        world_size: Number of ranks.
+        machine: What a rank is made of.
+        blocks: Classes of submodules that are sharded and gathered one at a time.
+    """
+    sharded = config.parallel.kind is ParallelKind.fsdp
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    trained = sum(count for count, learns in sizes if learns)
+    frozen = sum(count for count, learns in sizes if not learns)
+    biggest = max((_size(child) for child in module.modules() if isinstance(child, tuple(blocks))), default=0)
+    with _fake_world(world_size) as world:
+        if sharded:
+            wrap(module, config.parallel, world, blocks)
+        parameters = sum(_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+        gradients = sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
+        optimizer = _optimizer_bytes(module, config)
+    sent = sent_bytes(config, world_size, trained=trained, frozen=frozen)
+    flops = cost.flops * config.accumulate
+    return Plan(
+        world_size=world_size,
+        parameters=trained + frozen,
+        trained=trained,
+        parameter_bytes=parameters,
+        gradient_bytes=gradients,
+        optimizer_bytes=optimizer,
+        activation_bytes=cost.activation_bytes,
+        working_bytes=max(cost.activation_bytes, cost.peak_bytes - 4 * trained),
+        gathered_bytes=2 * biggest * config.parallel.fsdp.param_dtype.dtype.itemsize if sharded else 0,
+        sent_bytes=sent,
+        flops=flops,
+        compute_seconds=flops / (machine.peak_tflops * 1e12 * machine.efficiency),
+        send_seconds=sent / (machine.bandwidth_gb * 1e9),
+    )
+
+
+def sent_bytes(config: TrainerConfig, world_size: int, *, trained: int, frozen: int) -> int:
+    r"""Return the bytes that a rank sends in a step, by ring algorithms.
+
+    Gathering or scattering n bytes over W ranks sends $n (W-1)/W$, an average twice that. DDP averages float32
+    gradients once a step. FSDP gathers trained weights for the forward and, where they were freed, for the backward
+    pass of each micro-batch, frozen ones once; it scatters gradients once a step, and averages them over its copies.
+
+    Args:
+        config: Parallelism and accumulation.
+        world_size: W.
+        trained: Parameters with a gradient.
+        frozen: Parameters without.
+    """
+    if config.parallel.kind is not ParallelKind.fsdp:
+        return 2 * _ring(4 * trained, world_size)
+    fsdp: FSDPConfig = config.parallel.fsdp
+    ranks = world_size if fsdp.shard_size is None else fsdp.shard_size
+    weight, gradient = fsdp.param_dtype.dtype.itemsize, fsdp.reduce_dtype.dtype.itemsize
+    gathers = 2 if fsdp.reshard_after_forward else 1
+    gathered = config.accumulate * _ring(weight * (gathers * trained + frozen), ranks)
+    copies = world_size // ranks
+    return gathered + _ring(gradient * trained, ranks) + 2 * _ring(math.ceil(gradient * trained / ranks), copies)
+
+
+def _ring(count: int, ranks: int) -> int:
+    return count * (ranks - 1) // ranks
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return local(tensor).nbytes
+
+
+def _optimizer_bytes(module: nn.Module, config: TrainerConfig) -> int:
+    """Count the running means: AdamW keeps two of each parameter, the others one."""
+    total = 0
+    adamw = config.optimizer.kind in (OptimizerKind.adamw, OptimizerKind.muon)
+    for group in config.optimizer.build(module).param_groups:
+        means = 2 if adamw and not group.get("muon") else 1
+        total += means * sum(_bytes(parameter) for parameter in group["params"])
+    return total
+
+
+@contextmanager
+def _fake_world(size: int) -> Iterator[World]:
+    """Be rank 0 of a world of which no other rank is there."""
+    if dist.is_initialized():
+        raise ValueError("plan: runs in one process, without torchrun; start it alone")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield World(rank=0, size=size, device=torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,78 @@
+import json
+import logging
+
+import pytest
+
+from hjepa_train import (
+    EarlyStop,
+    EarlyStopConfig,
+    Measure,
+    MetricsLog,
+    Outcome,
+    ParallelConfig,
+    Trainer,
+    TrainerConfig,
+)
+from hjepa_train.testing import ArithmeticStream, ToyModule
+
+VALUES = [0.1, 0.2, 0.3, 0.3, 0.25, 0.3, 0.5, 0.6, 0.6, 0.6, 0.6, 0.6]
+
+
+def train(device, folder, *, steps=12, stop_at=None, values=VALUES, **fields):
+    def measure(trainer):
+        if stop_at is not None and trainer.step == stop_at:
+            trainer.request_stop("a test")
+        return {"eval/x": values[min(trainer.step, len(values) - 1)]}
+
+    config = TrainerConfig(steps=steps, log_every=100, precision="fp32", parallel=ParallelConfig(device=device.type))
+    callbacks = [Measure(1, measure), EarlyStop(EarlyStopConfig(**({"metric": "eval/x", "patience": 3} | fields)))]
+    callbacks.append(MetricsLog(folder / "metrics.jsonl"))
+    trainer = Trainer(ToyModule(), ArithmeticStream(), config, run_dir=folder, callbacks=callbacks)
+    return trainer, trainer.fit()
+
+
+def test_a_run_ends_as_done_when_nothing_gets_better_and_stays_so(device, tmp_path):
+    trainer, outcome = train(device, tmp_path)
+    assert (outcome, trainer.step) == (Outcome.DONE, 5)
+    assert trainer.store.newest().state["step"] == 5
+    trainer, outcome = train(device, tmp_path)
+    assert (outcome, trainer.step) == (Outcome.DONE, 5)
+    trainer, outcome = train(device, tmp_path, patience=5)
+    assert (outcome, trainer.step) == (Outcome.DONE, 12)
+
+
+@pytest.mark.parametrize("stop", range(1, 5))
+def test_a_resumed_run_ends_at_the_same_step(device, tmp_path, stop):
+    _, outcome = train(device, tmp_path, stop_at=stop)
+    assert outcome is Outcome.PREEMPTED
+    trainer, outcome = train(device, tmp_path)
+    assert (outcome, trainer.step) == (Outcome.DONE, 5)
+
+
+def test_less_may_be_better_and_a_hair_may_not_count(device, tmp_path):
+    assert train(device, tmp_path / "min", mode="min", patience=2)[0].step == 3
+    assert train(device, tmp_path / "delta", min_delta=0.15, patience=5)[0].step == 11
+    assert train(device, tmp_path / "nan", values=[float("nan")])[0].step == 3
+
+
+def test_measuring_is_before_at_every_nth_and_after(device, tmp_path):
+    seen = []
+    config = TrainerConfig(steps=5, precision="fp32", parallel=ParallelConfig(device=device.type))
+    measure = Measure(2, lambda trainer: seen.append(trainer.step) or {"eval/x": 1.0})
+    callbacks = [measure, MetricsLog(tmp_path / "metrics.jsonl")]
+    Trainer(ToyModule(), ArithmeticStream(), config, callbacks=callbacks).fit()
+    assert seen == [0, 2, 4, 5]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval/x" in row] == [1, 2, 4, 5]
+
+
+def test_a_metric_that_never_came_is_said(device, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        train(device, tmp_path, metric="eval/y", steps=2)
+    assert "no row had metric=eval/y" in caplog.text
+
+
+@pytest.mark.parametrize("fields", [{"patience": 0}, {"mode": "up"}, {"min_delta": -1.0}, {"metric": ""}])
+def test_a_wrong_early_stop_is_refused(fields):
+    with pytest.raises(ValueError, match="allowed"):
+        EarlyStopConfig(**({"metric": "x"} | fields))

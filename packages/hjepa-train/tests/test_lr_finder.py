@@ -1,0 +1,57 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hjepa_train import ParallelConfig, RateSweep, StepOutput, TrainerConfig, find_rate
+from hjepa_train.testing import ArithmeticStream
+
+
+class Bowl(nn.Module):
+    """A quadratic of curvature 1 in every direction, with gradient descent by AdamW's sign of about one rate a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4, 4), 3.0))
+
+    def forward(self, batch, step):
+        return StepOutput(loss=self.weight.square().mean())
+
+
+def config(device):
+    return TrainerConfig(steps=7, precision="fp32", clip_norm=None, parallel=ParallelConfig(device=device.type))
+
+
+def test_the_sweep_rises_by_equal_factors_and_ends_where_the_loss_has_gone(device, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = find_rate(Bowl(), ArithmeticStream(), config(device), low=1e-4, high=1e4, steps=60)
+    assert len(sweep.rates) < 60
+    factors = sweep.rates[1:] / sweep.rates[:-1]
+    assert factors == pytest.approx(np.full(len(factors), (1e4 / 1e-4) ** (1 / 59)), rel=1e-6)
+    assert sweep.losses[0] == 9.0
+    assert 1e-3 < sweep.suggestion < 3.0
+    assert not list(tmp_path.iterdir()), "something was saved"
+
+
+def test_the_suggestion_is_the_steepest_fall():
+    rates = np.geomspace(1e-5, 1.0, 100)
+    fall = 1.0 / (1.0 + np.exp(6.0 * (np.log10(rates) + 2.0)))  # steepest at 1e-2; the average lags a little
+    assert math.log10(RateSweep(rates=rates, losses=fall).suggestion) == pytest.approx(-2.0, abs=0.5)
+    assert RateSweep(rates=rates, losses=np.linspace(1.0, 2.0, 100)).suggestion is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_sweep(device):
+    class Broken(Bowl):
+        def forward(self, batch, step):
+            return StepOutput(loss=super().forward(batch, step).loss * (math.nan if step > 20 else 1.0))
+
+    sweep = find_rate(Broken(), ArithmeticStream(), config(device), steps=40)
+    assert len(sweep.losses) == 21
+    assert np.isfinite(sweep.losses).all()
+
+
+def test_no_sweep_is_refused(device):
+    with pytest.raises(ValueError, match="allowed: 0 < low < high"):
+        find_rate(Bowl(), ArithmeticStream(), config(device), low=1.0, high=0.1)

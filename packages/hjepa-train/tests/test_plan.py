@@ -1,0 +1,85 @@
+"""The arithmetic of a step on machines that are not here."""
+
+import pytest
+import torch
+from torch import nn
+
+from hjepa_train import FSDPConfig, ParallelConfig, TrainerConfig
+from hjepa_train.plan import MachineConfig, StepCost, fake_tensors, plan_step, sent_bytes, step_cost
+from hjepa_train.testing import ToyBlock
+
+COST = StepCost(flops=10**12, activation_bytes=1000, peak_bytes=5000)
+
+
+def config(kind="single", accumulate=1, **fsdp):
+    parallel = ParallelConfig(kind=kind, device="cpu", fsdp=FSDPConfig(**fsdp))
+    return TrainerConfig(steps=1, precision="fp32", accumulate=accumulate, parallel=parallel)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"kind": "ddp"}, 2 * 400 * 7 / 8),
+        ({"kind": "ddp", "accumulate": 4}, 2 * 400 * 7 / 8),
+        # Trained weights twice and frozen ones once are gathered, gradients are scattered.
+        ({"kind": "fsdp"}, (2 * 400 + 80) * 7 / 8 + 400 * 7 / 8),
+        ({"kind": "fsdp", "param_dtype": "bf16"}, (2 * 200 + 40) * 7 / 8 + 400 * 7 / 8),
+        ({"kind": "fsdp", "reshard_after_forward": False}, (400 + 80) * 7 / 8 + 400 * 7 / 8),
+        ({"kind": "fsdp", "accumulate": 2}, 2 * (2 * 400 + 80) * 7 / 8 + 400 * 7 / 8),
+        # Four copies on two ranks each: each rank averages its half of the gradient over the copies.
+        ({"kind": "fsdp", "shard_size": 2}, (2 * 400 + 80) / 2 + 400 / 2 + 2 * 200 * 3 / 4),
+    ],
+)
+def test_bytes_sent(fields, expected):
+    assert sent_bytes(config(**fields), 8, trained=100, frozen=20) == expected
+
+
+def test_one_process_sends_nothing():
+    assert sent_bytes(config(), 1, trained=100, frozen=20) == 0
+
+
+def _module():
+    with torch.device("meta"):
+        module = nn.Sequential(ToyBlock(8, 0.0), ToyBlock(8, 0.0), nn.Linear(8, 8))
+        module[2].requires_grad_(False)
+    return module
+
+
+def test_a_plan_counts_the_shards_of_a_rank():
+    module = _module()
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    machine = MachineConfig(peak_tflops=100.0, efficiency=0.5, bandwidth_gb=1.0)
+    alone = plan_step(_module(), COST, config(), 1, machine)
+    assert (alone.parameters, alone.trained) == (trained + 72, trained)
+    assert alone.parameter_bytes == 4 * (trained + 72)
+    assert alone.gradient_bytes == 4 * trained
+    assert alone.optimizer_bytes == 8 * trained
+    assert alone.compute_seconds == pytest.approx(10**12 / 50e12)
+    assert (alone.sent_bytes, alone.send_seconds, alone.gathered_bytes) == (0, 0.0, 0)
+
+    sharded = plan_step(module, COST, config("fsdp"), 4, machine, (ToyBlock,))
+    # All sizes here are multiples of 4 along the first axis: a quarter of everything lies on a rank.
+    assert sharded.parameter_bytes == alone.parameter_bytes / 4
+    assert sharded.gradient_bytes == alone.gradient_bytes / 4
+    assert sharded.optimizer_bytes == alone.optimizer_bytes / 4
+    assert sharded.gathered_bytes == 2 * 4 * sum(p.numel() for p in _module()[0].parameters())
+    assert sharded.seconds == pytest.approx(sharded.compute_seconds + sharded.sent_bytes / 1e9)
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_cost_of_a_step_by_hand():
+    with torch.device("meta"):
+        module = nn.Linear(32, 16, bias=False)
+    with fake_tensors(module):
+        values = torch.empty(8, 32)
+        cost = step_cost(module, lambda: module(values).square().sum(), config())
+    # Forward, and backward to the weight alone: a multiply-add is two operations.
+    assert cost.flops == 2 * (2 * 8 * 32 * 16)
+    # The input, made outside, and the output, which the square keeps.
+    assert cost.activation_bytes == 4 * (8 * 32 + 8 * 16)
+
+
+@pytest.mark.parametrize("fields", [{"efficiency": 0.0}, {"peak_tflops": -1.0}])
+def test_a_wrong_machine_is_refused(fields):
+    with pytest.raises(ValueError, match="not positive; allowed: above 0"):
+        MachineConfig(**fields)

@@ -1,0 +1,77 @@
+"""Checkpoints are written while the training goes on, and what goes wrong there is not lost."""
+
+import errno
+import logging
+import time
+
+import pytest
+import torch
+
+from hjepa_train import Callback, CheckpointConfig, CheckpointError, Outcome, ParallelConfig, Trainer, TrainerConfig
+from hjepa_train.checkpoint import store as store_module
+from hjepa_train.testing import ArithmeticStream, ToyModule
+
+
+def build(device, folder, callbacks=(), steps=10, **cadence):
+    config = TrainerConfig(steps=steps, log_every=1, parallel=ParallelConfig(device=device.type))
+    saving = CheckpointConfig(**({"every_steps": 4, "every_minutes": None} | cadence))
+    return Trainer(ToyModule(), ArithmeticStream(), config, run_dir=folder, callbacks=callbacks, checkpoint=saving)
+
+
+class Rows(Callback):
+    def __init__(self):
+        self.rows = []
+
+    def on_row(self, trainer, row):
+        self.rows.append(row)
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(device, tmp_path, monkeypatch, caplog):
+    reached, write = [], store_module.write_tensors
+    rows = Rows()
+    trainer = build(device, tmp_path, [rows])
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        reached.append(trainer.step)
+        return write(*arguments)
+
+    monkeypatch.setattr(store_module, "write_tensors", slow)
+    trainer.fit()  # warm, and to the end
+    reached.clear()
+    trainer = build(device, tmp_path / "again", [rows], steps=7, keep=None)
+    began = time.perf_counter()
+    with caplog.at_level(logging.INFO):
+        trainer.fit()
+    assert reached[0] > 4
+    assert time.perf_counter() - began < 1.5, "two saves of half a second, one of them beside the training"
+    assert [path.name for path in trainer.store.paths()] == ["step_00000007", "step_00000004"]
+    assert torch.equal(trainer.store.at(7).tensors()["model/mask_token"], trainer.module.mask_token.detach().cpu())
+    (line,) = [record.message for record in caplog.records if "training stalled" in record.message]
+    assert line.startswith("2 checkpoints: training stalled")
+    assert any("checkpoint/stall_seconds" in row and "train/loss" in row for row in rows.rows)
+
+
+def test_a_disk_that_fills_in_the_background_ends_the_run(device, tmp_path, monkeypatch):
+    trainer = build(device, tmp_path, steps=1000, every_steps=5)
+    write = store_module.write_tensors
+
+    def full(path, parts):
+        if trainer.step >= 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, parts)
+
+    monkeypatch.setattr(store_module, "write_tensors", full)
+    with pytest.raises(CheckpointError, match=r"not saved \(.*No space left.*whole: step_00000005; make room"):
+        trainer.fit()
+    assert trainer.step < 1000
+    monkeypatch.undo()
+    again = build(device, tmp_path, steps=12)
+    assert again.fit() is Outcome.DONE
+    assert again.store.newest().state["step"] == 12
+
+
+def test_some_checkpoints_stay_for_good(device, tmp_path):
+    trainer = build(device, tmp_path, steps=10, every_steps=1, keep=2, keep_every_steps=4)
+    trainer.fit()
+    assert [path.name[-2:] for path in trainer.store.paths()] == ["10", "09", "08", "04"]

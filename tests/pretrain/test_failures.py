@@ -1,0 +1,35 @@
+"""A machine that breaks is one line, and no bug is taken for it."""
+
+import socket
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from hjepa_pretrain.failures import broken_machine, judge
+
+
+def test_a_model_that_no_memory_holds_is_one_line(pretrain, tiny, tmp_path, capsys):
+    words = ("recipe=hjepa", "data.views=1", "hjepa.pyramid.fpn_dim=100000000")
+    done = pretrain.here(capsys, f"run.dir={tmp_path}/run", *tiny, *words)
+    assert done.code == 1
+    assert len(done.err.strip().splitlines()) == 1, done.err
+    assert "out of memory" in done.message
+
+
+def test_a_rank_that_is_gone_is_one_line():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    with pytest.raises(dist.DistError) as caught:
+        dist.TCPStore("127.0.0.1", port, timeout=timedelta(milliseconds=200))
+    said = broken_machine(caught.value)
+    assert "another process of the run is gone" in said
+    assert "\n" not in said
+
+
+def test_an_error_of_the_program_is_none_of_these():
+    with pytest.raises(RuntimeError) as caught:
+        torch.zeros(2) @ torch.zeros(3)
+    assert judge(caught.value) is None

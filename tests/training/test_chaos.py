@@ -1,0 +1,28 @@
+"""A run of two ranks that is killed at random moments, saves among them, ends like one that was left alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "scripts" / "chaos.py"
+KILLS = 20
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_twenty_sigkills_change_no_bit(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(SCRIPT), str(tmp_path), str(KILLS), "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["killed"] == KILLS
+    assert report["while saving"] >= 3
+    assert report["slowest end of a rank left alone"] < 10
+    assert report["same losses"]
+    assert report["same weights"]
+    assert report["left over"] == []
