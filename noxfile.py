@@ -28,6 +28,8 @@ DEVICES = ("cpu", "cuda")
 DIST = ROOT / ".nox" / "dist"
 SOURCES = [str(member.source) for member in MEMBERS.values()]
 PYTEST = ("-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", "--durations=5")
+# A test process for each core; the tests of a file share their fixtures and stay together.
+IN_PARALLEL = ("-n", "auto", "--maxprocesses", "8", "--dist", "loadfile")
 
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "uv"
@@ -113,11 +115,12 @@ def tests(session: nox.Session, package: str, device: str) -> None:
     if device == "cuda":
         session.run("python", str(tools / "check_cuda.py"), env=ENV)
     suites = ("--doctest-modules", str(member.folder / "tests"), "--pyargs", member.module)
-    session.run("pytest", *PYTEST, *suites, *session.posargs, env={**ENV, "HJEPA_TEST_DEVICE": device})
+    spread = () if device == "cuda" else IN_PARALLEL
+    session.run("pytest", *PYTEST, *spread, *suites, *session.posargs, env={**ENV, "HJEPA_TEST_DEVICE": device})
     session.run("python", str(tools / "run_readme.py"), str(member.folder / "README.md"), env=ENV)
 
 
 @nox.session(venv_backend="none")
 def house(session: nox.Session) -> None:
     """Test what crosses packages, and the rules of the house."""
-    in_workspace(session, "pytest", *PYTEST, "tests", *session.posargs)
+    in_workspace(session, "pytest", *PYTEST, *IN_PARALLEL, "tests", *session.posargs)

@@ -212,7 +212,7 @@ class PlanConfig:
     machine: MachineConfig = field(default_factory=MachineConfig)
     """What a rank of the dry run is made of."""
     models: tuple[str, ...] = ()
-    """Models that the dry run compares; empty takes the run's own."""
+    """Models that the dry run compares; empty takes `model`, or ViT-L, H and g where none is named."""
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""

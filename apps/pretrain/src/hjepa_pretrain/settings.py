@@ -49,6 +49,8 @@ DERIVED = {
     "masks.grid": "data.image_size",
     "mask_law": "masks",
 }
+# What a dry run without a model compares.
+PLANNED = ("vit_large_patch16", "vit_huge_patch14", "vit_giant_patch14")
 _PATHS = ("run.dir", "data.train", "data.eval", "data.cache")
 # What the name of a model says about its encoder.
 _NAMED = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
@@ -77,6 +79,8 @@ def load(words: Sequence[str]) -> tuple[PretrainConfig, DictConfig]:
         if "parallel" not in given:
             _fit_world(plain)
         _derive(plain)
+        if plain.plan.dry and not given.keys() & {"model", "plan.models"}:
+            plain.plan.models = list(PLANNED)
         if stored is None and "trainer.learning_rate.warmup_steps" not in given:
             _shorten_warmup(plain)
         config = OmegaConf.to_object(plain)

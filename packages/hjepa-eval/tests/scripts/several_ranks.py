@@ -1,6 +1,7 @@
 """One of several processes that extract, classify and segment their own part; rank 0 writes what all of them found."""
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -92,7 +93,10 @@ def main(rank, world, store, folder):
     if rank == 0:
         save_file({key: value.contiguous() for key, value in found.items()}, Path(folder) / f"{world}.safetensors")
     if world > 1:
+        dist.barrier()
         dist.destroy_process_group()
+        # gloo's threads abort a process that leaves before they do (pytorch/pytorch#179291).
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def test_torch_tb_profiler_reads_the_trace(device, tmp_path):
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_memory_snapshot_of_a_gpu_is_written(tmp_path):
     train(torch.device("cuda"), [Profiler(tmp_path, ProfilerConfig(wait=1, warmup=1, active=2))])
     assert (tmp_path / "rank0.memory.pickle").stat().st_size > 1000

@@ -1,8 +1,9 @@
 import io
 import os
+import pty
 import re
+import threading
 
-import pytest
 from rich.console import Console
 
 from hjepa_train import (
@@ -40,29 +41,24 @@ def test_a_bar_on_a_terminal(device):
     assert "images/s" in output.getvalue()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_real_terminal_gets_one_moving_line_with_the_time_left(device):
-    """In a child whose output is a pseudo-terminal, as in a user's window."""
-    import pty
-
-    child, terminal = pty.fork()
-    if child == 0:
-        try:
-            os.environ["TERM"] = "xterm"
-            with os.fdopen(1, "w", closefd=False) as window:
-                train(device, [ProgressBar(console=Console(file=window, width=90))])
-        finally:
-            os._exit(0)
-    output = b""
-    while True:
-        try:
-            read = os.read(terminal, 4096)
-        except OSError:  # the child has gone
-            break
-        if not read:
-            break
-        output += read
-    os.waitpid(child, 0)
-    text = output.decode()
+def test_a_real_terminal_gets_one_moving_line_with_the_time_left(device, monkeypatch):
+    """The output is a pseudo-terminal, as in a user's window."""
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, child = pty.openpty()
+    output: list[bytes] = []
+    reader = threading.Thread(target=read_all, args=(terminal, output))
+    reader.start()
+    with os.fdopen(child, "w") as window:
+        train(device, [ProgressBar(console=Console(file=window, width=90))])
+    reader.join(timeout=60)
+    text = b"".join(output).decode()
     assert "\x1b[" in text, "nothing moved"
     assert re.search(r"step 6/6 .*loss \d\.\d{4} .*images/s .*0:00 left", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))
+
+
+def read_all(terminal, output):
+    try:
+        while part := os.read(terminal, 4096):
+            output.append(part)
+    except OSError:  # Linux says so when the other end has closed
+        pass
