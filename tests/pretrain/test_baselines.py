@@ -89,6 +89,7 @@ def test_images_without_a_label_do_not_count():
         (["recipe=simclr", "data.views=1"], ["data.views=1", "2"]),
         (["recipe=simclr", "baseline.temperature=0"], ["temperature=0", "allowed"]),
         (["recipe=simclr", "baseline.kind=byol"], ["byol", "simclr"]),
+        (["recipe=supervised", "baseline.num_classes=2"], ["num_classes=2", "10 and more"]),
     ],
 )
 def test_wrong_words(pretrain, tiny, tmp_path, capsys, words, expected):

@@ -1,5 +1,7 @@
 """What `data.train` may name: shards, a folder of images, several of them with weights."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -70,3 +72,22 @@ def test_the_policy_for_unreadable_shards_reaches_the_stream(pretrain, tiny, tmp
     assert finished.code == 2
     assert "stop, skip" in finished.message
     assert settings.load([*tiny, "data.unreadable=skip"])[0].data.stream(1).unreadable == "skip"
+
+
+def test_classes_that_are_numbered_differently_are_refused(pretrain, tiny, folder, tmp_path, capsys):
+    other = tmp_path / "others" / "zebra"
+    other.mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(other / "1.png")
+    for words in ((f"data.eval={other.parent}",), (f"data.train={folder} + {other.parent}",)):
+        finished = pretrain.here(capsys, f"run.dir={tmp_path}/run", *tiny, f"data.train={folder}", *words)
+        assert finished.code == 2
+        assert "number their classes differently" in finished.message
+
+
+def test_another_eval_set_is_measured_anew(pretrain, tiny, shards, tmp_path, capsys):
+    run, results = f"run.dir={tmp_path}/run", tmp_path / "run" / "results.json"
+    assert pretrain.here(capsys, run, *tiny, "run.steps=1", "data.eval=null").code == 0
+    assert json.loads(results.read_text())["rows"] == []
+    words = (f"data.eval={shards}/eval-*.tar", "data.max_skipped_fraction=0.05", "data.unreadable=skip")
+    assert pretrain.here(capsys, run, *words).code == 0
+    assert json.loads(results.read_text())["rows"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from hjepa_data.masks import MaskConfig
-from hjepa_data.stream import EvalConfig, StreamConfig, UnreadablePolicy, WorkerConfig
+from hjepa_data.stream import Decode, EvalConfig, StreamConfig, UnreadablePolicy, WorkerConfig
 from hjepa_data.transforms import IMAGENET_MEAN, IMAGENET_STD, ColorConfig, ViewGroup
 from hjepa_models import HJEPAConfig
 from hjepa_pretrain.baselines.config import BaselineConfig
@@ -101,6 +101,9 @@ class DataConfig:
     """Share of images left out above which the run stops; ten are always allowed."""
     unreadable: str = "stop"
     """What a shard that vanishes or cannot be fetched does to the run: `stop`, or `skip` its images and count them."""
+    decode: str = "cpu"
+    """Where training JPEGs become pixels: `cpu`, in the workers, or `gpu`, by nvJPEG; order, boxes and flips are the
+    same."""
     eval_crop_fraction: float = 0.875
     """Part of the largest centred square that evaluation sees."""
 
@@ -123,6 +126,12 @@ class DataConfig:
             )
         if self.unreadable not in set(UnreadablePolicy):
             raise ValueError(f"data.unreadable={self.unreadable}: unknown; allowed: {', '.join(UnreadablePolicy)}")
+        if self.decode not in set(Decode):
+            raise ValueError(f"data.decode={self.decode}: unknown; allowed: {', '.join(Decode)}")
+        if self.cache_mib and self.decode == Decode.GPU:
+            raise ValueError(
+                f"data.cache_mib={self.cache_mib}: data.decode=gpu leaves no decoded image to keep; allowed: 0"
+            )
         if self.cache_mib < 0:
             raise ValueError(f"data.cache_mib={self.cache_mib}: no amount of memory; allowed: 0 (none) and more")
         if self.train is not None and not self.train:
@@ -151,6 +160,7 @@ class DataConfig:
             cache_bytes=self.cache_mib << 20,
             max_skipped_fraction=self.max_skipped_fraction,
             unreadable=UnreadablePolicy(self.unreadable),
+            decode=Decode(self.decode),
         )
 
     def evaluation(self) -> EvalConfig:
@@ -160,6 +170,7 @@ class DataConfig:
             crop_fraction=self.eval_crop_fraction,
             workers=WorkerConfig(count=self.workers),
             max_skipped_fraction=self.max_skipped_fraction,
+            unreadable=UnreadablePolicy(self.unreadable),
         )
 
 

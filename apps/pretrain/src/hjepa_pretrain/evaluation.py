@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,12 +73,27 @@ def open_sources(config: PretrainConfig) -> tuple[Source, Source | None]:
     """Open the images of a run, training and held-out; without `data.train` those of the demo, made if need be."""
     train, held_out = config.data.train, config.data.eval
     if train is None:
-        train, held_out = demo_shards(config.data.cache)
+        train, demo_eval = demo_shards(config.data.cache)
+        held_out = held_out or demo_eval
     weights = config.data.weights or None
     sources = [open_source(part.strip()) for part in train.split(_AND)]
+    measured = None if held_out is None else open_source(held_out)
+    _check_classes([*sources, measured])
     if len(sources) == 1 and weights is None:
-        return sources[0], None if held_out is None else open_source(held_out)
-    return MixtureSource(sources, weights), None if held_out is None else open_source(held_out)
+        return sources[0], measured
+    return MixtureSource(sources, weights), measured
+
+
+def _check_classes(sources: Sequence[Source | None]) -> None:
+    """Refuse sources of which one's class 1 is known to be another's class 2."""
+    known = [list(classes) for source in sources if (classes := getattr(source, "classes", None))]
+    for other in known[1:]:
+        if other != known[0]:
+            differ = sorted(set(other) ^ set(known[0]))[:3] or known[0][:3]
+            raise DataError(
+                f"data.train, data.eval: they number their classes differently ({', '.join(differ)}, ...), so labels would "
+                "not mean the same; give them the same class folders, or make shards of one folder with a split"
+            )
 
 
 def load_pair(
@@ -191,7 +206,11 @@ class OnlineEvaluation:
 
 def results_content(rows: list[Row], step: int, config: PretrainConfig) -> dict[str, Any]:
     """Return what `results.json` holds."""
-    return {"step": step, "eval": asdict(config.eval), "rows": [row.as_dict() for row in rows]}
+    return {"step": step, **_measured_on(config), "rows": [row.as_dict() for row in rows]}
+
+
+def _measured_on(config: PretrainConfig) -> dict[str, Any]:
+    return {"eval": asdict(config.eval), "images": config.data.eval, "crop_fraction": config.data.eval_crop_fraction}
 
 
 def save_results(results: dict[str, Any], folder: Path) -> None:
@@ -207,7 +226,7 @@ def read_results(config: PretrainConfig, step: int, folder: Path) -> dict[str, A
     if not path.is_file():
         return None
     content: dict[str, Any] = json.loads(path.read_text())
-    same = content.get("step") == step and content.get("eval") == asdict(config.eval)
+    same = content.get("step") == step and _measured_on(config).items() <= content.items()
     return content if same else None
 
 

@@ -1,5 +1,6 @@
 """What ended a run, as an exit code and one line: wrong input, training that went wrong, machines that broke."""
 
+import traceback
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ def judge(error: BaseException) -> Failure | None:
     """
     if isinstance(error, OtherRankError):
         return Failure(code=EXIT_WRONG_INPUT, line=None)
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) and _is_refusal(error):
         return Failure(code=EXIT_WRONG_INPUT, line=str(error))
     if isinstance(error, UnstableError):
         return Failure(code=EXIT_UNSTABLE, line=str(error), alike=True)
@@ -43,6 +44,12 @@ def judge(error: BaseException) -> Failure | None:
     if line is None and isinstance(error, OSError):
         line = str(error)
     return None if line is None else Failure(code=EXIT_ERROR, line=line)
+
+
+def _is_refusal(error: ValueError) -> bool:
+    """Tell a value that this project or its configuration refuses from an error of arithmetic deep inside."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return not frames or "/hjepa_" in frames[-1].filename or type(error) is not ValueError
 
 
 def broken_machine(error: BaseException) -> str | None:

@@ -67,6 +67,9 @@ def _run_one(_: DictConfig) -> int:
     if slurm and code == EXIT_PREEMPTED and os.environ["RANK"] == "0":
         _queue_again()
     _codes.append(code)
+    if not slurm and code == EXIT_PREEMPTED and not any(word.startswith("run.time_limit=") for word in words):
+        # hydra would go on with the next run, which a stopped program must not.
+        raise SystemExit(code)
     return code
 
 

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
-from hjepa_data import DataError, DevicePrefetcher, Source
+from hjepa_data import DataError, Decode, DevicePrefetcher, Source
 from hjepa_models import Block
 from hjepa_pretrain import settings
 from hjepa_pretrain.baselines import BaselineKind
@@ -187,6 +187,8 @@ def _prepare(
     started: float,
 ) -> tuple[Trainer, Path]:
     _count_classes(config, plain, sources[0])
+    # Drop path draws from the global generator; checkpoints carry it.
+    torch.manual_seed(config.run.seed * world.size + world.rank)
     task = build_task(config)
     stream = _stream(config, sources, world)
     stamp = world.from_main(int(time.time()))
@@ -209,8 +211,10 @@ def _prepare(
 
 
 def _stream(config: PretrainConfig, sources: Sources, world: World) -> DevicePrefetcher:
+    if config.data.decode == Decode.GPU and world.device.type != "cuda":
+        raise ValueError(f"data.decode=gpu: the run is on {world.device}; allowed: cpu, or a run on a CUDA device")
     stream = config.data.stream(config.trainer.accumulate).build(
-        sources[0], seed=config.run.seed, rank=world.rank, world_size=world.size
+        sources[0], seed=config.run.seed, rank=world.rank, world_size=world.size, device=world.device
     )
     return DevicePrefetcher(stream, world.device)
 
@@ -219,6 +223,11 @@ def _count_classes(config: PretrainConfig, plain: DictConfig, source: Source) ->
     """Fill in how many classes a supervised baseline has to tell apart."""
     if config.baseline is not None and config.baseline.kind is BaselineKind.supervised:
         found = int(source.labels.max()) + 1
+        if config.baseline.num_classes is not None and config.baseline.num_classes < found:
+            raise DataError(
+                f"baseline.num_classes={config.baseline.num_classes}: labels of data.train go up to {found - 1}; "
+                f"allowed: {found} and more, or null to count them"
+            )
         config.baseline.num_classes = config.baseline.num_classes or (found if found > 1 else None)
         plain.baseline.num_classes = config.baseline.num_classes
 

@@ -33,9 +33,11 @@ CONFIG_FILE = "config.yaml"
 # What a run may change when it goes on; everything else would make it another run.
 CHANGEABLE = (
     "run.dir", "run.steps", "run.time_limit", "run.device", "run.threads", "parallel", "data.eval", "data.workers",
-    "data.cache_mib", "checkpoint.", "eval.", "monitor.", "profile", "profiler.", "trainer.log_every",
+    "data.cache_mib", "data.decode", "data.max_skipped_fraction", "data.unreadable", "checkpoint.",
+    "eval.", "monitor.", "profile", "profiler.", "trainer.log_every",
     "trainer.learning_rate.", "trainer.weight_decay.", "trainer.precision", "trainer.guard.", "trainer.check_every",
-    "loggers", "logger.", "early_stop", "plan.",
+    "trainer.accumulate", "trainer.recompute", "trainer.compile", "trainer.parallel.fsdp.", "loggers", "logger.",
+    "early_stop", "plan.",
 )  # fmt: skip
 DERIVED = {
     "trainer.steps": "run.steps",

@@ -29,6 +29,7 @@ from hjepa_data.sources import (
 )
 from hjepa_data.stream import (
     Batch,
+    Decode,
     DevicePrefetcher,
     EvalConfig,
     EvalStream,
@@ -61,6 +62,7 @@ __all__ = [
     "ColorAugment",
     "ColorConfig",
     "DataError",
+    "Decode",
     "DevicePrefetcher",
     "EvalConfig",
     "EvalStream",

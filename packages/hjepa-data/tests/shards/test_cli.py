@@ -200,6 +200,25 @@ def test_overwrite_replaces_all_old_shards(classes, tmp_path, capsys):
     assert len(ShardSource(out)) == 30
 
 
+def test_shards_of_another_split_do_not_stay_beside_new_ones(classes, tmp_path, capsys):
+    out = tmp_path / "shards"
+    assert call(capsys, "make", classes, out, "--val-fraction", 0.3)[0] == 0
+    before = sorted(path.name for path in out.iterdir())
+    code, _, error = call(capsys, "make", classes, out, "--overwrite")
+    assert code == 2
+    assert "val-000000.tar" in error
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_names_that_are_no_utf8_stay_apart(tmp_path, capsys, jpeg):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in (b"\xe8.jpg", b"\xe9.jpg"):
+        (folder / os.fsdecode(name)).write_bytes(jpeg(1))
+    assert call(capsys, "make", folder, tmp_path / "shards")[0] == 0
+    assert len(ShardSource(tmp_path / "shards")) == 2
+
+
 def test_make_is_the_name_of_the_old_form(classes, tmp_path, capsys):
     assert call(capsys, classes, tmp_path / "old", "--workers", 1)[0] == 0
     assert call(capsys, "make", classes, tmp_path / "new", "--workers", 1)[0] == 0

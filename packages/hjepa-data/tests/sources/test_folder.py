@@ -2,6 +2,7 @@ import io
 import itertools
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from hjepa_data import DataError, EvalConfig, FolderSource, ShardSource, StreamConfig, ViewGroup, WorkerConfig
 from hjepa_data.shards.cli import main
-from hjepa_data.transforms.decode import SkipImageError
+from hjepa_data.transforms.decode import SkipImageError, open_image
 
 
 def content(source):
@@ -175,3 +176,26 @@ def test_bytes_of_the_three_formats_stay_as_they_are(tmp_path, jpeg):
     (tmp_path / "b.bmp").write_bytes(jpeg(0))
     images = [image for image, _ in content(FolderSource(tmp_path))]
     assert {Image.open(io.BytesIO(image)).format for image in images} == {"PNG", "JPEG"}
+
+
+def test_no_file_starts_a_program(tmp_path, monkeypatch):
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(SkipImageError):
+        open_image(FolderSource(folder).read(0).image, max_pixels=10**6).decode(1.0)
+    assert not (tmp_path / "started").exists()
+
+
+def test_images_beside_class_folders_say_why_there_are_no_labels(pets, tmp_path, caplog):
+    folder = tmp_path / "pets"
+    shutil.copytree(pets, folder)
+    shutil.copy(folder / "cat" / "0.jpg", folder / "preview.png")
+    assert set(FolderSource(folder).labels) == {-1}
+    assert "preview.png" in caplog.text

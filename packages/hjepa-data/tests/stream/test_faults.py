@@ -210,7 +210,9 @@ def test_what_cannot_be_read_is_skipped_and_counted(tmp_path, jpeg, caplog, work
 def test_too_much_that_cannot_be_read_stops_the_stream_and_says_where(tmp_path, jpeg):
     source, _ = broken(tmp_path, jpeg)
     stream = config(unreadable="skip").build(source, seed=SEED)
-    with pytest.raises(DataError, match=r"11 of .* left out \(11 unreadable; the last: shard '.*tar' .*max_skipped"):
+    with pytest.raises(
+        DataError, match=r"11 images .* left out .*\(11 unreadable; the last: shard '.*tar' .*max_skipped"
+    ):
         take(stream, 200)
 
 

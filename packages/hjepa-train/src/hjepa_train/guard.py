@@ -88,7 +88,8 @@ class Guard:
         self, config: GuardConfig, module: nn.Module, world: World, *, check_every: int, folder: Path | None
     ) -> None:
         self.config, self.world, self.folder = config, world, folder
-        self.on_host = world.device.type == "cpu"
+        # Also where a GPU computes and the weights are kept by the host.
+        self.on_host = any(local(parameter).device.type == "cpu" for parameter in module.parameters())
         self._check_every = check_every
         self._module = module
         self._buffers: dict[str, tuple[int, Tensor]] = {}
@@ -126,7 +127,7 @@ class Guard:
             rates: Of this step, for a dump.
         """
         mean = self.world.sum(loss.detach().clone().float()) / self.world.size
-        now = torch.stack([mean, grad_norm.detach().float()])
+        now = torch.stack([mean, grad_norm.detach().to(mean)])
         bad = ~now.isfinite().all()
         if self.config.spike is not None:
             median = running_median(self._values, self._count)
@@ -196,6 +197,7 @@ class Guard:
         """Write the last steps of this rank as JSON and safetensors; None where there is no folder or no room."""
         if self.folder is None:
             return None
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         place = self.folder / f"step_{halted:08d}"
@@ -228,7 +230,7 @@ class Guard:
             place.mkdir(parents=True, exist_ok=True)
             write_json(place / f"rank{self.world.rank}.json", {**content, "gradients_not_finite": broken})
             save_file(tensors, place / f"rank{self.world.rank}.safetensors")
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             logger.warning("%s: the dump could not be written: %s", place, one_line(error))
             return None
         return place

@@ -219,7 +219,9 @@ def wrap(module: nn.Module, config: ParallelConfig, world: World, blocks: Sequen
     unused = config.find_unused_parameters
     if unused is None:
         unused = module.may_skip_parameters if isinstance(module, SkipsParameters) else True
-    return DistributedDataParallel(adapter, device_ids=device_ids, find_unused_parameters=unused)
+    return DistributedDataParallel(
+        adapter, device_ids=device_ids, find_unused_parameters=unused, gradient_as_bucket_view=True
+    )
 
 
 @contextmanager
@@ -253,7 +255,8 @@ def _shard(adapter: nn.Module, config: FSDPConfig, world: World, blocks: tuple[t
     for child in adapter.modules():
         if isinstance(child, blocks):
             fully_shard(child, **options)
-    fully_shard(adapter, **options)
+    # What is left at the root is used until the end of the forward pass; its backward begins at once.
+    fully_shard(adapter, **options | {"reshard_after_forward": None if config.reshard_after_forward else False})
     # Weights are gathered for `forward` alone, unless another method is named.
     register_fsdp_forward_method(adapter, "call")
     return adapter

@@ -200,6 +200,9 @@ def plan_step(
         parameters = sum(_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
         gradients = sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
         optimizer = _optimizer_bytes(module, config)
+    if sharded and config.accumulate > 1:
+        # Until the last micro-batch each rank keeps whole gradients.
+        gradients += trained * config.parallel.fsdp.reduce_dtype.dtype.itemsize
     sent = sent_bytes(config, world_size, trained=trained, frozen=frozen)
     flops = cost.flops * config.accumulate
     return Plan(

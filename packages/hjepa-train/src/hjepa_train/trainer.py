@@ -311,13 +311,15 @@ class Trainer:
                 for callback in self.callbacks:
                     callback.on_step_end(self, result)
                 self._flush_row()
-                wishes = (self.stop_reason is not None, self.end_reason is not None, self._save_requested)
-                unsaved = self._saver is not None and self._saver.failed
-                stop, ended, save, unsaved = self.world.any(*wishes, unsaved)
-                if unsaved:
-                    break
-                if save or stop or ended or self.step == self.config.steps:
-                    self._save_requested = False
+            wishes = (self.stop_reason is not None, self.end_reason is not None, self._save_requested)
+            unsaved = self._saver is not None and self._saver.failed
+            # A rank that is late is waited for here: that is time of the step.
+            stop, ended, save, unsaved = self.world.any(*wishes, unsaved)
+            if unsaved:
+                break
+            if save or stop or ended or self.step == self.config.steps:
+                self._save_requested = False
+                with self._speed.paused():
                     self.save()
         if (stop or ended) and self.step < self.config.steps:
             reason = (self.end_reason if ended else self.stop_reason) or "asked by another rank"

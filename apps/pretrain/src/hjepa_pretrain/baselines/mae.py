@@ -28,8 +28,10 @@ class MAE(Baseline):
         super().__init__(hjepa.encoder)
         self.normalize_pixels = config.normalize_pixels
         self.decoder = Predictor(hjepa.predictor, hjepa.encoder)
+        # Pixels come from the decoder's width: a map to the encoder's in between would be a bottleneck.
+        self.decoder.output = nn.Identity()  # type: ignore[assignment]
         patch = hjepa.encoder.processing_patch
-        self.pixels = nn.Linear(hjepa.encoder.embed_dim, hjepa.encoder.in_channels * patch[0] * patch[1])
+        self.pixels = nn.Linear(hjepa.predictor.embed_dim, hjepa.encoder.in_channels * patch[0] * patch[1])
 
     def init_head(self, generator: torch.Generator) -> None:
         """Fill the decoder and the map to pixels."""

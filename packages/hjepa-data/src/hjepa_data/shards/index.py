@@ -38,7 +38,7 @@ __all__ = [
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 _FORMAT = "hjepa-shard-index-1"
-_MAX_LABEL_BYTES = 64
+_MAX_LABEL_BYTES = 18
 
 Int64Array = np.ndarray[tuple[int], np.dtype[np.int64]]
 

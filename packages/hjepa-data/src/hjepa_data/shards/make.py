@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -338,7 +339,9 @@ def _encode(image: Image.Image, kind: str | None, quality: int) -> bytes:
 
 
 def _key(name: str) -> str:
-    return os.path.splitext(name)[0].replace(".", "_").replace(" ", "_")
+    # A tar reader replaces bytes that are no UTF-8: two such names would become one key.
+    text = os.fsencode(os.path.splitext(name)[0]).decode("utf-8", "backslashreplace")
+    return text.replace(".", "_").replace(" ", "_")
 
 
 def _split_of(digest: bytes, val_fraction: float) -> str:
@@ -376,6 +379,16 @@ def _clear(plan: MakePlan, out: Path, overwrite: bool) -> None:
     old = [path for split in plan.splits for path in sorted(out.glob(f"{split}-[0-9]*.tar"))]
     if old and not overwrite:
         raise DataError(f"'{out}' holds shards already, such as '{old[0].name}'; give another folder, or --overwrite")
+    others = [
+        path
+        for path in sorted(out.glob("*.tar"))
+        if (split := re.fullmatch(r"(.+)-\d{6}\.tar", path.name)) and split[1] not in plan.splits
+    ]
+    if others:
+        raise DataError(
+            f"'{out}' also holds '{others[0].name}', of a split that is not written now and may hold the same images; "
+            "remove it, or give another folder"
+        )
     for path in old:
         index_path(path).unlink(missing_ok=True)
         path.unlink()

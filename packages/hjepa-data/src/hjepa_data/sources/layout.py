@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from hjepa_data.errors import DataError
 from hjepa_data.shards.index import Int64Array
 
 __all__ = ["Layout", "digest_of", "find_images", "read_layout"]
+
+_log = logging.getLogger(__name__)
 
 _EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
@@ -72,6 +75,9 @@ def read_layout(folder: str | os.PathLike[str], *, labels: bool | None = None) -
         raise DataError(
             f"'{folder}' has images outside of class folders; move them into one, or make shards without labels"
         )
+    stray = [name for name in inner if "/" not in name]
+    if labels is None and 0 < len(stray) < len(inner):
+        _log.warning("no labels: %d images lie outside of class folders, such as '%s'", len(stray), stray[0])
     found = [name.partition("/")[0] for name in inner] if (nested if labels is None else labels) else []
     layout.classes = sorted(set(found))
     number = {name: place for place, name in enumerate(layout.classes)}

@@ -3,6 +3,7 @@
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.device import DevicePrefetcher
 from hjepa_data.stream.evaluate import EvalConfig, EvalStream
+from hjepa_data.stream.gpu_decode import Decode
 from hjepa_data.stream.loader import StartMethod, WorkerConfig
 from hjepa_data.stream.order import StreamOrder, permutation
 from hjepa_data.stream.train import StreamConfig, TrainStream
@@ -10,6 +11,7 @@ from hjepa_data.stream.worker import UnreadablePolicy
 
 __all__ = [
     "Batch",
+    "Decode",
     "DevicePrefetcher",
     "EvalConfig",
     "EvalStream",

@@ -50,11 +50,12 @@ class DevicePrefetcher(Iterator[Batch]):
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call, unused-ignore]
         self._ahead: Batch | Exception | None = None
         self._state: dict[str, Any] | None = None
+        self._skipped: dict[str, int] = stream.skipped
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Images left out by this rank, those of the batch ahead included."""
-        return self.stream.skipped
+        """Images left out by this rank in the batches that were handed out, by reason."""
+        return self._skipped
 
     def __next__(self) -> Batch:
         batch = self._take() if self._ahead is None else self._ahead
@@ -66,7 +67,7 @@ class DevicePrefetcher(Iterator[Batch]):
             present.wait_stream(self._copies)
             # Its memory belongs to the stream of the copies, which must not use it again before this one is done.
             batch.record_stream(present)
-        self._state = self.stream.state_dict()
+        self._state, self._skipped = self.stream.state_dict(), self.stream.skipped
         self._ahead = self._take()
         return batch
 
@@ -87,9 +88,9 @@ class DevicePrefetcher(Iterator[Batch]):
 
     def _take(self) -> Batch | Exception:
         """Take the next batch and start its copy; an error waits until the batch before it was handed out."""
-        try:
-            batch = next(self.stream)
-        except Exception as error:
-            return error
         with torch.cuda.stream(self._copies):
+            try:
+                batch = next(self.stream)
+            except Exception as error:
+                return error
             return batch.to(self.device, non_blocking=True)

@@ -92,7 +92,7 @@ class EvalStream:
         total = len(source) if config.max_samples is None else min(config.max_samples, len(source))
         share = range(rank * total // world_size, (rank + 1) * total // world_size)
         self._samples = [number * len(source) // total for number in share]
-        self._skips = SkipCount(config.max_skipped_fraction)
+        self._skips = SkipCount(config.max_skipped_fraction, self.num_samples)
 
     @property
     def num_samples(self) -> int:
@@ -119,7 +119,7 @@ class EvalStream:
         )
         starts = range(0, self.num_samples, config.batch_size)
         parts = [self._samples[start : start + config.batch_size] for start in starts]
-        self._skips = SkipCount(config.max_skipped_fraction)
+        self._skips = SkipCount(config.max_skipped_fraction, self.num_samples)
         for loaded in load(tasks, parts, config.workers):
             batch = self._skips.add(loaded)
             if len(batch):

@@ -75,12 +75,15 @@ class SkipCount:
 
     Args:
         max_fraction: largest share; ten are always allowed, so that one bad image of a small set stops nobody.
+        expected: images of one pass on this rank: the share is of those, or of all that were shown if they are more, so
+            that a lost shard, whose images stand close together, counts alike wherever a stream begins.
     """
 
     _ALWAYS_ALLOWED = 10
 
-    def __init__(self, max_fraction: float) -> None:
+    def __init__(self, max_fraction: float, expected: int) -> None:
         self._max_fraction = max_fraction
+        self._expected = expected
         self._seen = 0
         self.reasons: Counter[str] = Counter()
 
@@ -104,12 +107,12 @@ class SkipCount:
         self.reasons.update({str(reason): number for reason, number in loaded.skipped.items()})
         self._seen += len(loaded.batch)
         total = self.reasons.total()
-        if total > max(self._ALWAYS_ALLOWED, self._max_fraction * self._seen):
+        if total > max(self._ALWAYS_ALLOWED, self._max_fraction * max(self._seen, self._expected)):
             reasons = ", ".join(f"{number} {reason}" for reason, number in self.reasons.most_common())
             last = "; ".join(loaded.examples.values())
             raise DataError(
-                f"{total} of {self._seen} images were left out ({reasons}; the last: {last}), more than "
-                f"max_skipped_fraction={self._max_fraction}; mend the shards, or raise the limit"
+                f"{total} images were left out beside {self._seen} that were shown ({reasons}; the last: {last}), more "
+                f"than max_skipped_fraction={self._max_fraction}; mend the shards, or raise the limit"
             )
         return loaded.batch
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
+import torch
+
 from hjepa_data.errors import DataError, refuse
 from hjepa_data.sources.base import Source
 from hjepa_data.stream.batch import Batch
+from hjepa_data.stream.gpu_decode import Decode, check_decoder, decode_of, decode_views
 from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
 from hjepa_data.stream.order import order_of
 from hjepa_data.stream.worker import Loaded, TrainTasks, UnreadablePolicy, unreadable_policy_of
@@ -16,6 +20,7 @@ from hjepa_data.transforms.crop import ViewGroup
 
 __all__ = ["DEFAULT_MAX_PIXELS", "StreamConfig", "TrainStream"]
 
+_log = logging.getLogger(__name__)
 DEFAULT_MAX_PIXELS = 89_478_485
 
 
@@ -36,6 +41,8 @@ class StreamConfig:
         max_skipped_fraction: share of the images left out by a rank since it was built, above which the stream stops
             (ten are always allowed).
         max_pixels: images with more pixels are left out, undecoded.
+        decode: where JPEGs become pixels: ``cpu``, in the workers, or ``gpu``, on the device, in the process that takes
+            the batches; boxes, flips and order are the same, pixels differ by some grey levels.
     """
 
     global_batch_size: int = 256
@@ -46,10 +53,12 @@ class StreamConfig:
     unreadable: UnreadablePolicy = UnreadablePolicy.STOP
     max_skipped_fraction: float = 0.01
     max_pixels: int = DEFAULT_MAX_PIXELS
+    decode: Decode = Decode.CPU
 
     def __post_init__(self) -> None:
         self.views = tuple(self.views)
         self.unreadable = unreadable_policy_of(self.unreadable)
+        self.decode = decode_of(self.decode)
         if self.global_batch_size < 1:
             refuse("global_batch_size", self.global_batch_size, "a batch holds images", "allowed: 1 and more")
         if self.window_shards < 1:
@@ -60,6 +69,8 @@ class StreamConfig:
             refuse("max_skipped_fraction", self.max_skipped_fraction, "no fraction", "allowed: 0 to 1")
         if self.cache_bytes < 0:
             refuse("cache_bytes", self.cache_bytes, "no size", "allowed: 0 (keep nothing) and more")
+        if self.cache_bytes and self.decode is Decode.GPU:
+            refuse("cache_bytes", self.cache_bytes, "decode='gpu' leaves no decoded image to keep", "allowed: 0")
         if self.max_pixels < 1:
             refuse("max_pixels", self.max_pixels, "every image is larger", "allowed: 1 and more pixels")
 
@@ -68,7 +79,15 @@ class StreamConfig:
         """Views of an image over all groups."""
         return sum(group.count for group in self.views)
 
-    def build(self, source: Source, *, seed: int, rank: int = 0, world_size: int = 1) -> TrainStream:
+    def build(
+        self,
+        source: Source,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cuda",
+    ) -> TrainStream:
         """Build the stream of one rank.
 
         Args:
@@ -76,14 +95,16 @@ class StreamConfig:
             seed: of the order, the crops and the flips.
             rank: which part of each batch this process gets, 0 to world_size - 1.
             world_size: parts of a batch.
+            device: on which ``decode="gpu"`` decodes, and where its views are then; ``cpu`` takes torchvision's decoder
+                for CPUs. ``decode="cpu"`` does not look at it.
 
         Returns:
             The stream, at its start.
 
         Raises:
-            ValueError: the batch cannot be dealt equally to the ranks.
+            ValueError: the batch cannot be dealt equally to the ranks, or the device cannot decode.
         """
-        return TrainStream(self, source, seed=seed, rank=rank, world_size=world_size)
+        return TrainStream(self, source, seed=seed, rank=rank, world_size=world_size, device=device)
 
 
 class TrainStream(Iterator[Batch]):
@@ -99,9 +120,19 @@ class TrainStream(Iterator[Batch]):
         seed: of the order, the crops and the flips.
         rank: which part of each batch this process gets.
         world_size: parts of a batch.
+        device: on which ``decode="gpu"`` decodes.
     """
 
-    def __init__(self, config: StreamConfig, source: Source, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        config: StreamConfig,
+        source: Source,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cuda",
+    ) -> None:
         if not 0 <= rank < world_size:
             refuse("rank", rank, f"no rank of world_size={world_size}", "allowed: 0 to world_size - 1")
         if config.global_batch_size % world_size:
@@ -111,6 +142,9 @@ class TrainStream(Iterator[Batch]):
                 f"{world_size} ranks cannot share it equally",
                 f"allowed: multiples of {world_size}",
             )
+        self._device = torch.device(device)
+        if config.decode is Decode.GPU:
+            check_decoder(self._device)
         self.config = config
         self.source = source
         self._order = order_of(source, config.window_shards, seed)
@@ -125,10 +159,12 @@ class TrainStream(Iterator[Batch]):
             config.max_pixels,
             config.cache_bytes,
             config.unreadable,
+            config.decode,
         )
         self._position = 0
+        self._failed = False
         self._batches: Iterator[Loaded] | None = None
-        self._skips = SkipCount(config.max_skipped_fraction)
+        self._skips = SkipCount(config.max_skipped_fraction, self._order.num_samples // world_size)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -147,13 +183,29 @@ class TrainStream(Iterator[Batch]):
         if self._batches is None:
             self._batches = load(self._tasks, self._starts(), self.config.workers)
         try:
-            batch = self._skips.add(next(self._batches))
+            loaded = next(self._batches)
+            if loaded.encoded is not None:
+                self._decode(loaded)
+            batch = self._skips.add(loaded)
         except BaseException:
             # The batches that come next are not those of this position.
             self.close()
             raise
         self._position += self.config.global_batch_size
         return batch
+
+    def _decode(self, loaded: Loaded) -> None:
+        """Fill in the views of a batch on the device; what fails there goes the way of the CPU path."""
+        assert loaded.encoded is not None
+        assert loaded.batch is not None
+        views, failed = decode_views(loaded.encoded, loaded.batch.views, self._count, self._device)
+        if failed and not self._failed:
+            where = self.source.locate(int(loaded.batch.sample[failed[0]]))
+            _log.warning("an image cannot be decoded on %s: %s; Pillow tries, also the next ones", self._device, where)
+        self._failed |= bool(failed)
+        for row in failed:
+            self._tasks.mend(loaded, self._position + self._offset, views, row)
+        loaded.batch.views = tuple(views)
 
     def state_dict(self) -> dict[str, int]:
         """Say where the stream stands after the batches that were handed out, not those prepared ahead.

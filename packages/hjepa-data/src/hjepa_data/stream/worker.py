@@ -17,8 +17,9 @@ from hjepa_data.shards.index import Int64Array
 from hjepa_data.shards.source import RawSample
 from hjepa_data.sources.base import Source
 from hjepa_data.stream.batch import Batch
+from hjepa_data.stream.gpu_decode import Decode, Encoded, is_plain_jpeg
 from hjepa_data.stream.order import Order
-from hjepa_data.transforms.crop import Interpolation, Pixels, ViewGroup, center_crop, random_views
+from hjepa_data.transforms.crop import Interpolation, Pixels, ViewGroup, center_crop, crop_plans, random_views
 from hjepa_data.transforms.decode import SMALLEST_SHRINK, SkipImageError, SkipReason, Upright, open_image
 
 __all__ = ["EvalTasks", "Loaded", "TrainTasks", "UnreadablePolicy", "unreadable_policy_of"]
@@ -52,12 +53,14 @@ class Loaded:
 
     Attributes:
         batch: the batch; None if the worker met an error.
+        encoded: images that are missing in the views of the batch, to be decoded on the device; None if there are none.
         skipped: images that were left out, by reason.
         examples: where the first image of each reason lies.
         error: the one-line message of a data error.
     """
 
     batch: Batch | None = None
+    encoded: Encoded | None = None
     skipped: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
     error: str | None = None
@@ -69,7 +72,7 @@ class Loaded:
         self.examples.setdefault(reason, where if str(skip) == reason else str(skip))
 
     def pin_memory(self) -> Self:
-        """Pin the batch; called by the loader."""
+        """Pin the batch; called by the loader. Decoders read encoded images from any memory."""
         if self.batch is not None:
             self.batch.pin_memory()
         return self
@@ -90,6 +93,7 @@ class TrainTasks(Dataset[Loaded]):
         max_pixels: larger images are left out.
         cache_bytes: decoded pixels that are kept.
         unreadable: what happens to samples that cannot be read.
+        decode: whether plain JPEGs are left encoded.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class TrainTasks(Dataset[Loaded]):
         max_pixels: int,
         cache_bytes: int = 0,
         unreadable: UnreadablePolicy = UnreadablePolicy.STOP,
+        decode: Decode = Decode.CPU,
     ) -> None:
         self._source = source
         self._order = order
@@ -112,29 +117,62 @@ class TrainTasks(Dataset[Loaded]):
         self._cache: dict[int, Upright] = {}
         self._cache_left = cache_bytes
         self._unreadable = unreadable
+        self._decode = decode
         self._announced: set[tuple[int, ...]] = set()
 
     def __getitem__(self, start: int) -> Loaded:
         """Load the batch whose first image stands at a position."""
         try:
-            return self._load(start)
+            self._read_ahead(start)
+            return self._load(start, self._count, Encoded() if self._decode is Decode.GPU else None)
         except DataError as error:
             return Loaded(batch=None, error=str(error))
 
-    def _load(self, start: int) -> Loaded:
-        self._read_ahead(start)
-        epochs, samples = self._order.span(start, self._count)
-        views = [
-            torch.empty((self._count, 3, *g.size), dtype=torch.uint8) for g in self._groups for _ in range(g.count)
-        ]
+    def mend(self, loaded: Loaded, start: int, views: list[torch.Tensor], row: int) -> None:
+        """Decode one row of a batch by Pillow after all, or replace it.
+
+        Args:
+            loaded: the batch; its numbers and counts are brought up to date.
+            start: position of its first image.
+            views: where the pixels go, on any device.
+            row: which image.
+
+        Raises:
+            DataError: the sample cannot be read any more, or too many in a row are damaged.
+        """
+        assert loaded.batch is not None
+        batch = loaded.batch
+        alone = self._load(start + row, 1, None)
+        assert alone.batch is not None
+        if self._order.at(start + row)[1] == int(batch.sample[row]):
+            # Else the worker has counted the image of this position already.
+            for reason, number in alone.skipped.items():
+                loaded.skipped[reason] = loaded.skipped.get(reason, 0) + number
+                loaded.examples.setdefault(reason, alone.examples[reason])
+        for whole, one in zip(
+            (*views, batch.labels, batch.sample, batch.epoch),
+            (*alone.batch.views, alone.batch.labels, alone.batch.sample, alone.batch.epoch),
+            strict=True,
+        ):
+            whole[row] = one[0]
+
+    def _load(self, start: int, count: int, encoded: Encoded | None) -> Loaded:
+        epochs, samples = self._order.span(start, count)
+        views = [torch.empty((count, 3, *g.size), dtype=torch.uint8) for g in self._groups for _ in range(g.count)]
         pixels = [view.numpy() for view in views]
-        loaded = Loaded()
-        for row in range(self._count):
+        loaded = Loaded(encoded=encoded)
+        files: list[bytes] = []
+        finished: list[int] = []
+        for row in range(count):
             for ahead in range(_MAX_REPLACEMENTS):
                 if ahead:
                     epochs[row], samples[row] = self._order.at(start + row + ahead)
                 try:
-                    self._write(int(epochs[row]), int(samples[row]), pixels, row)
+                    key = (self._seed, _CROP, int(epochs[row]), int(samples[row]))
+                    if (file := self._write(key, pixels, row, encoded)) is None:
+                        finished.append(row)
+                    else:
+                        files.append(file)
                 except SkipImageError as skip:
                     if ahead == 0:
                         loaded.leave_out(skip, self._source.locate(int(samples[row])))
@@ -143,6 +181,10 @@ class TrainTasks(Dataset[Loaded]):
             else:
                 where = self._source.locate(int(samples[row]))
                 raise DataError(f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last at {where}")
+        if encoded is not None:
+            if files:
+                encoded.data = torch.frombuffer(bytearray().join(files), dtype=torch.uint8)
+            views = [view[finished] for view in views]
         loaded.batch = _batch(views, self._source.labels[samples], samples, epochs)
         return loaded
 
@@ -158,12 +200,21 @@ class TrainTasks(Dataset[Loaded]):
             # The call lasts as long as the disk does.
             threading.Thread(target=self._source.read_ahead, args=(new,), daemon=True).start()
 
-    def _write(self, epoch: int, sample: int, pixels: list[Pixels], row: int) -> None:
+    def _write(
+        self, draws_key: tuple[int, ...], pixels: list[Pixels], row: int, encoded: Encoded | None
+    ) -> bytes | None:
+        """Cut the views of a row, or plan them and give the file where the device is to decode it."""
+        sample = draws_key[-1]
         upright = self._cache.get(sample)
         if upright is None:
             raw = _read(self._source, sample, self._unreadable)
-            upright = self._kept(sample, open_image(raw.image, max_pixels=self._max_pixels))
-        random_views(upright, self._groups, (self._seed, _CROP, epoch, sample), pixels, row)
+            upright = open_image(raw.image, max_pixels=self._max_pixels)
+            if encoded is not None and isinstance(raw.image, bytes) and is_plain_jpeg(raw.image, upright):
+                encoded.add(row, upright, len(raw.image), crop_plans(upright, self._groups, draws_key))
+                return raw.image
+            upright = self._kept(sample, upright)
+        random_views(upright, self._groups, draws_key, pixels, row)
+        return None
 
     def _kept(self, sample: int, upright: Upright) -> Upright:
         """Keep the decoded image if there is room, and if no crop would decode it at a smaller scale."""

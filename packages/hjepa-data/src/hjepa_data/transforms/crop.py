@@ -16,7 +16,16 @@ from hjepa_data.errors import refuse
 from hjepa_data.random import Draws
 from hjepa_data.transforms.decode import SkipImageError, SkipReason, Upright
 
-__all__ = ["Interpolation", "Pixels", "ViewGroup", "center_crop", "random_views", "resized_crop_box"]
+__all__ = [
+    "CropPlan",
+    "Interpolation",
+    "Pixels",
+    "ViewGroup",
+    "center_crop",
+    "crop_plans",
+    "random_views",
+    "resized_crop_box",
+]
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Box = tuple[float, float, float, float]
@@ -121,6 +130,30 @@ def resized_crop_box(
     return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
 
 
+CropPlan = tuple[ViewGroup, tuple[int, int, int, int], bool]
+
+
+def crop_plans(upright: Upright, groups: tuple[ViewGroup, ...], draws_key: tuple[int, ...]) -> list[CropPlan]:
+    """Draw the crops of one image.
+
+    Args:
+        upright: the image.
+        groups: what views.
+        draws_key: (seed, epoch, sample): view v draws from (seed, epoch, sample, v).
+
+    Returns:
+        For each view its group, its box (left, top, width, height; pixels of the upright image at full scale) and
+        whether it is mirrored.
+    """
+    plans: list[CropPlan] = []
+    for group in groups:
+        for _ in range(group.count):
+            draws = Draws(*draws_key, len(plans))
+            box = resized_crop_box(draws, upright.width, upright.height, group.scale, group.ratio)
+            plans.append((group, box, draws.uniform() < group.flip))
+    return plans
+
+
 def random_views(
     upright: Upright, groups: tuple[ViewGroup, ...], draws_key: tuple[int, ...], out: list[Pixels], row: int
 ) -> None:
@@ -129,19 +162,14 @@ def random_views(
     Args:
         upright: the image.
         groups: what views.
-        draws_key: (seed, epoch, sample): view v draws from (seed, epoch, sample, v).
+        draws_key: of ``crop_plans``.
         out: for each view, an array [B, 3, H, W].
         row: which image of ``out`` is written.
 
     Raises:
         SkipImageError: the file is damaged.
     """
-    plans: list[tuple[ViewGroup, tuple[int, int, int, int], bool]] = []
-    for group in groups:
-        for _ in range(group.count):
-            draws = Draws(*draws_key, len(plans))
-            box = resized_crop_box(draws, upright.width, upright.height, group.scale, group.ratio)
-            plans.append((group, box, draws.uniform() < group.flip))
+    plans = crop_plans(upright, groups, draws_key)
     image = upright.decode(min(min(box[2] / group.size[1], box[3] / group.size[0]) for group, box, _ in plans))
     scale_x, scale_y = image.width / upright.width, image.height / upright.height
     for view, (group, (left, top, width, height), flip) in enumerate(plans):

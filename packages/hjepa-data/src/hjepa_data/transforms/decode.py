@@ -14,6 +14,8 @@ from PIL import Image
 __all__ = ["SMALLEST_SHRINK", "SkipImageError", "SkipReason", "Upright", "open_image"]
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
+# Of files that are no members of shards. Never all that Pillow knows: it hands EPS to Ghostscript, a program.
+_FILE_FORMATS = (*_FORMATS, "BMP", "GIF", "JPEG2000", "PPM", "TIFF")
 _EXIF_ORIENTATION = 0x0112
 _JPEG_SCALES = (8, 4, 2)
 SMALLEST_SHRINK = min(_JPEG_SCALES)
@@ -115,7 +117,7 @@ def open_image(data: bytes | Image.Image, *, max_pixels: int, any_format: bool =
     Args:
         data: bytes of a JPEG, PNG or WebP file, or an image that Pillow opened.
         max_pixels: images with more pixels are refused before they are decoded.
-        any_format: read whatever Pillow reads, not only the three.
+        any_format: also read BMP, GIF, JPEG 2000, PPM and TIFF.
 
     Returns:
         The image, with its pixels not decoded yet.
@@ -133,7 +135,7 @@ def open_image(data: bytes | Image.Image, *, max_pixels: int, any_format: bool =
         if isinstance(data, Image.Image):
             image = data
         else:
-            image = Image.open(io.BytesIO(data), formats=None if any_format else _FORMATS)
+            image = Image.open(io.BytesIO(data), formats=_FILE_FORMATS if any_format else _FORMATS)
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise SkipImageError(SkipReason.TOO_LARGE) from None

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hjepa_train.errors import one_line
+
 MANIFEST = "manifest.json"
 FORMAT = 2
 
@@ -74,7 +76,13 @@ def read_manifest(folder: Path, *, verify: bool) -> dict[str, Any]:
         size = path.stat().st_size
         if size != expected["size"]:
             raise DamagedError(f"{name} has {size} bytes of {expected['size']}")
-        if verify and describe(path).sha256 != expected["sha256"]:
+        if not verify:
+            continue
+        try:
+            digest = describe(path).sha256
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read: {one_line(error)}") from error
+        if digest != expected["sha256"]:
             raise DamagedError(f"{name} has another SHA-256 than its manifest")
     return manifest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Mapping
@@ -81,6 +82,8 @@ class Saver:
             CheckpointError: Where the save before has failed.
         """
         self.wait()
+        # A copy, since training changes what callbacks hold while the thread writes; and what is no JSON fails here.
+        state = json.loads(json.dumps(state))
         parts = own_parts(tensors, self._world.rank, self._world.size)
         parts |= {name: Part(offsets=(0,) * tensor.ndim, values=tensor) for name, tensor in own.items()}
         copies = self._copied(parts)

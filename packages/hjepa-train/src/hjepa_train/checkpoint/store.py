@@ -215,7 +215,11 @@ class CheckpointStore:
         if missing:
             raise DamagedError(f"{len(missing)} tensors of the model were not written ({', '.join(missing[:3])})")
         self._commit(aside, path)
-        self._retain(_step(path))
+        try:
+            replace_text(self.folder / LATEST, f"{path.name}\n")
+            self._retain(_step(path))
+        except OSError as error:
+            logger.warning("%s is saved, but the folder is not in order: %s", path, one_line(error))
 
     def clean(self) -> None:
         """Remove what an interrupted save has left."""
@@ -231,7 +235,6 @@ class CheckpointStore:
             path.rename(self.folder / f".tmp-old-{path.name}")
         aside.rename(path)
         sync(self.folder)
-        replace_text(self.folder / LATEST, f"{path.name}\n")
 
     def _retain(self, step: int) -> None:
         self.clean()
