@@ -2,6 +2,7 @@
 
 import pytest
 
+from hjepa_benchmark.cli import main as benchmark
 from hjepa_pretrain.cli import main as pretrain
 from hjepa_pretrain.demo import compose_demo
 from hjepa_pretrain.demo.shards import write_demo_shards
@@ -50,4 +51,17 @@ def train(shards, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(train):
-    return train("run")
+    return train(
+        "run",
+        "recipe=hjepa",
+        "hjepa.pyramid.levels=2",
+        "hjepa.level_weights.weights=[1.0,0.7]",
+        "trainer.learning_rate.value=0.05",
+    )
+
+
+@pytest.fixture(scope="session")
+def measured(run):
+    """The run, with the results of its quick suite."""
+    assert benchmark(["suite=quick", str(run), "--corruption-images", "40"]) == 0
+    return run

@@ -38,7 +38,7 @@ def test_quantize_prints_the_accuracy_of_both_and_their_bytes(run, tmp_path, cap
         for row in json.loads((run / "results.json").read_text())["rows"]
         if row["features"] == "trained"
     }
-    assert {row["level"]: row["floats"] for row in found["rows"]} == measured
+    assert {row["level"]: row["floats"] for row in found["rows"]} == pytest.approx(measured)
     assert all(row["drop"] == pytest.approx(100 * (row["floats"] - row["int8"])) for row in found["rows"])
     assert found["bytes"] == {"floats": weight_bytes(model), "int8": weight_bytes(quantize_int8(model))}
     assert found["bytes"]["int8"] < 0.5 * found["bytes"]["floats"]
@@ -70,7 +70,8 @@ def test_loader_compares_all_that_are_installed(shards, tmp_path):
     printed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout
     found = json.loads((tmp_path / "l.json").read_text())
     names = [row["loader"] for row in found["rows"]]
-    assert names[:5] == [
+    assert ("hjepa-data, nvJPEG" in names) == torch.cuda.is_available()
+    assert [name for name in names if name != "hjepa-data, nvJPEG"][:5] == [
         "hjepa-data",
         "plain loop, Pillow",
         "plain loop, torchvision",

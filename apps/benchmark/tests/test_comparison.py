@@ -15,6 +15,7 @@ from hjepa_benchmark.comparison.compare import (
     paired_differences,
     read_candidates,
 )
+from hjepa_benchmark.comparison.sweep import combinations
 from hjepa_eval import FeatureName, Measurement, Results
 
 NAME = FeatureName(branch="target", level="encoder", pooling="mean")
@@ -64,9 +65,10 @@ def test_curves_over_images_and_seconds():
 
 
 @pytest.mark.slow
-def test_compare_measures_what_is_missing(run, train, tmp_path, capsys):
-    other = train("other", "run.seed=1", "trainer.learning_rate.value=0.01")
-    assert main(["suite=quick", str(run), "--corruption-images", "20"]) == 0
+def test_compare_measures_what_is_missing(measured, train, tmp_path, capsys):
+    run = measured
+    levels = ("recipe=hjepa", "hjepa.pyramid.levels=2", "hjepa.level_weights.weights=[1.0,0.7]")
+    other = train("other", *levels, "run.seed=1", "trainer.learning_rate.value=0.01")
     before = (run / "benchmark" / "results.json").read_bytes()
     words = ["compare", str(run), str(other), "--out", str(tmp_path / "c.html"), "--json", str(tmp_path / "c.json")]
     assert main(words) == 0
@@ -91,9 +93,17 @@ def test_compare_measures_what_is_missing(run, train, tmp_path, capsys):
         read_candidates([run, run])
 
 
+def test_combinations_are_hydras():
+    found = list(combinations(["a=1,2", "hydra.sweep.dir=x", "b=[1,2]", "c=range(0,2)"]))
+    assert found == [[f"a={a}", "b=[1,2]", f"c={c}"] for a in (1, 2) for c in (0, 1)]
+    with pytest.raises(ValueError, match="key=a,b"):
+        list(combinations(["nonsense"]))
+
+
 @pytest.mark.slow
 def test_sweep_trains_measures_and_groups(shards, tiny, tmp_path, capsys):
     words = [f"data.train={shards}/train-*.tar", f"data.eval={shards}/eval-*.tar", "run.steps=1", *tiny]
+    words += ["recipe=hjepa", "hjepa.pyramid.levels=1", "hjepa.level_weights.weights=[1.0]"]
     folder = tmp_path / "swept"
     command = ["sweep", "run.seed=0,1", f"hydra.sweep.dir={folder}", *words, "eval.every_steps=null"]
     assert main([*command, "--json", str(tmp_path / "s.json")]) == 0

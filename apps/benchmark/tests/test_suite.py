@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hjepa_benchmark.cli import main
 from hjepa_benchmark.runs import open_run
 from hjepa_benchmark.suite.composites import _mean_iou
 from hjepa_benchmark.suite.findings import find, read_right
@@ -17,16 +16,10 @@ from hjepa_benchmark.suite.robustness import _ratio
 from hjepa_benchmark.suite.run import measure
 from hjepa_benchmark.suite.subjects import subjects
 from hjepa_benchmark.suite.summary import latex, markdown
-from hjepa_eval import FewShotConfig, Results, read_results
+from hjepa_eval import AttentiveProbeConfig, FewShotConfig, HeadOptimizer, HeadTraining, Results, read_results
 from hjepa_eval.robustness.error import mean_corruption_error
 from hjepa_eval.robustness.severity import Corruption
 from hjepa_pretrain.demo import CLASS_NAMES
-
-
-@pytest.fixture(scope="module")
-def measured(run):
-    assert main(["suite=quick", str(run), "--corruption-images", "40"]) == 0
-    return run
 
 
 def test_the_results_follow_the_schema_and_leave_the_runs_own_alone(measured):
@@ -70,13 +63,14 @@ def test_the_page_stands_alone(measured):
 @pytest.mark.slow
 def test_the_full_suite(measured, tmp_path):
     plan = replace(
-        FULL, corruptions=(Corruption.fog, Corruption.snow), severities=(1, 5), corruption_images=20,
-        few_shot=FewShotConfig(shots=(1,), shares=(0.5,), draws=2), composites=(120, 60),
+        FULL, corruptions=(Corruption.fog,), severities=(5,), corruption_images=20,
+        few_shot=FewShotConfig(shots=(1,), shares=(), draws=2), composites=(60, 40),
+        attentive=(AttentiveProbeConfig(blocks=2, training=HeadTraining(epochs=1, optimizer=HeadOptimizer.adamw)),),
     )  # fmt: skip
     run = open_run(measured)
     findings, pictures = measure(run, plan, {}, [])
     names = {one.metric for one in findings.measurements if one.name.branch == "target"}
-    assert {"attentive_1", "attentive_4", "map", "lidar", "alignment", "cka", "miou", "factor/place"} <= names
+    assert {"attentive_2", "map", "lidar", "alignment", "cka", "miou", "factor/place"} <= names
     assert {"factor/background", "dci_disentanglement", "width/2", "error/rotation/90", "error/occlusion/0.5"} <= names
     for one in findings.measurements:
         if one.metric in ("miou", "factor/class"):
@@ -104,7 +98,7 @@ def test_a_folder_of_other_images_is_classified(measured, tmp_path):
     subject = subjects(run)[0]
     train, test = (subject.extract(images, run.device) for images in (run.train, run.test))
     findings = Findings()
-    plan = replace(FULL, few_shot=FewShotConfig(shots=(1,), shares=(), draws=2), tokens=False)
+    plan = replace(FULL, few_shot=FewShotConfig(shots=(1,), shares=(), draws=2), retrieval=False)
     probes = probe_levels(subject, train, test, run, plan, findings)
     measure_folders({"other": tmp_path / "other"}, list(CLASS_NAMES), subject, probes, run, findings)
     one = find(findings.measurements, "folder/other", branch="target", level="encoder")

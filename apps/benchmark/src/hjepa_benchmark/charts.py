@@ -25,21 +25,22 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[Measurement | None
     counts = {name: sum(one is not None for one in values) for name, values in series.items()}
     lone = {name for name, count in counts.items() if count == 1 < max(counts.values())}
     barred = [name for name in series if name not in lone]
+    shown = [at for at in range(len(groups)) if any(series[name][at] is not None for name in barred)]
     width = 0.8 / max(1, len(barred))
-    for number, name in enumerate(series):
+    for number, (name, values) in enumerate(series.items()):
         color = COLORS[number % len(COLORS)]
-        known = [(place, one) for place, one in enumerate(series[name]) if one is not None]
         if name in lone:
-            one = known[0][1]
+            (one,) = [one for one in values if one is not None]
             axes.axhline(one.value, color=color, linestyle="--", linewidth=1.4, label=name)
             axes.axhspan(one.low, one.high, color=color, alpha=0.13, linewidth=0)
-        elif known:
-            offset = (barred.index(name) - (len(barred) - 1) / 2) * width
-            at, found = [place + offset for place, _ in known], [one for _, one in known]
-            heights = [one.value for one in found]
-            axes.bar(at, heights, width * 0.92, color=color, label=name)
-            axes.errorbar(at, heights, yerr=_errors(found), fmt="none", ecolor="#1f2328", elinewidth=0.9, capsize=2)
-    axes.set_xticks(range(len(groups)), groups, fontsize=9)
+            continue
+        known = [(place, found) for place, at in enumerate(shown) if (found := values[at]) is not None]
+        offset = (barred.index(name) - (len(barred) - 1) / 2) * width
+        places, heights = [place + offset for place, _ in known], [one.value for _, one in known]
+        errors = _errors([one for _, one in known])
+        axes.bar(places, heights, width * 0.92, color=color, label=name)
+        axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor="#1f2328", elinewidth=0.9, capsize=2)
+    axes.set_xticks(range(len(shown)), [groups[at] for at in shown], fontsize=9)
     axes.set_ylabel(title)
     _plain(axes)
     if len(series) > 1:

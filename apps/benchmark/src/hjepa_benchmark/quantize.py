@@ -9,12 +9,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from hjepa_benchmark.runs import open_run, read_config
 from hjepa_eval import FeatureSet, knn_accuracy
 from hjepa_models import HJEPA, load_pretrained
 from hjepa_models.quantization import quantize_int8, weight_bytes
-from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
-from hjepa_pretrain.evaluation import Images, level_features, load_pair, open_sources
+from hjepa_pretrain.evaluation import Images, level_features
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,18 +69,12 @@ def quantize_run(run_dir: Path, *, train: str | None, held_out: str | None, outp
     Raises:
         ValueError: the folder holds no finished run, there is nothing to measure on, or torchao is not installed.
     """
-    if not (run_dir / settings.CONFIG_FILE).is_file():
-        raise ValueError(f"{run_dir}: no {settings.CONFIG_FILE}; give the folder of an hjepa-pretrain run")
-    config, _ = settings.load([f"run.dir={run_dir}"])
-    config.data.train = train or config.data.train
-    config.data.eval = held_out or config.data.eval
+    read_config(run_dir)
     floats = load_pretrained(run_dir)
     int8 = quantize_int8(floats)  # before the images, which take longer, for it may be refused
-    images = load_pair(config, open_sources(config), config.eval.train_samples, config.eval.eval_samples)
-    if images is None:
-        raise ValueError(f"{run_dir}: the run has no data.eval; give held-out shards with --eval")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = measure_quantization(floats, int8, config, *images, device)
+    run = open_run(run_dir, train=train, held_out=held_out)
+    config = run.config
+    rows = measure_quantization(floats, int8, config, run.train, run.test, run.device)
     size = (weight_bytes(floats), weight_bytes(int8))
     Console().print(_table(rows, size, config.eval.k))
     if output is not None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
 
-from hjepa_data import ShardSource, StreamConfig, ViewGroup, WorkerConfig
+from hjepa_data import Decode, DevicePrefetcher, ShardSource, StreamConfig, ViewGroup, WorkerConfig
 from hjepa_data.shards.write import image_extension
 
 BATCH = 50
@@ -56,6 +56,7 @@ def all_loaders(setup: Setup) -> dict[str, Measure]:
     """Names each loader and what measures its images a second, given the number of the repeat; ours is the first."""
     loaders: dict[str, Measure] = {
         "hjepa-data": partial(_time_stream, setup),
+        **({"hjepa-data, nvJPEG": partial(_time_gpu_stream, setup)} if torch.cuda.is_available() else {}),
         "plain loop, Pillow": partial(_time_loop, setup, _pillow_crop),
         "plain loop, torchvision": partial(_time_loop, setup, _torchvision_crop),
         "ImageFolder + DataLoader": partial(_time_image_folder, setup, _write_folder(setup)),
@@ -77,15 +78,33 @@ def _timed(setup: Setup, batches: Iterator[Any]) -> float:
 
 
 def _time_stream(setup: Setup, repeat: int) -> float:
-    config = StreamConfig(
-        global_batch_size=BATCH,
-        views=(ViewGroup(size=(setup.size, setup.size), scale=SCALE, ratio=RATIO, flip=FLIP),),
-        workers=WorkerConfig(count=setup.workers),
-    )
-    stream = config.build(setup.source, seed=repeat)
+    stream = _stream_config(setup, Decode.CPU).build(setup.source, seed=repeat)
     speed = _timed(setup, stream)
     stream.close()
     return speed
+
+
+def _time_gpu_stream(setup: Setup, repeat: int) -> float:
+    """Times batches that lie on the GPU, ready to be used there."""
+    stream = DevicePrefetcher(_stream_config(setup, Decode.GPU).build(setup.source, seed=repeat), "cuda")
+    speed = _timed(setup, _waited_for(stream))
+    stream.close()
+    return speed
+
+
+def _waited_for(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        torch.cuda.current_stream().synchronize()
+        yield batch
+
+
+def _stream_config(setup: Setup, decode: Decode) -> StreamConfig:
+    return StreamConfig(
+        global_batch_size=BATCH,
+        views=(ViewGroup(size=(setup.size, setup.size), scale=SCALE, ratio=RATIO, flip=FLIP),),
+        workers=WorkerConfig(count=setup.workers),
+        decode=decode,
+    )
 
 
 # The plainest loops: read, decode, crop at random, resize and stack, with no loader around them.

@@ -32,6 +32,8 @@ def test_occlusion_covers_exact_shares_that_grow():
     first, again = occlude(IMAGES, 0.5), occlude(IMAGES[1:], 0.5, samples=torch.tensor([1, 2]))
     assert torch.equal(first[1:], again)
     assert not torch.equal(first, occlude(IMAGES, 0.5, seed=1))
+    same = occlude(IMAGES[:1].expand(2, -1, -1, -1), 0.5)
+    assert not torch.equal(same[0], same[1])
 
 
 def test_resolution_is_lost_and_the_mean_is_kept():

@@ -1,9 +1,13 @@
 """Train every combination of settings, then compare them, seeds together."""
 
+import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from hjepa_benchmark.comparison.compare import read_candidates
 from hjepa_benchmark.comparison.run import show
@@ -25,10 +29,12 @@ def sweep(words: Sequence[str], *, suite: str = "quick", page: Path | None, outp
         output: also write a JSON file.
 
     Raises:
-        ValueError: a setting is wrong, or a run did not end.
+        ValueError: a setting is wrong, which is said before anything is trained, or a run did not end.
     """
     given = [word.removeprefix(_DIR) for word in words if word.startswith(_DIR)]
     folder = Path(given[0] if given else f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
+    for combination in combinations(words):
+        settings.load(combination)
     command = list(sys.argv)
     try:
         code = multirun([*words, *([] if given else [f"{_DIR}{folder}"])])
@@ -50,3 +56,23 @@ def sweep(words: Sequence[str], *, suite: str = "quick", page: Path | None, outp
         if not (one / FOLDER / RESULTS_FILE).is_file():
             run_suite(one, suite=suite)
     show(read_candidates(folders), grouped=True, page_file=page, output=output)
+
+
+def combinations(words: Sequence[str]) -> Iterator[list[str]]:
+    """Every combination of settings that the words describe, without hydra's own.
+
+    Raises:
+        ValueError: a word is no setting.
+    """
+    own = [settings.quoted(word) for word in words if not word.startswith("hydra")]
+    try:
+        overrides = OverridesParser.create().parse_overrides(overrides=own)
+    except HydraException as error:
+        raise ValueError(f"{' '.join(str(error).split())}; write key=a,b, as in run.seed=0,1") from error
+    choices = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [str(one.input_line)]
+        for one in overrides
+    ]
+    return (list(chosen) for chosen in itertools.product(*choices))

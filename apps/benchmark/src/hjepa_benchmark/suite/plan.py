@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hjepa_eval import FewShotConfig
+from hjepa_eval import AttentiveProbeConfig, FewShotConfig
 from hjepa_eval.robustness.severity import SEVERITIES, Corruption
 
 
@@ -17,7 +17,8 @@ class Plan:
         severities: how strong.
         corruption_images: held-out images that are changed.
         shifts: rotations, occlusion and lower resolution.
-        tokens: attentive probes, on the tokens of the encoder.
+        attentive: attentive probes, on the tokens of the encoder.
+        retrieval: mean average precision.
         composites: pictures that are learned from and tested, of which all is known: factors, segmentation,
             disentanglement and bottlenecks; None leaves them out.
         views: LiDAR and alignment, on crops of the same images.
@@ -29,7 +30,8 @@ class Plan:
     severities: tuple[int, ...]
     corruption_images: int
     shifts: bool
-    tokens: bool
+    attentive: tuple[AttentiveProbeConfig, ...]
+    retrieval: bool
     composites: tuple[int, int] | None
     views: bool
 
@@ -44,7 +46,8 @@ QUICK = Plan(
     severities=(1, 3, 5),
     corruption_images=1_000,
     shifts=False,
-    tokens=False,
+    attentive=(),
+    retrieval=False,
     composites=None,
     views=False,
 )  # fmt: skip
@@ -55,7 +58,8 @@ FULL = Plan(
     severities=SEVERITIES,
     corruption_images=2_000,
     shifts=True,
-    tokens=True,
+    attentive=(AttentiveProbeConfig(blocks=1), AttentiveProbeConfig(blocks=4)),
+    retrieval=True,
     composites=(4_000, 2_000),
     views=True,
 )

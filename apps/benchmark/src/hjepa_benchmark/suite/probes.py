@@ -1,5 +1,7 @@
 """Probes and label-free measures of features, by level."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ from hjepa_eval.robustness.maps import read_between
 Features = dict[str, FeatureSet]
 _RANK_SAMPLES = 2_000
 _RETRIEVAL = 2_000
-_ATTENTIVE = 4_000
+_ATTENTIVE = 2_000
 _VIEW_IMAGES, _VIEWS = 400, 10
 
 
@@ -62,14 +64,14 @@ def probe_levels(
             ranked = FeatureSet(values=bank.values[:_RANK_SAMPLES], labels=bank.labels[:_RANK_SAMPLES], name=bank.name)
             if len(ranked) >= 20:
                 findings.measurements += measure_unlabelled(ranked)
-        if plan.tokens:
+        if plan.retrieval:
             precision = average_precision(probe_x[:_RETRIEVAL], truth[:_RETRIEVAL], values, labels)
             findings.interval("map", bank.name, bootstrap(precision[precision.isfinite()]), n_train=len(x))
     return probes
 
 
-def probe_tokens(subject: Subject, run: Run, findings: Findings) -> None:
-    """Attentive probes of 1 and 4 blocks on the tokens of the encoder."""
+def probe_tokens(subject: Subject, run: Run, configs: Sequence[AttentiveProbeConfig], findings: Findings) -> None:
+    """Attentive probes on the tokens of the encoder."""
     assert subject.model is not None
     train, test = run.train.head(_ATTENTIVE), run.test
     tokens = {name: tokens_of(run, subject.model, images, ["encoder"])["encoder"] for name, images in
@@ -77,9 +79,9 @@ def probe_tokens(subject: Subject, run: Run, findings: Findings) -> None:
     x, y = tokens["train"][train.labels >= 0], train.labels[train.labels >= 0]
     test_x, test_y = tokens["test"][test.labels >= 0], test.labels[test.labels >= 0]
     name = _name(subject, "encoder", "attentive")
-    for blocks in (1, 4):
-        probe = AttentiveProbe(AttentiveProbeConfig(blocks=blocks)).fit(x, y, device=run.device)
-        findings.accuracy(f"attentive_{blocks}", name, probe.predict(test_x).cpu() == test_y, n_train=len(x))
+    for config in configs:
+        probe = AttentiveProbe(config).fit(x, y, device=run.device)
+        findings.accuracy(f"attentive_{config.blocks}", name, probe.predict(test_x).cpu() == test_y, n_train=len(x))
 
 
 def compare_levels(train: Features, findings: Findings) -> None:

@@ -117,9 +117,9 @@ def _trained(pairs: list[tuple[Subject, dict[str, LogisticProbe]]]) -> tuple[Sub
 
 
 def _beyond(subject: Subject, train: dict[str, FeatureSet], run: Run, plan: Plan, findings: Findings) -> None:
-    if plan.tokens:
+    if plan.attentive:
         _tell(f"attentive probes, {subject.name}")
-        probe_tokens(subject, run, findings)
+        probe_tokens(subject, run, plan.attentive, findings)
     if len(train) > 1:
         compare_levels(train, findings)
     if plan.views:

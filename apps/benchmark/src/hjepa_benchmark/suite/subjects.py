@@ -49,7 +49,7 @@ def subjects(run: Run) -> list[Subject]:
         Subject(name=name, model=model.to(run.device).eval(), features=_features_of(model, run, name))
         for name, model in models.items()
     ]
-    return [*found, Subject(name=PIXELS, model=None, features=_pixels)]
+    return [*found, Subject(name=PIXELS, model=None, features=_pixels_of(run))]
 
 
 def level_grids(run: Run, model: Model) -> dict[str, tuple[int, int]]:
@@ -90,9 +90,12 @@ def _features_of(model: Model, run: Run, name: str) -> Callable[[Tensor], dict[F
     return features
 
 
-def _pixels(pixels: Tensor) -> dict[FeatureName, Tensor]:
-    small = F.interpolate(pixels.float() / 255, size=(_SIDE, _SIDE), mode="area")
-    return {FeatureName(branch="-", level="pixels", pooling="flatten"): small.flatten(1)}
+def _pixels_of(run: Run) -> Callable[[Tensor], dict[FeatureName, Tensor]]:
+    def features(pixels: Tensor) -> dict[FeatureName, Tensor]:
+        small = F.interpolate(normalized(run, pixels), size=(_SIDE, _SIDE), mode="area")
+        return {FeatureName(branch="-", level="pixels", pooling="flatten"): small.flatten(1)}
+
+    return features
 
 
 def _batches(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
