@@ -244,7 +244,7 @@ class PretrainConfig:
     """A run: `recipe` says how it learns, `model` what learns, `data` from what."""
 
     recipe: str = "hjepa_global"
-    """`ijepa`, `hjepa` or `hjepa_global`: a file of conf/recipe."""
+    """`ijepa`, `hjepa`, `hjepa_global`, `hjepa_contrast` or a baseline: a file of conf/recipe."""
     preset: str = "none"
     """`demo` fits a recipe to the embedded demo; taken where no `data.train` is given."""
     model: str = "vit_small_patch16"

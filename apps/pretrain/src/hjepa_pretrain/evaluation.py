@@ -91,7 +91,7 @@ def _check_classes(sources: Sequence[Source | None]) -> None:
         if other != known[0]:
             differ = sorted(set(other) ^ set(known[0]))[:3] or known[0][:3]
             raise DataError(
-                f"data.train, data.eval: they number their classes differently ({', '.join(differ)}, ...), so labels would "
+                f"data.train, data.eval: they number classes differently ({', '.join(differ)}, ...), so labels would "
                 "not mean the same; give them the same class folders, or make shards of one folder with a split"
             )
 

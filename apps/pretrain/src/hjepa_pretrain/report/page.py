@@ -9,7 +9,8 @@ _STYLE = """
 body{font:15px/1.55 system-ui,sans-serif;color:#1f2328;max-width:1080px;margin:2rem auto;padding:0 1.2rem}
 h1{font-size:1.7rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin:2.2rem 0 .4rem;border-bottom:1px solid #e4e6ea}
 p.note{color:#57606a;max-width:75ch}table{border-collapse:collapse;margin:.6rem 0;font-variant-numeric:tabular-nums}
-th,td{padding:.28rem .7rem;text-align:right;white-space:nowrap;font-size:14px;line-height:1.3;border-bottom:1px solid #eceef1}th{font-weight:600;color:#57606a}
+th,td{padding:.28rem .7rem;text-align:right;white-space:nowrap;font-size:14px;line-height:1.3;
+border-bottom:1px solid #eceef1}th{font-weight:600;color:#57606a}
 th:nth-child(-n+3),td:nth-child(-n+3){text-align:left}tr.own td{background:#eef6fa}img{max-width:100%}
 small{color:#57606a;font-size:11.5px}.row{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}
 pre{background:#f6f8fa;padding:.8rem;overflow:auto;font-size:12.5px}
