@@ -206,12 +206,21 @@ def test_damaged_images_are_counted_and_replaced(tmp_path, jpeg, workers):
 def test_too_many_damaged_images_stop_the_stream(tmp_path, jpeg):
     source = bad_shards(tmp_path, jpeg, dict.fromkeys(range(20), "undecodable"))
     stream = config(batch=8).build(source, seed=3)
-    with pytest.raises(DataError, match=r"1\d of .* undecodable.*max_skipped_fraction=0.01") as caught:
+    with pytest.raises(DataError, match=r"1\d images .* undecodable.*max_skipped_fraction=0.01") as caught:
         take(stream, 10)
     assert "\n" not in str(caught.value)
     lenient = config(batch=8, max_skipped_fraction=0.6).build(source, seed=3)
     assert len(take(lenient, 10)) == 10
     assert lenient.skipped == {"undecodable": 40}
+
+
+def test_the_share_of_a_whole_pass_counts_wherever_a_stream_begins(tmp_path, jpeg):
+    """Eleven damaged images of 40 that stand in one shard are 28 %, not all of the first batch."""
+    source = bad_shards(tmp_path, jpeg, dict.fromkeys(range(11), "undecodable"))
+    for start in range(0, 80, 8):
+        stream = config(batch=8, max_skipped_fraction=0.3).build(source, seed=3)
+        stream.load_state_dict(stream.state_dict() | {"position": start % 40})
+        assert len(take(stream, 5)) == 5
 
 
 def test_nothing_decodable_is_an_error_not_a_loop(tmp_path, jpeg):
