@@ -13,7 +13,7 @@ and shows what was learned.
 
   hjepa-pretrain                                             the demo
   hjepa-pretrain recipe=ijepa                                the demo, another recipe: ijepa, hjepa, hjepa_global,
-                                                             hjepa_contrast, or a baseline: mae, simclr, lejepa, supervised
+                                                             hjepa_contrast; baselines: mae, simclr, lejepa, supervised
   hjepa-pretrain data.train='/data/shards/train-{000000..000099}.tar' data.eval='/data/shards/eval-*.tar' \\
       model=vit_small_patch16 run.steps=100000               your own shards (hjepa-shards makes them from a folder)
   hjepa-pretrain run.dir=runs/NAME                           go on with a run that was stopped
