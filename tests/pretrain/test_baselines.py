@@ -74,7 +74,7 @@ def test_mae_predicts_the_normalised_pixels_of_hidden_patches_only():
 
 def test_images_without_a_label_do_not_count():
     hjepa = settings.load(["recipe=supervised"])[0].hjepa
-    model = build_baseline(BaselineConfig(kind="supervised", num_classes=3), hjepa, seed=0).requires_grad_(False)
+    model = build_baseline(BaselineConfig(kind="supervised", num_classes=3), hjepa, seed=0).eval().requires_grad_(False)
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     masks = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, 1, dtype=torch.long)
     some = model([images], *masks, 0, torch.tensor([2, -1, 0])).loss
