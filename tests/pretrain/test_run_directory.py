@@ -90,3 +90,10 @@ def test_the_trace_is_one_that_viewers_read(run_dir):
     events = json.loads(trace.read_text())["traceEvents"]
     assert any(event.get("name", "").startswith("ProfilerStep") for event in events)
     assert any("addmm" in event.get("name", "") for event in events)
+
+
+def test_the_seed_is_that_of_dropped_paths_too(pretrain, tiny, tmp_path, capsys, read_losses):
+    words = ("recipe=hjepa", "hjepa.encoder.drop_path=0.5", "eval.at_end=false", "run.steps=3")
+    for name in "ab":
+        assert pretrain.here(capsys, f"run.dir={tmp_path}/{name}", *tiny, *words).code == 0
+    assert read_losses(tmp_path / "a") == read_losses(tmp_path / "b")
