@@ -384,7 +384,8 @@ def _clear(plan: MakePlan, out: Path, overwrite: bool) -> None:
         for path in sorted(out.glob("*.tar"))
         if (split := re.fullmatch(r"(.+)-\d{6}\.tar", path.name)) and split[1] not in plan.splits
     ]
-    if others:
+    # Splits may be written one after the other; but what replaces a split may have taken in the images of another.
+    if old and others:
         raise DataError(
             f"'{out}' also holds '{others[0].name}', of a split that is not written now and may hold the same images; "
             "remove it, or give another folder"
