@@ -74,7 +74,8 @@ def test_a_worker_that_ends_or_hangs_is_named_while_next_waits(shards, tmp_path,
     action, message = FAULTS[fault]
     others = multiprocessing.active_children()
     reference = take(config().build(ShardSource(shards), seed=SEED), 9)
-    stream = config(2, timeout=2.0 if fault == "asleep" else 60.0).build(Faulty(shards, tmp_path / "log", action), seed=SEED)
+    patience = 2.0 if fault == "asleep" else 60.0
+    stream = config(2, timeout=patience).build(Faulty(shards, tmp_path / "log", action), seed=SEED)
     given = []
     with pytest.raises(WorkerError, match=message) as caught:
         given.extend(stream)
