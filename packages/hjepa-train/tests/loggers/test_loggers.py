@@ -87,7 +87,8 @@ def wandb_history(folder):
     from wandb.proto import wandb_internal_pb2 as proto
 
     rows = []
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+    # A sitting of the same second has "-1" behind the name of its folder, and comes after it.
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.parent.name):
         data, place, content = path.read_bytes(), 7, b""
         while place + 7 <= len(data):
             if 32768 - place % 32768 < 7:
