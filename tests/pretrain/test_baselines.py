@@ -8,11 +8,16 @@ from torch.nn import functional
 
 from hjepa_models import Encoder
 from hjepa_pretrain import settings
-from hjepa_pretrain.baselines import BaselineConfig, build_baseline
+from hjepa_pretrain.baselines import BaselineConfig, Inputs, build_baseline
 from hjepa_pretrain.baselines.simclr import nt_xent
 from hjepa_pretrain.model import load_run
 
 KINDS = ("mae", "simclr", "supervised")
+ANYWHERE = torch.zeros(1, 1, 1, dtype=torch.long)
+
+
+def inputs(images, labels, context=ANYWHERE, targets=ANYWHERE):
+    return Inputs(views=[images], context_index=context, target_index=targets, labels=labels)
 
 
 @pytest.mark.parametrize("recipe", [*KINDS, "lejepa"])
@@ -58,7 +63,7 @@ def test_mae_predicts_the_normalised_pixels_of_hidden_patches_only():
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     context, targets = torch.tensor([[0, 1, 5]] * 2), torch.tensor([[[2, 10]]] * 2)
     model.requires_grad_(False)
-    loss = model([images], context, targets, 0, torch.zeros(2)).loss
+    loss = model(inputs(images, torch.zeros(2), context, targets)).loss
     guess = model.pixels(model.decoder(model.encoder(images, context), context, targets).flatten(1, 2))
     total = 0.0
     for row in range(2):
@@ -76,11 +81,10 @@ def test_images_without_a_label_do_not_count():
     hjepa = settings.load(["recipe=supervised"])[0].hjepa
     model = build_baseline(BaselineConfig(kind="supervised", num_classes=3), hjepa, seed=0).eval().requires_grad_(False)
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    masks = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, 1, dtype=torch.long)
-    some = model([images], *masks, 0, torch.tensor([2, -1, 0])).loss
-    known = model([images[[0, 2]]], *masks, 0, torch.tensor([2, 0])).loss
+    some = model(inputs(images, torch.tensor([2, -1, 0]))).loss
+    known = model(inputs(images[[0, 2]], torch.tensor([2, 0]))).loss
     assert float(some) == pytest.approx(float(known), rel=1e-5)
-    assert float(model([images], *masks, 0, torch.full((3,), -1)).loss) == 0.0
+    assert float(model(inputs(images, torch.full((3,), -1))).loss) == 0.0
 
 
 @pytest.mark.parametrize(

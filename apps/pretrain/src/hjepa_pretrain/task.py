@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hjepa_data import Batch, ColorAugment, MaskSampler, normalize
-from hjepa_pretrain.baselines import Baseline
+from hjepa_pretrain.baselines import Baseline, Inputs
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.model import Model, build_model
 from hjepa_train import StepOutput
@@ -46,14 +46,11 @@ class PretrainTask(nn.Module):
     @property
     def may_skip_parameters(self) -> bool:
         """Whether some steps leave trained parameters without a gradient."""
-        return isinstance(self.model, Baseline) or self.model.may_skip_parameters
+        return self.model.may_skip_parameters
 
     def compile_step(self, **options: Any) -> None:  # noqa: ANN401
         """Compile the model's part of the step in place, with options of `torch.compile`."""
-        if isinstance(self.model, Baseline):
-            self.model.compile(**options)
-        else:
-            self.model.compile_step(**options)
+        self.model.compile_step(**options)
 
     def draw_masks(self, step: int, sample: Int[Tensor, " B"]) -> tuple[Int[Tensor, "R Kc"], Int[Tensor, "R M Kt"]]:
         """Draw the masks of a step, view after view: R = masked views * B rows of flat indices."""
@@ -68,8 +65,11 @@ class PretrainTask(nn.Module):
         """Return loss, losses by level and embeddings of one micro-batch."""
         views = [self._prepare(view, step, batch.sample, number) for number, view in enumerate(batch.views)]
         context, targets = self.draw_masks(step, batch.sample)
-        labels = (batch.labels,) if isinstance(self.model, Baseline) else ()
-        output = self.model(views, context, targets, step, *labels)
+        if isinstance(self.model, Baseline):
+            inputs = Inputs(views=views, context_index=context, target_index=targets, labels=batch.labels)
+            output = self.model(inputs)
+        else:
+            output = self.model(views, context, targets, step)
         metrics = {f"loss_level_{level}": loss for level, loss in output.level_losses.items()}
         return StepOutput(loss=output.loss, metrics=metrics, embeddings=output.embeddings)
 

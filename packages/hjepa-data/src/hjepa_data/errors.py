@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from enum import StrEnum
+from typing import NoReturn, TypeVar
 
-__all__ = ["DataError", "WorkerError", "one_line", "refuse"]
+__all__ = ["DataError", "WorkerError", "choice", "one_line", "refuse"]
+
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 class DataError(ValueError):
@@ -28,6 +31,27 @@ def refuse(field: str, value: object, wrong: str, allowed: str) -> NoReturn:
         ValueError: always.
     """
     raise ValueError(one_line(f"{field}={value!r}: {wrong}; {allowed}"))
+
+
+def choice(kind: type[Choice], field: str, value: str, wrong: str) -> Choice:
+    """Read the member of ``kind`` that a field names.
+
+    Args:
+        kind: what there is to choose from.
+        field: name of the field.
+        value: what it holds.
+        wrong: what is wrong with a value that is no member.
+
+    Returns:
+        The member.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        refuse(field, str(value), wrong, f"allowed: {', '.join(kind)}")
 
 
 def one_line(text: object) -> str:

@@ -455,8 +455,7 @@ class Trainer:
         self.step = self._saved_step = int(state["step"])
         self.samples = int(state["samples"])
         self.stream.load_state_dict(state["stream"])
-        if "guard" in state:
-            self.guard.load_state_dict(state["guard"])
+        self.guard.load_state_dict(state["guard"])
         for callback in self.callbacks:
             if callback.key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.key])

@@ -4,26 +4,13 @@ import pytest
 import torch
 
 from hjepa_train import (
-    CheckpointConfig,
-    ParallelConfig,
     Profiler,
     ProfilerConfig,
-    Trainer,
-    TrainerConfig,
 )
-from hjepa_train.testing import ArithmeticStream, ToyModule
 
 
-def train(device, callbacks, *, steps=6, run_dir=None):
-    config = TrainerConfig(steps=steps, log_every=2, precision="fp32", parallel=ParallelConfig(device=device.type))
-    cadence = CheckpointConfig(every_steps=2)
-    trainer = Trainer(ToyModule(), ArithmeticStream(), config, run_dir=run_dir, callbacks=callbacks, checkpoint=cadence)
-    trainer.fit()
-    return trainer
-
-
-def test_the_profiler_writes_a_trace_that_tensorboard_reads(device, tmp_path):
-    train(device, [Profiler(tmp_path, ProfilerConfig(wait=1, warmup=1, active=2))])
+def test_the_profiler_writes_a_trace_that_tensorboard_reads(train, device, tmp_path):
+    train([Profiler(tmp_path, ProfilerConfig(wait=1, warmup=1, active=2))])
     (path,) = tmp_path.glob("*.pt.trace.json")
     assert path.name.startswith("rank0.")
     trace = json.loads(path.read_text())
@@ -34,8 +21,8 @@ def test_the_profiler_writes_a_trace_that_tensorboard_reads(device, tmp_path):
     assert {"ph", "name", "ts", "dur", "cat"} <= next(e.keys() for e in trace["traceEvents"] if e["ph"] == "X")
 
 
-def test_a_run_that_ends_before_the_profile_is_no_error(device, tmp_path):
-    train(device, [Profiler(tmp_path, ProfilerConfig(wait=100))], steps=2)
+def test_a_run_that_ends_before_the_profile_is_no_error(train, tmp_path):
+    train([Profiler(tmp_path, ProfilerConfig(wait=100))], steps=2)
     assert not list(tmp_path.glob("*.json"))
 
 
@@ -44,9 +31,9 @@ def test_a_wrong_profile_is_refused():
         ProfilerConfig(active=0)
 
 
-def test_torch_tb_profiler_reads_the_trace(device, tmp_path):
+def test_torch_tb_profiler_reads_the_trace(train, tmp_path):
     data = pytest.importorskip("torch_tb_profiler.profiler.data")
-    train(device, [Profiler(tmp_path / "profile", ProfilerConfig(wait=1, warmup=1, active=2))])
+    train([Profiler(tmp_path / "profile", ProfilerConfig(wait=1, warmup=1, active=2))])
     (path,) = (tmp_path / "profile").glob("*.pt.trace.json")
     seen = data.RunProfileData.parse("rank0", "1", str(path), str(tmp_path))
     seen.process()
@@ -57,8 +44,9 @@ def test_torch_tb_profiler_reads_the_trace(device, tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_memory_snapshot_of_a_gpu_is_written(tmp_path):
-    train(torch.device("cuda"), [Profiler(tmp_path, ProfilerConfig(wait=1, warmup=1, active=2))])
+def test_the_memory_snapshot_of_a_gpu_is_written(train, device, tmp_path):
+    if device.type != "cuda":
+        pytest.skip("no CUDA device")
+    train([Profiler(tmp_path, ProfilerConfig(wait=1, warmup=1, active=2))])
     assert (tmp_path / "rank0.memory.pickle").stat().st_size > 1000
     assert not torch.cuda.memory._snapshot()["device_traces"][0], "still recording"

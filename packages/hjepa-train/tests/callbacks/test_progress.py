@@ -7,26 +7,13 @@ import threading
 from rich.console import Console
 
 from hjepa_train import (
-    CheckpointConfig,
-    ParallelConfig,
     ProgressBar,
-    Trainer,
-    TrainerConfig,
 )
-from hjepa_train.testing import ArithmeticStream, ToyModule
 
 
-def train(device, callbacks, *, steps=6, run_dir=None):
-    config = TrainerConfig(steps=steps, log_every=2, precision="fp32", parallel=ParallelConfig(device=device.type))
-    cadence = CheckpointConfig(every_steps=2)
-    trainer = Trainer(ToyModule(), ArithmeticStream(), config, run_dir=run_dir, callbacks=callbacks, checkpoint=cadence)
-    trainer.fit()
-    return trainer
-
-
-def test_plain_lines_where_there_is_no_terminal(device):
+def test_plain_lines_where_there_is_no_terminal(train):
     output = io.StringIO()
-    train(device, [ProgressBar(every_seconds=0.0, console=Console(file=output))])
+    train([ProgressBar(every_seconds=0.0, console=Console(file=output))])
     lines = output.getvalue().splitlines()
     assert len(lines) == 4
     assert lines[-1].startswith("step 6/6  loss ")
@@ -34,14 +21,14 @@ def test_plain_lines_where_there_is_no_terminal(device):
     assert lines[-1].endswith("0:00 left")
 
 
-def test_a_bar_on_a_terminal(device):
+def test_a_bar_on_a_terminal(train):
     output = io.StringIO()
-    train(device, [ProgressBar(console=Console(file=output, force_terminal=True, width=100))])
+    train([ProgressBar(console=Console(file=output, force_terminal=True, width=100))])
     assert "step 6/6" in output.getvalue()
     assert "images/s" in output.getvalue()
 
 
-def test_a_real_terminal_gets_one_moving_line_with_the_time_left(device, monkeypatch):
+def test_a_real_terminal_gets_one_moving_line_with_the_time_left(train, monkeypatch):
     """The output is a pseudo-terminal, as in a user's window."""
     monkeypatch.setenv("TERM", "xterm")
     terminal, child = pty.openpty()
@@ -49,7 +36,7 @@ def test_a_real_terminal_gets_one_moving_line_with_the_time_left(device, monkeyp
     reader = threading.Thread(target=read_all, args=(terminal, output))
     reader.start()
     with os.fdopen(child, "w") as window:
-        train(device, [ProgressBar(console=Console(file=window, width=90))])
+        train([ProgressBar(console=Console(file=window, width=90))])
     reader.join(timeout=60)
     text = b"".join(output).decode()
     assert "\x1b[" in text, "nothing moved"

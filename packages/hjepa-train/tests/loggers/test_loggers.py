@@ -6,44 +6,31 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hjepa_train import (
     Callback,
-    CheckpointConfig,
     CheckpointError,
     MetricsLog,
     MLflowLog,
-    ParallelConfig,
     TensorBoardLog,
-    Trainer,
-    TrainerConfig,
     WandbLog,
     build_loggers,
 )
 from hjepa_train.loggers.jsonl import keep_rows
-from hjepa_train.testing import ArithmeticStream, ToyModule
 
 
-def train(device, callbacks, *, steps=6, run_dir=None):
-    config = TrainerConfig(steps=steps, log_every=2, precision="fp32", parallel=ParallelConfig(device=device.type))
-    cadence = CheckpointConfig(every_steps=2)
-    trainer = Trainer(ToyModule(), ArithmeticStream(), config, run_dir=run_dir, callbacks=callbacks, checkpoint=cadence)
-    trainer.fit()
-    return trainer
-
-
-def test_rows_are_json_with_the_promised_names(device, tmp_path):
-    train(device, [MetricsLog(tmp_path / "run" / "metrics.jsonl")])
+def test_rows_are_json_with_the_promised_names(train, tmp_path):
+    train([MetricsLog(tmp_path / "run" / "metrics.jsonl")])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 4, 6]
     assert {"step", "train/loss", "train/loss_level_0", "train/images_per_second"} <= rows[0].keys()
     assert {"train/lr", "train/weight_decay", "train/ema_momentum", "train/grad_norm"} <= rows[0].keys()
 
 
-def test_what_is_not_finite_is_null(device, tmp_path):
+def test_what_is_not_finite_is_null(train, tmp_path):
     class Broken(Callback):
         def on_step_end(self, trainer, result):
             trainer.log({"monitor/x": float("nan")})
 
     path = tmp_path / "metrics.jsonl"
-    train(device, [MetricsLog(path), Broken()], steps=1)
+    train([MetricsLog(path), Broken()], steps=1)
     row = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert row["monitor/x"] is None
 
@@ -56,19 +43,19 @@ def test_rows_after_a_step_and_a_torn_line_go(tmp_path):
     keep_rows(tmp_path / "none.jsonl", last_step=2)
 
 
-def test_a_row_that_cannot_be_written_is_one_line(device, tmp_path):
+def test_a_row_that_cannot_be_written_is_one_line(train, device, tmp_path):
     class Full(MetricsLog):
         def on_row(self, trainer, row):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match=r"step 1: metrics not written .*make room") as caught:
-        train(device, [Full(tmp_path / "metrics.jsonl")])
+        train([Full(tmp_path / "metrics.jsonl")])
     assert "\n" not in str(caught.value)
 
 
-def test_tensorboard_shows_each_step_once(device, tmp_path):
-    train(device, [TensorBoardLog(tmp_path)], steps=4, run_dir=tmp_path)
-    train(device, [TensorBoardLog(tmp_path)], steps=6, run_dir=tmp_path)
+def test_tensorboard_shows_each_step_once(train, tmp_path):
+    train([TensorBoardLog(tmp_path)], steps=4, run_dir=tmp_path)
+    train([TensorBoardLog(tmp_path)], steps=6, run_dir=tmp_path)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 4, 6]
 
@@ -108,7 +95,7 @@ def wandb_history(folder):
 
 
 @pytest.mark.slow
-def test_wandb_offline_goes_on_in_the_same_run(device, tmp_path, monkeypatch):
+def test_wandb_offline_goes_on_in_the_same_run(train, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
 
@@ -116,8 +103,8 @@ def test_wandb_offline_goes_on_in_the_same_run(device, tmp_path, monkeypatch):
         return [WandbLog(tmp_path, project="tests", settings={"a.b": 1}), MetricsLog(tmp_path / "metrics.jsonl")]
 
     with pytest.raises(RuntimeError, match="power cut"):
-        train(device, [*log(), StopAt(4)], run_dir=tmp_path)
-    trainer = train(device, log(), run_dir=tmp_path)
+        train([*log(), StopAt(4)], run_dir=tmp_path)
+    trainer = train(log(), run_dir=tmp_path)
     assert len({path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")}) == 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert wandb_history(tmp_path)[-2:] == [(row["step"], row["train/loss"]) for row in rows][-2:]
@@ -125,7 +112,7 @@ def test_wandb_offline_goes_on_in_the_same_run(device, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_mlflow_in_a_folder_goes_on_in_the_same_run(device, tmp_path, monkeypatch):
+def test_mlflow_in_a_folder_goes_on_in_the_same_run(train, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = (tmp_path / "store").as_uri()
@@ -134,8 +121,8 @@ def test_mlflow_in_a_folder_goes_on_in_the_same_run(device, tmp_path, monkeypatc
         return [MLflowLog(uri, experiment="tests", name="one", settings={"a.b": 1}), MetricsLog(tmp_path / "m.jsonl")]
 
     with pytest.raises(RuntimeError, match="power cut"):
-        train(device, [*log(), StopAt(4)], run_dir=tmp_path)
-    (name,) = train(device, log(), run_dir=tmp_path).callbacks[0].state_dict().values()
+        train([*log(), StopAt(4)], run_dir=tmp_path)
+    (name,) = train(log(), run_dir=tmp_path).callbacks[0].state_dict().values()
     client = mlflow.MlflowClient(tracking_uri=uri)
     run = client.get_run(name)
     assert (run.info.status, run.info.run_name, run.data.params) == ("FINISHED", "one", {"a.b": "1"})
@@ -144,10 +131,10 @@ def test_mlflow_in_a_folder_goes_on_in_the_same_run(device, tmp_path, monkeypatc
     assert history == {row["step"]: row["train/loss"] for row in rows}
 
 
-def test_an_mlflow_that_is_not_there_is_one_line(device, tmp_path):
+def test_an_mlflow_that_is_not_there_is_one_line(train, tmp_path):
     pytest.importorskip("mlflow")
     with pytest.raises(ValueError, match=r"mlflow_uri=nonsense://x: .*allowed: a server") as caught:
-        train(device, [MLflowLog("nonsense://x", experiment="tests")])
+        train([MLflowLog("nonsense://x", experiment="tests")])
     assert "\n" not in str(caught.value)
 
 

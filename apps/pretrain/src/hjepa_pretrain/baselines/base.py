@@ -1,7 +1,8 @@
-"""What every baseline is: an encoder of this project with a head of its own, called as an HJEPA is."""
+"""What every baseline is: an encoder of this project with a head of its own."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hjepa_models import Encoder, EncoderConfig, HJEPAOutput
+
+
+@dataclass(kw_only=True, slots=True)
+class Inputs:
+    """A batch; each method takes of it what it needs.
+
+    Attributes:
+        views: normalised pixels of each view of the same images.
+        context_index: flat positions of the visible patches of the first view.
+        target_index: flat positions of its hidden patches, M blocks.
+        labels: class numbers, -1 where unknown.
+    """
+
+    views: Sequence[Float[Tensor, "B C *S"]]
+    context_index: Int[Tensor, "B Kc"]
+    target_index: Int[Tensor, "B M Kt"]
+    labels: Int[Tensor, " B"]
 
 
 class Baseline(nn.Module, ABC):
@@ -19,6 +37,7 @@ class Baseline(nn.Module, ABC):
     """
 
     feature_levels: tuple[str | int, ...] = ("encoder",)
+    may_skip_parameters = False
 
     def __init__(self, encoder: EncoderConfig) -> None:
         super().__init__()
@@ -29,6 +48,10 @@ class Baseline(nn.Module, ABC):
         self.encoder.init_weights(generator)
         self.init_head(generator)
 
+    def compile_step(self, **options: Any) -> None:  # noqa: ANN401
+        """Compile the forward pass in place, with options of `torch.compile`."""
+        self.compile(**options)
+
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """None of them has a moving average."""
         return []
@@ -38,15 +61,8 @@ class Baseline(nn.Module, ABC):
         """Fill the head from a CPU generator."""
 
     @abstractmethod
-    def forward(
-        self,
-        views: Sequence[Float[Tensor, "B C *S"]],
-        context_index: Int[Tensor, "R Kc"],
-        target_index: Int[Tensor, "R M Kt"],
-        step: int,
-        labels: Int[Tensor, " B"],
-    ) -> HJEPAOutput:
-        """Return the loss of one batch; the arguments are those of an HJEPA, and the labels (-1 unknown)."""
+    def forward(self, inputs: Inputs) -> HJEPAOutput:
+        """Return the loss of one batch."""
 
     @torch.no_grad()
     def features(self, images: Float[Tensor, "B C *S"]) -> Float[Tensor, "B D"]:

@@ -1,17 +1,14 @@
 """MAE: the pixels of hidden patches from the features of the visible ones."""
 
-from collections.abc import Sequence
-
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from hjepa_models import HJEPAConfig, HJEPAOutput
 from hjepa_models.grid import gather_tokens
 from hjepa_models.initialization import initialize
 from hjepa_models.predictor import Predictor
-from hjepa_pretrain.baselines.base import Baseline, scored
+from hjepa_pretrain.baselines.base import Baseline, Inputs, scored
 from hjepa_pretrain.baselines.config import BaselineConfig
 
 
@@ -38,16 +35,10 @@ class MAE(Baseline):
         self.decoder.init_weights(generator)
         initialize(nn.Sequential(self.pixels), generator, self.encoder.config.init_std)
 
-    def forward(
-        self,
-        views: Sequence[Float[Tensor, "B C *S"]],
-        context_index: Int[Tensor, "R Kc"],
-        target_index: Int[Tensor, "R M Kt"],
-        step: int,
-        labels: Int[Tensor, " B"],
-    ) -> HJEPAOutput:
+    def forward(self, inputs: Inputs) -> HJEPAOutput:
         """Return the mean squared error over the hidden patches of the first view."""
-        images = views[0]
+        images = inputs.views[0]
+        context_index, target_index = inputs.context_index, inputs.target_index
         seen = self.encoder(images, context_index)
         guess = self.pixels(self.decoder(seen, context_index, target_index).flatten(1, 2))
         wanted = gather_tokens(self.encoder.patchify(images), target_index.flatten(1)).float()

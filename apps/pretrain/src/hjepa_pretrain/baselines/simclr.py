@@ -1,16 +1,14 @@
 """SimCLR: two views of an image find one another among the views of the other images."""
 
-from collections.abc import Sequence
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from hjepa_models import GlobalConfig, HJEPAConfig, HJEPAOutput
 from hjepa_models.distributed import all_gather_rows, rank
 from hjepa_models.global_level import GlobalLevel
-from hjepa_pretrain.baselines.base import Baseline, scored
+from hjepa_pretrain.baselines.base import Baseline, Inputs, scored
 from hjepa_pretrain.baselines.config import BaselineConfig
 
 
@@ -31,18 +29,11 @@ class SimCLR(Baseline):
         """Fill the projector."""
         self.projector.init_weights(generator)
 
-    def forward(
-        self,
-        views: Sequence[Float[Tensor, "B C *S"]],
-        context_index: Int[Tensor, "R Kc"],
-        target_index: Int[Tensor, "R M Kt"],
-        step: int,
-        labels: Int[Tensor, " B"],
-    ) -> HJEPAOutput:
+    def forward(self, inputs: Inputs) -> HJEPAOutput:
         """Return NT-Xent over the images of all processes."""
-        if len(views) < 2:
+        if len(inputs.views) < 2:
             raise ValueError("data.views=1: SimCLR compares views of one image; allowed: 2 and more")
-        pooled = self.encoder(torch.cat(list(views[:2]))).mean(1).unflatten(0, (2, -1))
+        pooled = self.encoder(torch.cat(list(inputs.views[:2]))).mean(1).unflatten(0, (2, -1))
         loss = nt_xent(self.projector(pooled), self.temperature)
         return scored(loss, pooled[0], contrast=loss)
 

@@ -1,15 +1,12 @@
 """Supervised: class labels, as a ceiling for what the same encoder learns from the same images."""
 
-from collections.abc import Sequence
-
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from hjepa_models import HJEPAConfig, HJEPAOutput
 from hjepa_models.initialization import initialize
-from hjepa_pretrain.baselines.base import Baseline, scored
+from hjepa_pretrain.baselines.base import Baseline, Inputs, scored
 from hjepa_pretrain.baselines.config import BaselineConfig
 
 
@@ -27,21 +24,14 @@ class Supervised(Baseline):
         """Fill the classifier."""
         initialize(nn.Sequential(self.classifier), generator)
 
-    def forward(
-        self,
-        views: Sequence[Float[Tensor, "B C *S"]],
-        context_index: Int[Tensor, "R Kc"],
-        target_index: Int[Tensor, "R M Kt"],
-        step: int,
-        labels: Int[Tensor, " B"],
-    ) -> HJEPAOutput:
+    def forward(self, inputs: Inputs) -> HJEPAOutput:
         """Return the cross entropy of the labels."""
-        pooled = self.encoder(views[0]).mean(1)
+        pooled = self.encoder(inputs.views[0]).mean(1)
         logits = self.classifier(pooled).float()
         # A sum over a count that is never 0: a batch without labels has loss 0, not NaN.
-        known = labels >= 0
+        known = inputs.labels >= 0
         each = functional.cross_entropy(
-            logits, labels.clamp(min=0), reduction="none", label_smoothing=self.label_smoothing
+            logits, inputs.labels.clamp(min=0), reduction="none", label_smoothing=self.label_smoothing
         )
         loss = (each * known).sum() / known.sum().clamp(min=1)
         return scored(loss, pooled, classes=loss)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hjepa_data.errors import one_line, refuse
+from hjepa_data.errors import choice, one_line, refuse
 from hjepa_data.masks.base import Masks, repeat_over_time
 from hjepa_data.masks.block import BlockMaskConfig
 from hjepa_data.masks.budget import MaskConfig
@@ -59,9 +59,7 @@ class HierarchicalMaskConfig(MaskConfig):
 
     def __post_init__(self) -> None:
         self.check_grid()
-        if self.law not in set(CellLaw):
-            refuse("law", str(self.law), "no law of cells", f"allowed: {', '.join(CellLaw)}")
-        self.law = CellLaw(self.law)
+        self.law = choice(CellLaw, "law", self.law, "no law of cells")
         if self.target_scale is not None:
             self.target_scale = tuple(self.target_scale)
         self._check_level()

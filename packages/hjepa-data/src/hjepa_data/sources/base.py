@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from hjepa_data.errors import refuse
+from hjepa_data.shards.columns import SharedArrays
 from hjepa_data.shards.index import Int64Array
 from hjepa_data.shards.source import RawSample
 from hjepa_data.shards.write import image_extension
@@ -45,6 +46,32 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Close what this process holds open."""
+
+
+class LabelledSource:
+    """What sources of other data sets share: labels held once for all processes, and groups of equal size.
+
+    Args:
+        labels: class number of each sample, -1 if unknown.
+        group_size: as ``group_sizes_of`` takes it.
+    """
+
+    def __init__(self, labels: Int64Array, group_size: int | None) -> None:
+        self._columns = SharedArrays(labels=labels)
+        self.group_sizes: Int64Array = group_sizes_of(len(labels), group_size)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def labels(self) -> Int64Array:
+        """Class number of each sample, -1 if unknown, [len]."""
+        return self._columns["labels"]
+
+    def check(self, index: int) -> None:
+        """Raise an IndexError for a number that no sample has."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
 
 
 def group_sizes_of(total: int, group_size: int | None) -> Int64Array:

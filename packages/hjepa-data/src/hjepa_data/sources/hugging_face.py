@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 
 from hjepa_data.errors import DataError
-from hjepa_data.shards.columns import SharedArrays
 from hjepa_data.shards.index import Int64Array
 from hjepa_data.shards.source import RawSample
-from hjepa_data.sources.base import group_sizes_of, raw_image
+from hjepa_data.sources.base import LabelledSource, raw_image
 from hjepa_data.transforms.decode import SkipImageError, SkipReason
 
 __all__ = ["HuggingFaceSource", "load_splits"]
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(LabelledSource):
     """The rows of a ``datasets.Dataset``, by their numbers.
 
     Args:
@@ -60,17 +59,8 @@ class HuggingFaceSource:
                 f"image={self._image!r}: that column holds no images; allowed: {', '.join(images) or 'none'}"
             )
         self._rows = self._rows.cast_column(self._image, package.Image(decode=False))
-        self._columns = SharedArrays(labels=_labels(dataset, label))
-        self.group_sizes: Int64Array = group_sizes_of(len(dataset), group_size)
+        super().__init__(_labels(dataset, label), group_size)
         self.classes: list[str] = list(dataset.features[label].names) if label in classes else []
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def labels(self) -> Int64Array:
-        """Class number of each row, -1 if unknown, [len]."""
-        return self._columns["labels"]
 
     def read(self, index: int) -> RawSample:
         """Read one row.
@@ -86,8 +76,7 @@ class HuggingFaceSource:
             SkipImageError: the row has no image.
             IndexError: there is no such number.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+        self.check(index)
         found = self._rows[index][self._image]
         if found is None:
             raise SkipImageError(SkipReason.EMPTY)

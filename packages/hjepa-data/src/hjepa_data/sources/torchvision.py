@@ -11,17 +11,16 @@ import numpy as np
 from PIL import Image
 
 from hjepa_data.errors import DataError
-from hjepa_data.shards.columns import SharedArrays
 from hjepa_data.shards.index import Int64Array
 from hjepa_data.shards.source import RawSample
-from hjepa_data.sources.base import group_sizes_of
+from hjepa_data.sources.base import LabelledSource
 from hjepa_data.sources.files import FileSource
 from hjepa_data.transforms.decode import SkipImageError, SkipReason
 
 __all__ = ["TorchvisionSource", "load_split"]
 
 
-class TorchvisionSource:
+class TorchvisionSource(LabelledSource):
     """The samples of a map-style data set of torchvision, by their numbers.
 
     A data set with ``samples`` and torchvision's own loader (``ImageFolder``, ``ImageNet``, ...) is read file by file,
@@ -62,17 +61,8 @@ class TorchvisionSource:
             self._dataset = dataset
         else:
             self._files = FileSource(files, np.full(len(files), -1, dtype=np.int64))
-        self._columns = SharedArrays(labels=_labels(dataset, labels))
-        self.group_sizes: Int64Array = group_sizes_of(len(dataset), group_size)
+        super().__init__(_labels(dataset, labels), group_size)
         self.classes: list[str] = [str(name) for name in getattr(dataset, "classes", [])]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def labels(self) -> Int64Array:
-        """Class number of each sample, -1 if unknown, [len]."""
-        return self._columns["labels"]
 
     def read(self, index: int) -> RawSample:
         """Read one sample.
@@ -88,8 +78,7 @@ class TorchvisionSource:
             SkipImageError: it is no image.
             IndexError: there is no such number.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+        self.check(index)
         image = self._files.read(index).image if self._files is not None else self._image(index)
         return RawSample(image=image, label=self.labels.item(index))
 

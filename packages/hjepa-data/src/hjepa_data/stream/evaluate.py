@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from hjepa_data.errors import refuse
+from hjepa_data.errors import choice, refuse
 from hjepa_data.sources.base import Source
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
 from hjepa_data.stream.train import DEFAULT_MAX_PIXELS
-from hjepa_data.stream.worker import EvalTasks, UnreadablePolicy, unreadable_policy_of
-from hjepa_data.transforms.crop import Interpolation, interpolation_of, size_of
+from hjepa_data.stream.worker import EvalTasks, UnreadablePolicy
+from hjepa_data.transforms.crop import Interpolation, size_of
 
 __all__ = ["EvalConfig", "EvalStream"]
 
@@ -46,8 +46,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         self.size = size_of(self.size)
-        self.unreadable = unreadable_policy_of(self.unreadable)
-        self.interpolation = interpolation_of(self.interpolation)
+        self.unreadable = choice(UnreadablePolicy, "unreadable", self.unreadable, "no such policy")
+        self.interpolation = choice(Interpolation, "interpolation", self.interpolation, "no such interpolation")
         if self.batch_size < 1:
             refuse("batch_size", self.batch_size, "a batch holds images", "allowed: 1 and more")
         if self.max_samples is not None and self.max_samples < 1:

@@ -18,7 +18,7 @@ from hjepa_data.errors import one_line, refuse
 from hjepa_data.transforms.crop import CropPlan, Interpolation
 from hjepa_data.transforms.decode import Upright
 
-__all__ = ["Decode", "Encoded", "check_decoder", "decode_of", "decode_views", "is_plain_jpeg", "turned"]
+__all__ = ["Decode", "Encoded", "check_decoder", "decode_views", "is_plain_jpeg", "turned"]
 
 # Decoded pixels that lie on the device at a time: 256 photographs of 500x375 are 48 million.
 _MAX_PIXELS_AT_ONCE = 1 << 26
@@ -30,14 +30,6 @@ class Decode(StrEnum):
 
     CPU = "cpu"
     GPU = "gpu"
-
-
-def decode_of(value: str) -> Decode:
-    """Read a place by name, with a helpful refusal."""
-    try:
-        return Decode(value)
-    except ValueError:
-        refuse("decode", value, "no such place", f"allowed: {', '.join(Decode)}")
 
 
 @dataclass(kw_only=True, slots=True)

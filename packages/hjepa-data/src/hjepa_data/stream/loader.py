@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hjepa_data.errors import DataError, WorkerError, refuse
+from hjepa_data.errors import DataError, WorkerError, choice, refuse
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.worker import Loaded
 
@@ -62,10 +62,7 @@ class WorkerConfig:
             refuse("count", self.count, "no number of workers", "allowed: 0 (load in this process) and more")
         if self.prefetch < 1:
             refuse("prefetch", self.prefetch, "a worker prepares at least one batch", "allowed: 1 and more")
-        try:
-            self.start_method = StartMethod(self.start_method)
-        except ValueError:
-            refuse("start_method", self.start_method, "no such way", f"allowed: {', '.join(StartMethod)}")
+        self.start_method = choice(StartMethod, "start_method", self.start_method, "no such way")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
             refuse("timeout", self.timeout, "no batch is so fast", "allowed: more than 0, seconds, or None")
 

@@ -9,13 +9,13 @@ from itertools import count
 
 import torch
 
-from hjepa_data.errors import DataError, refuse
+from hjepa_data.errors import DataError, choice, refuse
 from hjepa_data.sources.base import Source
 from hjepa_data.stream.batch import Batch
-from hjepa_data.stream.gpu_decode import Decode, check_decoder, decode_of, decode_views
+from hjepa_data.stream.gpu_decode import Decode, check_decoder, decode_views
 from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
 from hjepa_data.stream.order import order_of
-from hjepa_data.stream.worker import Loaded, TrainTasks, UnreadablePolicy, unreadable_policy_of
+from hjepa_data.stream.worker import Loaded, TrainTasks, UnreadablePolicy
 from hjepa_data.transforms.crop import ViewGroup
 
 __all__ = ["DEFAULT_MAX_PIXELS", "StreamConfig", "TrainStream"]
@@ -57,8 +57,8 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         self.views = tuple(self.views)
-        self.unreadable = unreadable_policy_of(self.unreadable)
-        self.decode = decode_of(self.decode)
+        self.unreadable = choice(UnreadablePolicy, "unreadable", self.unreadable, "no such policy")
+        self.decode = choice(Decode, "decode", self.decode, "no such place")
         if self.global_batch_size < 1:
             refuse("global_batch_size", self.global_batch_size, "a batch holds images", "allowed: 1 and more")
         if self.window_shards < 1:

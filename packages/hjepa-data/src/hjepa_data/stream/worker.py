@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from hjepa_data.errors import DataError, refuse
+from hjepa_data.errors import DataError
 from hjepa_data.shards.index import Int64Array
 from hjepa_data.shards.source import RawSample
 from hjepa_data.sources.base import Source
@@ -22,7 +22,7 @@ from hjepa_data.stream.order import Order
 from hjepa_data.transforms.crop import Interpolation, Pixels, ViewGroup, center_crop, crop_plans, random_views
 from hjepa_data.transforms.decode import SMALLEST_SHRINK, SkipImageError, SkipReason, Upright, open_image
 
-__all__ = ["EvalTasks", "Loaded", "TrainTasks", "UnreadablePolicy", "unreadable_policy_of"]
+__all__ = ["EvalTasks", "Loaded", "TrainTasks", "UnreadablePolicy"]
 
 # A run of so many damaged images is no accident.
 _MAX_REPLACEMENTS = 1000
@@ -37,14 +37,6 @@ class UnreadablePolicy(StrEnum):
 
     STOP = "stop"
     SKIP = "skip"
-
-
-def unreadable_policy_of(value: str) -> UnreadablePolicy:
-    """Read a policy by name, with a helpful refusal."""
-    try:
-        return UnreadablePolicy(value)
-    except ValueError:
-        refuse("unreadable", value, "no such policy", f"allowed: {', '.join(UnreadablePolicy)}")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from hjepa_data.errors import refuse
+from hjepa_data.errors import choice, refuse
 from hjepa_data.random import Draws
 from hjepa_data.transforms.decode import SkipImageError, SkipReason, Upright
 
@@ -45,14 +45,6 @@ _RESAMPLING = {
     Interpolation.BILINEAR: Image.Resampling.BILINEAR,
     Interpolation.BICUBIC: Image.Resampling.BICUBIC,
 }
-
-
-def interpolation_of(value: str) -> Interpolation:
-    """Read an interpolation by name, with a helpful refusal."""
-    try:
-        return Interpolation(value)
-    except ValueError:
-        refuse("interpolation", value, "no such interpolation", f"allowed: {', '.join(Interpolation)}")
 
 
 def size_of(value: tuple[int, ...]) -> tuple[int, ...]:
@@ -95,7 +87,7 @@ class ViewGroup:
             refuse("ratio", self.ratio, "no range of aspects", "allowed: 0 < smallest <= largest")
         if not 0 <= self.flip <= 1:
             refuse("flip", self.flip, "no probability", "allowed: 0 to 1")
-        self.interpolation = interpolation_of(self.interpolation)
+        self.interpolation = choice(Interpolation, "interpolation", self.interpolation, "no such interpolation")
 
 
 def resized_crop_box(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from hjepa_eval.extraction.features import FeatureSet
 from hjepa_eval.probes.accuracy import split, top1
 from hjepa_eval.probes.heads import Candidate, HeadTraining, train_heads
-from hjepa_eval.probes.logistic import moments
+from hjepa_eval.probes.logistic import check_samples, moments
 
 Sets = Mapping[str, Float[Tensor, "n D"]]
 
@@ -169,12 +169,4 @@ def _check(features: Sets, labels: Tensor) -> None:
     if not features:
         raise ValueError("features: there are none; give at least one set by name")
     for name, values in features.items():
-        if values.ndim != 2 or labels.shape != values.shape[:1]:
-            raise ValueError(
-                f"features[{name!r}] {tuple(values.shape)} and labels {tuple(labels.shape)}: features must be [n, D] "
-                "with one label a row"
-            )
-    if len(labels) < 2:
-        raise ValueError(f"features: {len(labels)} training samples; a probe needs at least two")
-    if int(labels.min()) < 0:
-        raise ValueError("labels: some are below 0 (unknown); leave out the samples that have no label")
+        check_samples(values, labels, f"features[{name!r}]")

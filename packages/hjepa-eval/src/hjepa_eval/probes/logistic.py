@@ -85,7 +85,7 @@ class LogisticProbe:
         Raises:
             ValueError: Where shapes disagree, a label is unknown or there are fewer than two samples.
         """
-        _check(features, labels)
+        check_samples(features, labels)
         classes = max(2, int(labels.max()) + 1 if num_classes is None else num_classes)
         config = self.config
         self._mean, self._scale = moments(features)
@@ -274,10 +274,11 @@ def moments(features: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[
     return mean.float(), torch.where(quiet, 1.0, deviation).float()
 
 
-def _check(features: Tensor, labels: Tensor) -> None:
+def check_samples(features: Tensor, labels: Tensor, name: str = "features") -> None:
+    """Raise a ValueError for training samples that no probe can be fitted on; ``name`` is what to call them."""
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise ValueError(
-            f"features {tuple(features.shape)} and labels {tuple(labels.shape)}: features must be [n, D] with one "
+            f"{name} {tuple(features.shape)} and labels {tuple(labels.shape)}: features must be [n, D] with one "
             "label a row"
         )
     if len(features) < 2:
