@@ -74,6 +74,7 @@ def start(folder, attempt):
         child = os.fork()
         if child == 0:
             try:
+                torch.set_num_threads(1)  # makes the pool anew before threads of autograd race to
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
                 sys.stderr = (folder / f"errors-{attempt}-{rank}.txt").open("w")
                 train(folder, folder / f"store-{attempt}")

@@ -137,6 +137,7 @@ def fork(work):
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # makes the pool anew before threads of autograd race to
             work()
             os._exit(0)
         except BaseException:

@@ -87,6 +87,7 @@ def forked(work, kill_after=None):
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # makes the pool anew before threads of autograd race to
             work()
             os._exit(0)
         except BaseException:

@@ -69,6 +69,7 @@ def fork(work, rank, size):
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # makes the pool anew before threads of autograd race to
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
             work()
             os._exit(0)
