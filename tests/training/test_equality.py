@@ -46,6 +46,8 @@ def test_every_layout_trains_like_one_process(runs, case, layout):
     weights, expected = (load_file(runs / case / f"{name}.safetensors") for name in (layout, "single"))
     assert weights.keys() == expected.keys()
     for name, weight in expected.items():
+        if name.endswith("level_averages.count"):
+            continue  # of micro-batches
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=5e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 

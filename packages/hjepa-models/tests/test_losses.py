@@ -243,16 +243,17 @@ def test_adaptive_weights_follow_the_average_loss_and_are_saved(device):
     base = torch.tensor([1.0, 0.7, 0.5], device=device)
     losses = torch.stack([first.level_losses[str(level)] for level in range(3)])
     torch.testing.assert_close(first.loss.detach(), (base * losses).sum())
-    torch.testing.assert_close(model.level_average, losses)
-    assert "level_average" in model.state_dict()
+    assert "level_averages.average" in model.state_dict()
+    torch.testing.assert_close(model.level_averages(torch.tensor(1, device=device)), losses)
     second = model(views, context, target, step=1)
     weights = base / losses * base.sum() / (base / losses).sum()
     again = torch.stack([second.level_losses[str(level)] for level in range(3)])
     torch.testing.assert_close(second.loss.detach(), (weights * again).sum())
     model.eval()
-    before = model.level_average.clone()
+    before = {name: value.clone() for name, value in model.level_averages.state_dict().items()}
     model(views, context, target, step=2)
-    assert torch.equal(model.level_average, before)
+    for name, value in model.level_averages.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_online_targets_carry_gradients_and_detached_ones_do_not(device):

@@ -38,14 +38,13 @@ GLOBAL = (
     "hjepa.global_level.objective=sigreg", "trainer.optimizer.eps=1e-3", "trainer.clip_norm=0.5",
 )  # fmt: skip
 HJEPA = ("recipe=hjepa", "hjepa.pyramid.levels=2", "trainer.clip_norm=5.0")
-TWO_LEVELS = ("hjepa.level_weights.weights=[1.0,0.5]",)
 ADAPTIVE = "hjepa.level_weights={kind: adaptive, weights: [1.0, 0.5], momentum: 0.8}"
 # Statistics over a batch are those of a micro-batch where gradients are accumulated: only the last case is equal there.
 CASES = {
     "adaptive levels, VICReg, EMA": (*HJEPA, ADAPTIVE, "hjepa.vicreg_weight=0.1", "hjepa.vicreg_levels=true",
                                      "trainer.optimizer.eps=1e-3"),
     "global SIGReg, EMA, curriculum": (*GLOBAL, "hjepa.targets=ema"),
-    "levels": (*HJEPA, *TWO_LEVELS),
+    "levels": (*HJEPA, ADAPTIVE),
 }  # fmt: skip
 PER_SAMPLE = ("levels",)
 LAYOUTS = {

@@ -25,6 +25,7 @@ from hjepa_models.layers.upsampler import PatchUpsampler, Upsampling, children_i
 from hjepa_models.objectives import (
     ContrastScope,
     KLBalance,
+    LevelAverages,
     LevelWeighting,
     LevelWeightsConfig,
     Objective,
@@ -97,6 +98,7 @@ __all__ = [
     "HybridState",
     "Imagination",
     "KLBalance",
+    "LevelAverages",
     "LevelWeighting",
     "LevelWeightsConfig",
     "MlpKind",

@@ -19,7 +19,7 @@ from hjepa_models.grid import Grid, gather_tokens, num_tokens
 from hjepa_models.layers.patch import PixelProjection
 from hjepa_models.layers.upsampler import children_index, sample_children, upsampling_ratio
 from hjepa_models.losses import MaskedLosses
-from hjepa_models.objectives import LevelWeighting, adaptive_weights, mean_token, sigreg, update_average
+from hjepa_models.objectives import LevelAverages, LevelWeighting, adaptive_weights, mean_token, sigreg
 from hjepa_models.predictor import Predictor
 from hjepa_models.pretrained import PretrainedMixin
 from hjepa_models.pyramid import Pyramid
@@ -62,8 +62,6 @@ class StepPlan(NamedTuple):
 class HJEPA(nn.Module, PretrainedMixin):
     """Predicts the features of hidden patches at every level of a pyramid, and of whole views at the top."""
 
-    level_average: Float[Tensor, " L"]
-
     def __init__(self, config: HJEPAConfig) -> None:
         super().__init__()
         self.config = config
@@ -76,8 +74,9 @@ class HJEPA(nn.Module, PretrainedMixin):
         self.projection = None
         if config.targets is Targets.projection:
             self.projection = PixelProjection(config.encoder.in_channels, config.output_patches, width)
+        self.level_averages = None
         if config.level_weights.kind is LevelWeighting.adaptive:
-            self.register_buffer("level_average", torch.empty(config.pyramid.levels))
+            self.level_averages = LevelAverages(config.pyramid.levels, config.level_weights.momentum)
         has_target = config.targets not in WITHOUT_EMA
         self.target_encoder = copy.deepcopy(self.encoder) if has_target else None
         self.target_pyramid = copy.deepcopy(self.pyramid) if config.targets is Targets.ema else None
@@ -94,8 +93,8 @@ class HJEPA(nn.Module, PretrainedMixin):
         for part in parts:
             if part is not None:
                 part.init_weights(generator)
-        if self.config.level_weights.kind is LevelWeighting.adaptive:
-            nn.init.zeros_(self.level_average)
+        if self.level_averages is not None:
+            self.level_averages.init_weights()
         for online, target in self.ema_pairs():
             target.load_state_dict(online.state_dict())
 
@@ -246,15 +245,15 @@ class HJEPA(nn.Module, PretrainedMixin):
             canvas = scatter_to_canvas(predicted, target_index.flatten(1), grid)
             predicted = self.encoder.upsample(canvas, output_grid, index)
         predictions = self.pyramid(scatter_to_canvas(predicted, index, output_grid), self._few_known(index))
-        if config.level_weights.kind is LevelWeighting.adaptive:
-            weights = adaptive_weights(self.level_average, weights)
+        if self.level_averages is not None:
+            weights = adaptive_weights(self.level_averages(step), weights)
         terms |= self.losses.regularizers(predicted, wanted, predictions, weights)
         terms |= self.losses.instance(context, whole)
         if config.sigreg_weight:
             seen = full if whole is None or full is not None else whole.chunk(config.masked_views)
             assert seen is not None
             terms["sigreg"] = (config.sigreg_weight, sigreg(torch.stack([tokens.mean(1) for tokens in seen]), step))
-        self._add_levels(predictions, targets, index, weights, plan, output)
+        self._add_levels(predictions, targets, index, weights, step, plan, output)
         for name, (weight, term) in terms.items():
             output.level_losses[name] = term.detach()
             output.loss = output.loss + weight * term
@@ -323,10 +322,10 @@ class HJEPA(nn.Module, PretrainedMixin):
         targets: list[Canvas],
         index: Tensor,
         weights: Tensor,
+        step: Tensor,
         plan: StepPlan,
         output: HJEPAOutput,
     ) -> None:
-        config = self.config.level_weights
         losses = torch.zeros_like(weights)
         for level, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
             output.embeddings[str(level)] = mean_token(target.values, target.weight).detach()
@@ -334,9 +333,8 @@ class HJEPA(nn.Module, PretrainedMixin):
                 loss = self.level_loss(prediction, target, index if level == 0 else None)
                 output.level_losses[str(level)] = losses[level] = loss.detach()
                 output.loss = output.loss + weights[level] * loss
-        if config.kind is LevelWeighting.adaptive and self.training:
-            seen = torch.stack([torch.full((), active, device=losses.device) for active in plan.active])
-            self.level_average.copy_(update_average(self.level_average, losses, config.momentum, seen))
+        if self.level_averages is not None and self.training:
+            self.level_averages.observe(step, losses)
 
     def _spread_masks(self, context_index: Tensor, target_index: Tensor, batch: int) -> tuple[Tensor, Tensor, int]:
         """Return masks with one row for each masked image, and how many images of each view those are."""

@@ -3,7 +3,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hjepa_models.objectives import LevelWeighting, LevelWeightsConfig, adaptive_weights, update_average
+from hjepa_models.objectives import (
+    LevelAverages,
+    LevelWeighting,
+    LevelWeightsConfig,
+    adaptive_weights,
+    update_average,
+)
 
 
 def test_fixed_weights_are_the_published_ones():
@@ -122,3 +128,35 @@ def test_the_average_stays_between_the_losses(values, momentum):
     for value in values:
         average = update_average(average, torch.tensor([value]), momentum, seen)
     assert min(values) * (1 - 1e-6) <= float(average) <= max(values) * (1 + 1e-6)
+
+
+def test_averages_move_once_a_step_however_many_micro_batches_it_has(device):
+    def run(steps, count):
+        averages = LevelAverages(2, 0.5).to(device)
+        averages.init_weights()
+        used = []
+        for step, losses in enumerate(steps):
+            for part in losses.chunk(count):
+                clock = torch.tensor(step, device=device)
+                used.append(averages(clock))
+                averages.observe(clock, part.mean(0))
+        return used, averages(torch.tensor(len(steps), device=device))
+
+    steps = torch.rand(5, 6, 2, device=device) + 0.1
+    whole, last = run(steps, 1)
+    parts, last_of_parts = run(steps, 3)
+    torch.testing.assert_close(torch.stack(parts[::3]), torch.stack(whole))
+    torch.testing.assert_close(torch.stack(parts[2::3]), torch.stack(whole))  # the same within a step
+    torch.testing.assert_close(last_of_parts, last)
+    expected = steps[0].mean(0)
+    for losses in steps[1:]:
+        expected = 0.5 * expected + 0.5 * losses.mean(0)
+    torch.testing.assert_close(last, expected)
+
+
+def test_a_step_whose_losses_are_not_finite_leaves_no_trace_in_the_averages(device):
+    averages = LevelAverages(2, 0.5).to(device)
+    averages.init_weights()
+    for step, losses in enumerate(([1.0, 2.0], [float("nan"), 4.0], [3.0, 2.0])):
+        averages.observe(torch.tensor(step, device=device), torch.tensor(losses, device=device))
+    assert averages(torch.tensor(3, device=device)).tolist() == [2.0, 2.5]

@@ -13,13 +13,13 @@ from torch import Tensor
 from hjepa_models.canvas import dense_canvas
 from hjepa_models.distributed import all_gather_rows
 from hjepa_models.objectives import (
+    LevelAverages,
     adaptive_weights,
     cjepa_loss,
     disentanglement,
     info_nce,
     patch_discrimination,
     sigreg,
-    update_average,
     vicreg_loss,
     vicreg_terms,
 )
@@ -50,8 +50,10 @@ def levels(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 def adapted(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     """Two losses under weights that follow their average over all processes."""
     losses = torch.stack([a.square().mean(), (b - 1).abs().mean()])
-    average = update_average(torch.zeros(2, dtype=a.dtype), losses, 0.9, torch.tensor([True, True]))
-    return (adaptive_weights(average, torch.tensor((1.0, 0.5))) * losses).sum()
+    averages = LevelAverages(2, 0.9).to(a.dtype)
+    averages.init_weights()
+    averages.observe(torch.tensor(0), losses)
+    return (adaptive_weights(averages(torch.tensor(1)), torch.tensor((1.0, 0.5))) * losses).sum()
 
 
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

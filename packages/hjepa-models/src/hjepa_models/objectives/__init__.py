@@ -4,7 +4,13 @@ from hjepa_models.objectives.cjepa import cjepa_loss
 from hjepa_models.objectives.contrastive import ContrastScope, info_nce, patch_discrimination
 from hjepa_models.objectives.disentanglement import disentanglement
 from hjepa_models.objectives.kl import KLBalance, categorical_kl, dynamics_kl, kl_balance
-from hjepa_models.objectives.level_weights import LevelWeighting, LevelWeightsConfig, adaptive_weights, update_average
+from hjepa_models.objectives.level_weights import (
+    LevelAverages,
+    LevelWeighting,
+    LevelWeightsConfig,
+    adaptive_weights,
+    update_average,
+)
 from hjepa_models.objectives.overshooting import overshooting_loss
 from hjepa_models.objectives.prediction import (
     DISTANCES,
@@ -33,6 +39,7 @@ __all__ = [
     "DISTANCES",
     "ContrastScope",
     "KLBalance",
+    "LevelAverages",
     "LevelWeighting",
     "LevelWeightsConfig",
     "Objective",

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from hjepa_models._validation import check_not_negative, check_positive, coerce_choice
 from hjepa_models.distributed import all_reduce_mean
@@ -32,8 +32,7 @@ class LevelWeightsConfig:
             (L-1-l)/2L to (L-l)/2L.
         ramp_end: likewise.
         ramp_steps: steps in one unit of the ramps: the length of the run for fractions, 1 for steps.
-        momentum: of the average losses of `adaptive`, which move once with each forward pass in training (with each
-            micro-batch where gradients are accumulated); 0 takes the last loss alone.
+        momentum: of the average losses of `adaptive`, which move once a step; 0 takes the last step's loss alone.
     """
 
     kind: LevelWeighting = LevelWeighting.fixed
@@ -135,25 +134,70 @@ def adaptive_weights(average_losses: Float[Tensor, " L"], base: Float[Tensor, " 
     return torch.where(known, shared * kept, weight)
 
 
+class LevelAverages(nn.Module):
+    """Moving averages of the levels' losses, which move once a step, however many micro-batches it has.
+
+    A step's losses enter the averages when the next step begins: its weights are the first that they change.
+
+    Attributes:
+        average: the average of each level; 0 marks a level without one.
+        latest: the loss of each level at the latest step, the mean of its micro-batches so far.
+        count: how many those are.
+        step: the latest step, -1 before the first.
+    """
+
+    average: Float[Tensor, " L"]
+    latest: Float[Tensor, " L"]
+    count: Float[Tensor, ""]
+    step: Int[Tensor, ""]
+
+    def __init__(self, levels: int, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("average", torch.empty(levels))
+        self.register_buffer("latest", torch.empty(levels))
+        self.register_buffer("count", torch.empty(()))
+        self.register_buffer("step", torch.empty((), dtype=torch.int64))
+
+    def init_weights(self) -> None:
+        """Begin without averages."""
+        for buffer in (self.average, self.latest, self.count):
+            nn.init.zeros_(buffer)
+        self.step.fill_(-1)
+
+    def forward(self, step: Int[Tensor, ""]) -> Float[Tensor, " L"]:
+        """Return the averages that weigh a step: all steps before it are in them."""
+        moved = update_average(self.average, self.latest, self.momentum, self.latest > 0)
+        return torch.where(step == self.step, self.average, moved)
+
+    @torch.no_grad()
+    def observe(self, step: Int[Tensor, ""], losses: Float[Tensor, " L"]) -> None:
+        """Take in the losses of a micro-batch, averaged over all processes; a level that was not computed has 0."""
+        self.average.copy_(self(step))
+        again = step == self.step
+        losses = all_reduce_mean(losses.detach().to(self.latest.dtype))
+        self.count.copy_(torch.where(again, self.count, 0) + 1)
+        self.latest.copy_(torch.where(again, torch.lerp(self.latest, losses, 1 / self.count), losses))
+        self.step.copy_(step)
+
+
 def update_average(
     average: Float[Tensor, " L"], losses: Float[Tensor, " L"], momentum: float, seen: Bool[Tensor, " L"]
 ) -> Float[Tensor, " L"]:
     r"""Return the moving averages of the levels' losses after a step.
 
-    $a \leftarrow m a + (1 - m) \ell$; the first loss of a level becomes its average as it is. Losses are averaged over
-    all processes, so that the averages, and the weights made of them, are the same everywhere.
+    $a \leftarrow m a + (1 - m) \ell$; the first loss of a level becomes its average as it is.
 
     Args:
         average: the averages so far; 0 marks a level without one, so a run starts with zeros.
-        losses: unweighted loss of each level on this process; what stands where a level was not computed is ignored.
+        losses: unweighted loss of each level; what stands where a level was not computed is ignored.
         momentum: m.
-        seen: which levels were computed at this step, the same on every process; the others keep their average, and
-            so does one whose loss is not finite.
+        seen: which levels were computed at this step; the others keep their average, and so does one whose loss is not
+            finite.
 
     Returns:
         The new averages, without gradient: the state that a checkpoint carries.
     """
     average, losses = average.detach(), losses.detach().to(average.dtype)
-    losses = all_reduce_mean(losses)
     moved = torch.where(average > 0, torch.lerp(losses, average, momentum), losses)
     return torch.where(seen & losses.isfinite(), moved, average)
