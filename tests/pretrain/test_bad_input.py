@@ -93,22 +93,32 @@ def test_a_truncated_tar(pretrain, tiny, tmp_path, shards):
     refuse(pretrain(f"run.dir={tmp_path}/run", *tiny, f"data.train={broken}"), "train-000000.tar", "truncated")
 
 
-def test_an_undecodable_image_is_counted_and_the_run_goes_on(pretrain, tiny, tmp_path, shards, read_rows):
+def test_undecodable_images_are_counted_and_the_run_goes_on(pretrain, tiny, tmp_path, shards, read_rows):
     folder = tmp_path / "shards"
     folder.mkdir()
     for shard in shards.glob("train-*.tar"):
         shutil.copy(shard, folder)
     with tarfile.open(folder / "train-000099.tar", "w") as tar:
-        content = b"this is no picture"
-        member = tarfile.TarInfo("broken.jpg")
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
+        for number in range(20):
+            content = b"this is no picture"
+            member = tarfile.TarInfo(f"broken{number}.jpg")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     run_dir = tmp_path / "run"
-    # 301 samples in batches of 16: 20 steps see every sample at least once.
-    done = pretrain(f"run.dir={run_dir}", *tiny, f"data.train={folder}/train-*.tar", "run.steps=20")
+    # 320 samples in batches of 16: 20 steps see every sample.
+    saving = ("checkpoint.every_steps=8", "trainer.log_every=20", "data.max_skipped_fraction=1")
+    words = (f"run.dir={run_dir}", *tiny, f"data.train={folder}/train-*.tar", "run.steps=20", *saving)
+    done = pretrain(*words)
     assert done.code == 0, done.err
-    assert "undecodable" in done.out + done.err
-    assert any(row.get("data/skipped", 0) >= 1 for row in read_rows(run_dir))
+    assert "20 undecodable" in done.out + done.err
+    assert read_rows(run_dir)[-1]["data/skipped"] == 20
+    # From a save between two rows of the metrics the count goes on, too.
+    checkpoints = run_dir / "checkpoints"
+    for later in checkpoints.glob("step_*"):
+        if later.name not in ("step_00000008", "step_00000016"):
+            shutil.rmtree(later)
+    assert pretrain(*words).code == 0
+    assert read_rows(run_dir)[-1]["data/skipped"] == 20
 
 
 def test_a_checkpoint_of_another_model(pretrain, tiny, tmp_path, read_losses):

@@ -61,32 +61,45 @@ class SkippedImages(Callback):
     def __init__(self, every: int, console: Console) -> None:
         self._every = every
         self._console = console
+        self._trainer: Trainer | None = None
         self._before = 0
-        self._total = 0
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Learn whose stream is counted."""
+        self._trainer = trainer
 
     def state_dict(self) -> dict[str, int]:
-        """Keep the count over interruptions."""
-        return {"skipped": self._total}
+        """Keep the count over interruptions; every rank saves, so every rank takes part."""
+        return {"skipped": self._before if self._trainer is None else self._total(self._trainer)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on counting."""
-        self._before = self._total = state["skipped"]
+        self._before = state["skipped"]
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Count over all ranks, where a row is written."""
+        """Count where a row is written."""
         if trainer.step % self._every == 0 or trainer.step == trainer.config.steps:
-            skipped: dict[str, int] = trainer.stream.skipped  # type: ignore[attr-defined]
-            count = trainer.world.sum(torch.tensor(sum(skipped.values()), device=trainer.world.device))
-            self._total = self._before + int(count)
-            if self._total:
-                trainer.log({"data/skipped": float(self._total)})
+            total = self._total(trainer)
+            if total:
+                trainer.log({"data/skipped": float(total)})
 
     def on_fit_end(self, trainer: Trainer, outcome: Outcome | None) -> None:
         """Say what was left out, with the reasons that this process saw."""
-        if self._total and trainer.world.is_main:
-            skipped: dict[str, int] = trainer.stream.skipped  # type: ignore[attr-defined]
+        skipped = self._skipped(trainer)
+        # A run that failed may have done so on this rank alone: nobody would answer.
+        total = self._before + sum(skipped.values()) if outcome is None else self._total(trainer)
+        if total and trainer.world.is_main:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-            self._console.print(f"left out: {self._total} images ({reasons or 'in other processes'})", highlight=False)
+            self._console.print(f"left out: {total} images ({reasons or 'in other processes'})", highlight=False)
+
+    def _total(self, trainer: Trainer) -> int:
+        mine = torch.tensor(sum(self._skipped(trainer).values()), device=trainer.world.device)
+        return self._before + int(trainer.world.sum(mine))
+
+    @staticmethod
+    def _skipped(trainer: Trainer) -> dict[str, int]:
+        skipped: dict[str, int] = trainer.stream.skipped  # type: ignore[attr-defined]
+        return skipped
 
 
 class RunRecord(Callback):
