@@ -16,6 +16,8 @@ def test_two_ranks_train_like_one(pretrain, tiny, tmp_path, read_losses, recipe,
     two = pretrain(f"run.dir={tmp_path}/two", *words, f"parallel={parallel}", ranks=2)
     assert one.code == 0, one.err
     assert two.code == 0, two.err
+    # Only the first rank speaks.
+    assert two.out.count("run folder:") == two.out.count("report:") == two.err.count("training stalled") == 1
     alone, together = (dict(read_losses(tmp_path / name)) for name in ("one", "two"))
     assert alone.keys() == together.keys() == set(range(1, 6))
     for step, loss in alone.items():

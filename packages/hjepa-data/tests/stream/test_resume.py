@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import multiprocessing
+import threading
 import time
 from collections import Counter
 
@@ -184,6 +185,18 @@ def test_restore_in_the_middle_of_ten_million_samples(jpeg):
     of_shard = np.add.reduceat(consumed, np.cumsum(sizes) - sizes, dtype=np.int64)
     assert (of_shard == sizes).sum() > 600
     assert (of_shard < sizes)[source.ahead].all()
+
+
+@pytest.mark.parametrize(("shards", "steps"), [(4, 60), (100, 19)])
+def test_shards_are_read_ahead_once_while_they_are_in_use(jpeg, shards, steps):
+    """Four are in use in every epoch; of a hundred, all are asked for before the last window of five begins."""
+    source = Index(np.full(shards, 2), jpeg(0, size=(8, 8)))
+    config = StreamConfig(global_batch_size=10, window_shards=5, views=(ViewGroup(size=(2, 2)),))
+    before = set(threading.enumerate())
+    for _ in zip(range(steps), config.build(source, seed=5), strict=False):
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+    assert sorted(source.ahead) == list(range(shards))
 
 
 def test_64_ranks_of_8_workers_share_1000_shards(jpeg):

@@ -15,6 +15,7 @@ from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.gpu_decode import Decode, check_decoder, decode_views
 from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
 from hjepa_data.stream.order import order_of
+from hjepa_data.stream.pool import BatchPool, PooledTasks
 from hjepa_data.stream.worker import Loaded, TrainTasks, UnreadablePolicy
 from hjepa_data.transforms.crop import ViewGroup
 
@@ -22,6 +23,8 @@ __all__ = ["DEFAULT_MAX_PIXELS", "StreamConfig", "TrainStream"]
 
 _log = logging.getLogger(__name__)
 DEFAULT_MAX_PIXELS = 89_478_485
+# Batches that those who take them usually hold: the present one, the one before it and one ahead.
+_HELD = 3
 
 
 @dataclass(kw_only=True, slots=True)
@@ -181,7 +184,7 @@ class TrainStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = load(self._tasks, self._starts(), self.config.workers)
+            self._batches = self._load()
         try:
             loaded = next(self._batches)
             if loaded.encoded is not None:
@@ -193,6 +196,15 @@ class TrainStream(Iterator[Batch]):
             raise
         self._position += self.config.global_batch_size
         return batch
+
+    def _load(self) -> Iterator[Loaded]:
+        """Start the workers, if there are any."""
+        workers = self.config.workers
+        if workers.count == 0 or self.config.decode is Decode.GPU:
+            return load(self._tasks, self._starts(), workers)
+        pool = BatchPool(self._tasks.shapes(self._count), workers.count * workers.prefetch + _HELD)
+        tasks = PooledTasks(self._tasks, pool)
+        return load(tasks, tasks.items(self._starts()), workers)
 
     def _decode(self, loaded: Loaded) -> None:
         """Fill in the views of a batch on the device; what fails there goes the way of the CPU path."""

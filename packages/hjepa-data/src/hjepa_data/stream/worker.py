@@ -110,13 +110,22 @@ class TrainTasks(Dataset[Loaded]):
         self._cache_left = cache_bytes
         self._unreadable = unreadable
         self._decode = decode
-        self._announced: set[tuple[int, ...]] = set()
+        self._ahead: set[int] = set()
 
     def __getitem__(self, start: int) -> Loaded:
         """Load the batch whose first image stands at a position."""
+        return self.load(start)
+
+    def load(self, start: int, views: Sequence[torch.Tensor] | None = None) -> Loaded:
+        """Load the batch whose first image stands at a position.
+
+        Args:
+            start: the position.
+            views: where its pixels are written, or None for new memory.
+        """
         try:
             self._read_ahead(start)
-            return self._load(start, self._count, Encoded() if self._decode is Decode.GPU else None)
+            return self._load(start, self._count, Encoded() if self._decode is Decode.GPU else None, views)
         except DataError as error:
             return Loaded(batch=None, error=str(error))
 
@@ -148,9 +157,16 @@ class TrainTasks(Dataset[Loaded]):
         ):
             whole[row] = one[0]
 
-    def _load(self, start: int, count: int, encoded: Encoded | None) -> Loaded:
+    def shapes(self, count: int) -> list[tuple[int, ...]]:
+        """Shapes of the views of a batch of so many images."""
+        return [(count, 3, *group.size) for group in self._groups for _ in range(group.count)]
+
+    def _load(
+        self, start: int, count: int, encoded: Encoded | None, views: Sequence[torch.Tensor] | None = None
+    ) -> Loaded:
         epochs, samples = self._order.span(start, count)
-        views = [torch.empty((count, 3, *g.size), dtype=torch.uint8) for g in self._groups for _ in range(g.count)]
+        if views is None:
+            views = [torch.empty(shape, dtype=torch.uint8) for shape in self.shapes(count)]
         pixels = [view.numpy() for view in views]
         loaded = Loaded(encoded=encoded)
         files: list[bytes] = []
@@ -181,14 +197,14 @@ class TrainTasks(Dataset[Loaded]):
         return loaded
 
     def _read_ahead(self, start: int) -> None:
-        """Have the shards of this window and of the next one read, once, by one of the workers."""
+        """Have the shards of this window and of the next one read by one of the workers, if they were not just now."""
         worker = get_worker_info()
         if worker is not None and worker.id > 0:
             return
-        coming = self._order.windows_from(start, 2)
-        new = [int(shard) for window, shards in coming if window not in self._announced for shard in shards]
+        coming = dict.fromkeys(int(shard) for _, shards in self._order.windows_from(start, 2) for shard in shards)
+        new = [shard for shard in coming if shard not in self._ahead]
+        self._ahead = set(coming)
         if new:
-            self._announced = {window for window, _ in coming}
             # The call lasts as long as the disk does.
             threading.Thread(target=self._source.read_ahead, args=(new,), daemon=True).start()
 
@@ -285,7 +301,7 @@ def _read(source: Source, sample: int, unreadable: UnreadablePolicy) -> RawSampl
         raise SkipImageError(SkipReason.UNREADABLE, str(error)) from None
 
 
-def _batch(views: list[torch.Tensor], labels: Int64Array, samples: Int64Array, epochs: Int64Array) -> Batch:
+def _batch(views: Sequence[torch.Tensor], labels: Int64Array, samples: Int64Array, epochs: Int64Array) -> Batch:
     return Batch(
         views=tuple(views),
         labels=torch.from_numpy(labels),

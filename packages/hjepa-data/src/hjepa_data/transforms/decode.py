@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
+
+from hjepa_data.transforms.jpeg import can_decode_jpeg, decode_jpeg
 
 __all__ = ["SMALLEST_SHRINK", "SkipImageError", "SkipReason", "Upright", "open_image"]
 
@@ -74,12 +77,44 @@ class Upright:
         turn: how it is turned upright (EXIF), or None.
         width: width upright, at full scale, pixels.
         height: height upright, at full scale, pixels.
+        jpeg: the file, if it is a JPEG that libjpeg-turbo decodes as Pillow does and that stands upright; else empty.
     """
 
     image: Image.Image
     turn: Image.Transpose | None
     width: int
     height: int
+    jpeg: bytes = b""
+
+    def scale(self, shrink: float) -> int:
+        """Choose the scale of ``decode`` and ``pixels``.
+
+        Args:
+            shrink: how many times smaller than full scale is still large enough.
+
+        Returns:
+            8, 4, 2 or 1 for JPEGs, how many times smaller they are decoded; 1 for the others.
+        """
+        scales = _JPEG_SCALES if self.image.format == "JPEG" else ()
+        return next((scale for scale in scales if scale <= shrink), 1)
+
+    def pixels(self, scale: int, rows: int) -> UInt8[np.ndarray, "H W *C"]:
+        """Decode the pixels down to a row.
+
+        What libjpeg-turbo gives up is decoded by Pillow, whose verdict counts for every file.
+
+        Args:
+            scale: of ``scale``.
+            rows: rows that are needed, at this scale.
+
+        Returns:
+            Upright pixels, [H, W, 3] or grey [H, W], of at least so many rows and the whole width.
+
+        Raises:
+            SkipImageError: the file is damaged.
+        """
+        fast = decode_jpeg(self.jpeg, self.image, scale, rows) if self.jpeg else None
+        return np.array(self.decode(scale)) if fast is None else fast
 
     def decode(self, shrink: float) -> Image.Image:
         """Decode the pixels.
@@ -96,10 +131,8 @@ class Upright:
         """
         image = self.image
         try:
-            for scale in _JPEG_SCALES:
-                if scale <= shrink and image.format == "JPEG":
-                    image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
-                    break
+            if (scale := self.scale(shrink)) > 1:
+                image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
             image.load()
             if image.mode not in {"RGB", "L"}:
                 image = _to_rgb(image)
@@ -147,7 +180,8 @@ def open_image(data: bytes | Image.Image, *, max_pixels: int, any_format: bool =
     turn = _TURNS.get(orientation)
     if orientation in {5, 6, 7, 8}:
         width, height = height, width
-    return Upright(image=image, turn=turn, width=width, height=height)
+    jpeg = data if isinstance(data, bytes) and turn is None and can_decode_jpeg(data, image) else b""
+    return Upright(image=image, turn=turn, width=width, height=height, jpeg=jpeg)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
