@@ -64,7 +64,7 @@ class EncoderConfig:
         stem_norm: `none`, or `batch` after each of its convolutions, over all processes; its running statistics follow
             whole images, so that training has to encode some (a global level or `detached` targets do).
         activation_checkpointing: recompute blocks in the backward pass to save memory.
-        attention: `sdpa`, `explicit` (plain softmax; a faster backward on a CPU for short sequences) or `flex` (biases
+        attention: `auto` (the faster of the next two), `sdpa`, `explicit` (plain softmax) or `flex` (biases
             and groups inside a fused kernel on a GPU).
         init_std: deviation of the truncated normal that fills the linear maps.
     """
@@ -94,7 +94,7 @@ class EncoderConfig:
     stem_channels: tuple[int, ...] = (32, 64)
     stem_norm: StemNorm = StemNorm.none
     activation_checkpointing: bool = False
-    attention: AttentionBackend = AttentionBackend.sdpa
+    attention: AttentionBackend = AttentionBackend.auto
     init_std: float = 0.02
 
     def __post_init__(self) -> None:

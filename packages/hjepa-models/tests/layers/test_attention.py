@@ -91,6 +91,23 @@ def test_a_context_picks_the_kernel(device, kernel):
     torch.testing.assert_close(chosen, layer(x), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "trained", "fused_on_cpu"),
+    [
+        (torch.bfloat16, 1024, True, False),
+        (torch.bfloat16, 1025, True, True),
+        (torch.bfloat16, 12, False, True),
+        (torch.float32, 12, True, True),
+    ],
+)
+def test_auto_leaves_the_slow_kernel_of_a_cpu_alone(device, dtype, tokens, trained, fused_on_cpu):
+    query, key, value = torch.randn(3, 1, 1, tokens, 8, device=device, dtype=dtype).requires_grad_(trained)
+    with Operators() as seen:
+        attend(query, key, value, Place(), AttentionBackend.auto)
+    fused = any("scaled_dot_product" in name for name in seen.names)
+    assert fused == (fused_on_cpu or query.is_cuda), seen.names
+
+
 @pytest.mark.parametrize("position", list(Position))
 @pytest.mark.parametrize("backend", list(AttentionBackend))
 def test_weights_explain_the_output(device, position, backend):
