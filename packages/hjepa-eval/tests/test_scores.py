@@ -44,6 +44,14 @@ def test_unlabelled_samples_count_for_ranks_only(device):
     assert none.rankme > 1
 
 
+def test_a_measurement_says_what_was_chosen(device):
+    scores = evaluate(blobs(200, 0), blobs(100, 1), device=device)
+    found = {one.metric: one for one in scores.measurements()}
+    assert found["linear"].details == {"l2": scores.linear_l2}
+    assert found["linear"].n_train == 200
+    assert not found["knn_20"].details
+
+
 def test_a_k_larger_than_the_bank_is_left_out(device):
     scores = evaluate(blobs(10, 0), blobs(10, 1), ks=(5, 20), device=device)
     assert set(scores.knn) == {5}

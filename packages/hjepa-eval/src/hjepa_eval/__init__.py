@@ -23,7 +23,7 @@ from hjepa_eval.probes.knn import knn_accuracy, knn_predict, nearest
 from hjepa_eval.probes.linear import LinearProbe, as_sets
 from hjepa_eval.probes.logistic import LogisticProbe, LogisticProbeConfig, fit_logistic
 from hjepa_eval.probes.retrieval import average_precision
-from hjepa_eval.probes.segmentation import SegmentationProbe, SegmentationProbeConfig
+from hjepa_eval.probes.segmentation import SegmentationProbe, mean_iou
 from hjepa_eval.results.interval import Interval, bootstrap, interval_of_mean, jackknife
 from hjepa_eval.results.measurement import Measurement, Results, read_results, write_results
 from hjepa_eval.results.table import merge
@@ -57,7 +57,6 @@ __all__ = [
     "Results",
     "Scores",
     "SegmentationProbe",
-    "SegmentationProbeConfig",
     "Spread",
     "TokenPooling",
     "Verdict",
@@ -94,6 +93,7 @@ __all__ = [
     "lidar",
     "linear_cka",
     "mean_cosine",
+    "mean_iou",
     "measure_unlabelled",
     "merge",
     "nearest",

@@ -27,7 +27,7 @@ class Scores:
         knn: Top-1 accuracy in [0, 1] for each k; empty where there are no labels.
         linear: Top-1 accuracy of the linear probe in [0, 1]; None where there are no labels.
         linear_l2: The penalty chosen on the held-out part of the training samples; None where there are no labels.
-        rankme: RankMe of the first n_rank training samples, uncentred.
+        rankme: RankMe of n_rank training samples, evenly spaced; uncentred.
         effective_rank: Effective rank of the same samples, centred.
         spread: Standard deviation per dimension of the same samples.
         n_rank: Number of samples of the last three.
@@ -50,7 +50,13 @@ class Scores:
     def measurements(self) -> list[Measurement]:
         """The accuracies with their intervals and the ranks, for a results file."""
         found = [
-            Measurement.of(metric, self.name, interval, n_train=self.n_train)
+            Measurement.of(
+                metric,
+                self.name,
+                interval,
+                n_train=self.n_train,
+                details={"l2": self.linear_l2} if metric == "linear" else {},
+            )
             for metric, interval in self.intervals.items()
         ]
         ranks = {"rankme": self.rankme, "effective_rank": self.effective_rank, "spread": self.spread.mean}
@@ -98,7 +104,8 @@ def evaluate(
         ks: Numbers of neighbours; a k above the number of labelled training samples is left out.
         temperature: T of the kNN votes.
         probe: How the linear probe is fitted; None: its defaults.
-        rank_samples: Training samples of RankMe, effective rank and spread, at most (the cost grows with n * D^2).
+        rank_samples: Training samples of RankMe, effective rank and spread, at most, evenly spaced (the cost grows with
+            n * D^2).
         device: Where the measures are computed.
 
     Returns:
@@ -112,7 +119,7 @@ def evaluate(
             f"train ({train.name}, width {train.values.shape[1]}) and test ({test.name}, width {test.values.shape[1]}) "
             "are not the same features; extract both with one model and one level"
         )
-    ranked = train.values[:rank_samples].to(device)
+    ranked = train.some(rank_samples).values.to(device)
     known_train, known_test = train.labelled(), test.labelled()
     intervals: dict[str, Interval] = {}
     linear: LogisticProbe | None = None

@@ -48,6 +48,28 @@ def test_the_last_block_with_the_final_norm_is_the_output(device):
     torch.testing.assert_close(*found.values())
 
 
+class Stripped(Tower):
+    """Its output has lost the class token."""
+
+    def forward(self, x):
+        return super().forward(x)[:, 1:]
+
+
+def test_an_output_without_the_prefix_keeps_all_its_tokens(device):
+    tower, x = Stripped().to(device), torch.randn(2, 5, 4, device=device)
+    whole, output = BlockFeatures(tower, blocks=(2, "output"), norm=True)(x).values()
+    torch.testing.assert_close(whole, output)
+    torch.testing.assert_close(output, tower(x).mean(1))
+
+
+def test_a_wrapper_says_what_its_module_says(device):
+    tower, x = Tower().to(device), torch.randn(2, 5, 4, device=device)
+    wrapped = nn.Module()
+    wrapped.module, wrapped.forward = tower, tower.forward
+    (expected,), (found,) = (BlockFeatures(one, blocks=(-1,))(x).values() for one in (tower, wrapped))
+    assert torch.equal(found, expected)
+
+
 def test_hooks_are_gone_after_an_error(device):
     tower = Tower().to(device)
     with pytest.raises(RuntimeError):
@@ -114,14 +136,56 @@ def test_sources_are_modules_timm_names_and_folders(tmp_path):
 
 
 class Hierarchy(nn.Module):
+    calls = 0
+
     def all_features(self, images, pool, branch):
+        assert pool == "none"
+        self.calls += 1
         scale = {"target": 1, "online": 2}[branch]
-        return {level: scale * images * (level + 1) for level in range(2)}
+        return {level: scale * images * (level + 1) for level in range(2)} | {"global": images.sum(1)}
 
 
-def test_levels_of_both_branches_come_with_their_names():
-    model = Hierarchy()
-    sets = extract(level_features(model, branches=("target", "online")), [(torch.ones(2, 3), torch.arange(2))])
-    assert sorted(sets) == ["online/0/mean", "online/1/mean", "target/0/mean", "target/1/mean"]
-    assert sets["online/1/mean"].values[0, 0] == 4
+def test_levels_of_both_branches_come_with_their_names_from_one_pass_for_all_poolings():
+    model, images = Hierarchy(), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    features = level_features(model, branches=("target", "online"), poolings=("mean", "flatten"))
+    sets = extract(features, [(images, torch.arange(2))])
+    assert model.calls == 2
+    levels = [f"{level}/{pooling}" for level in range(2) for pooling in ("mean", "flatten")] + ["global/none"]
+    assert list(sets) == [f"{branch}/{level}" for branch in ("target", "online") for level in levels]
+    torch.testing.assert_close(sets["online/1/mean"].values, 4 * images.mean(1))
+    torch.testing.assert_close(sets["target/1/flatten"].values, 2 * images.flatten(1))
+    torch.testing.assert_close(sets["target/global/none"].values, images.sum(1))
     assert model.training
+    with pytest.raises(ValueError, match="poolings"):
+        level_features(model, poolings=("max",))
+
+
+class Staged(nn.Module):
+    """Two stages of two blocks on maps with channels last, as Swin has them."""
+
+    output_fmt = "NHWC"
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])}) for _ in range(2)
+        )
+
+    def forward(self, x):
+        for stage in self.stages:
+            for block in stage["blocks"]:
+                x = block(x)
+        return x
+
+
+def test_blocks_of_all_stages_are_counted_and_channels_may_be_last(device):
+    tower = Staged().to(device)
+    x = torch.randn(2, 3, 5, 4, device=device)
+    found = BlockFeatures(tower, blocks=(0, -1, "output"))(x)
+    assert [name.level for name in found] == ["block0", "block3", "output"]
+    first, last, output = found.values()
+    torch.testing.assert_close(first, tower.stages[0]["blocks"][0](x).mean((1, 2)))
+    torch.testing.assert_close(last, tower(x).mean((1, 2)))
+    assert torch.equal(output, last)
+    (other,) = BlockFeatures(tower, channels_last=False)(x).values()
+    torch.testing.assert_close(other, tower(x).mean((2, 3)))

@@ -122,3 +122,42 @@ def test_files_hash_is_of_content_and_order(tmp_path):
     assert files_hash([a, b], content=False) == files_hash([a, b], content=False) != whole
     b.write_text("3")
     assert files_hash([a, b]) != whole
+
+
+class Normalised(nn.Module):
+    """A buffer that no checkpoint holds, and a state that is no tensor."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("mean", torch.tensor([mean]), persistent=False)
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_weights_hash_sees_buffers_that_no_checkpoint_holds():
+    first, other = Normalised(0.5), Normalised(0.4)
+    other.layer.load_state_dict(first.layer.state_dict())
+    assert weights_hash(first) == weights_hash(copy.deepcopy(first)) != weights_hash(other)
+
+
+def test_features_are_not_lost_with_a_disk_that_is_full(tmp_path, caplog, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with caplog.at_level(logging.WARNING):
+        found = FeatureCache(tmp_path).get(KEY, sets)
+    assert torch.equal(found["0"].values, sets()["0"].values)
+    assert "No space left" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        FeatureCache(tmp_path / "file").get(KEY, lambda: pytest.fail("computed"))

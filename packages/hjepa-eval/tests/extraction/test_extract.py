@@ -130,3 +130,29 @@ def test_features_side_by_side():
     second.labels = torch.tensor([1, 0])
     with pytest.raises(ValueError, match="same samples"):
         concatenate([first, second])
+
+
+def test_a_stream_may_fill_the_same_batch_again(device):
+    def batches():
+        images, labels, numbers = torch.empty(2, 3, device=device), torch.empty(2).long(), torch.empty(2).long()
+        for step in range(3):
+            yield images.fill_(step), labels.fill_(step), numbers.copy_(torch.tensor([2 * step, 2 * step + 1]))
+
+    found = extract(lambda x: x.view(2, 3), batches())["encoder"]
+    assert found.values[:, 0].tolist() == found.labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_wrong_stream_or_function_is_told_at_the_first_batch(device):
+    def batches(count):
+        yield torch.zeros(2, 3, device=device), torch.zeros(2).long(), torch.arange(count)
+        raise AssertionError("the first batch was taken")
+
+    for count, function, message in (
+        (2, lambda x: x[:, None], "pool or flatten"),
+        (2, lambda x: x[:, 0], "pool or flatten"),
+        (2, lambda x: [x], "features give list"),
+        (3, lambda x: x, "sample numbers of shape"),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
+            extract(function, batches(count))
+        assert "\n" not in str(raised.value)

@@ -64,6 +64,15 @@ def test_ridge_and_lasso_equal_scikit_learn(device):
         theirs = Lasso(alpha=float(penalty[column]), fit_intercept=False, tol=1e-12, max_iter=100_000)
         np.testing.assert_allclose(ours[:, column], theirs.fit(x, y[:, column]).coef_, atol=1e-6)
     assert (ours == 0).any()
+    # Nearly dependent dimensions, as features of networks are, and a small penalty.
+    x = torch.randn(500, 60, generator=generator).double() * torch.logspace(0, -2.5, 60)
+    x = x @ torch.linalg.qr(torch.randn(60, 60, generator=generator).double()).Q
+    x = (x - x.mean(0)) / x.std(0)
+    y = x @ torch.randn(60, 1, generator=generator).double() + torch.randn(500, 1, generator=generator).double()
+    y = y - y.mean(0)
+    ours = lasso(x.to(device), y.to(device), torch.tensor([2e-3], dtype=torch.float64, device=device)).cpu()
+    theirs = Lasso(alpha=2e-3, fit_intercept=False, tol=1e-10, max_iter=100_000).fit(x, y[:, 0])
+    np.testing.assert_allclose(ours[:, 0], theirs.coef_, atol=1e-3)
 
 
 def test_a_code_of_the_factors_is_disentangled_and_a_rotation_of_it_is_not(device):
@@ -140,3 +149,36 @@ def test_a_bottleneck_is_as_wide_as_what_it_must_hold(device):
     assert four.interval.n == 700
     with pytest.raises(ValueError, match="widths"):
         bottleneck_sweep(x, labels, x, labels, widths=(17,))
+
+
+def test_directions_without_variance_stay_silent(device):
+    """Eight dimensions behind a map to 128: what float32 leaves in the other 120 must not count as features."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(600, 8, generator=generator)
+    labels = (1.5 * hidden[:, 0] + hidden[:, 1] + 0.5 * torch.randn(600, generator=generator) > 0).long()
+    x = (hidden @ torch.randn(8, 128, generator=generator) + 3).to(device)
+    labels = labels.to(device)
+    eight, full = bottleneck_sweep(x[:200], labels[:200], x[200:], labels[200:], widths=(8, 128), probe=ONE)
+    assert full.interval.value == pytest.approx(eight.interval.value, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int32])
+def test_classes_may_be_of_any_integer_type(device, kind):
+    train, test = world(300, 0), world(200, 1)
+    x, test_x = code(train).to(device), code(test).to(device)
+    for part in (train, test):
+        part["class"] = (part["class"] > 1).to(kind)
+    (score,) = factor_probe(x, {"class": train["class"]}, test_x, {"class": test["class"]}, probe=ONE)
+    assert score.interval.value == 1
+    assert dci(x, separate(train), test_x, separate(test)).informativeness["class"] < 0.1
+
+
+def test_unknown_classes_and_factors_of_several_columns_are_named():
+    train, test = world(50, 0), world(40, 1)
+    x, test_x, unknown = code(train), code(test), torch.full((40,), -1)
+    with pytest.raises(ValueError, match="factor 'class'"):
+        factor_probe(x, {"class": train["class"]}, test_x, {"class": unknown}, probe=ONE)
+    with pytest.raises(ValueError, match="test_labels"):
+        bottleneck_sweep(x, train["class"], test_x, unknown)
+    with pytest.raises(ValueError, match="factor 'place'"):
+        dci(x, train, test_x, test)

@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from hjepa_eval import CollapseConfig, FeatureSet, Verdict, judge_collapse, judge_levels, measure_unlabelled
+from hjepa_eval import (
+    CollapseConfig,
+    FeatureSet,
+    Verdict,
+    evaluate,
+    judge_collapse,
+    judge_levels,
+    measure_unlabelled,
+)
 
 
 def normal(n=600, width=64, seed=0):
@@ -61,3 +69,17 @@ def test_all_numbers_come_with_intervals_and_counts():
     # The deviation of a standard normal is known: the interval must hold it, and be narrow.
     assert found["spread"].low < 1.0 < found["spread"].high
     assert found["spread"].high - found["spread"].low < 0.05
+
+
+def test_few_samples_of_a_set_in_order_of_its_classes_are_of_all_classes():
+    """Fifty classes in twenty-five dimensions: a tenth of the samples, taken from the start, would be of five."""
+    labels = torch.arange(50).repeat_interleave(40)
+    one = FeatureSet(values=4 * normal(50, 25)[labels] + 0.1 * normal(2000, 25), labels=labels)
+    assert one.some(200).labels.bincount().tolist() == [4] * 50
+    assert torch.equal(one.some(5000).values, one.values)
+    assert judge_levels({"0": one}, samples=200)["0"].n == 200
+    assert judge_levels({"0": one}, samples=200)["0"].numbers["rank_share"] > 0.7
+    found = {number.metric: number.value for number in measure_unlabelled(one, samples=200)}
+    assert found["effective_rank"] > 0.7 * 25
+    one.labels = torch.full((2000,), -1)
+    assert evaluate(one, one, rank_samples=200).effective_rank == pytest.approx(found["effective_rank"])

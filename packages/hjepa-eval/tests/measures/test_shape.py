@@ -18,7 +18,7 @@ from hjepa_eval import (
     mean_cosine,
     uniformity,
 )
-from hjepa_eval.measures import sphere
+from hjepa_eval.measures import cka, sphere
 
 
 def features(seed, n, width, decay=0.0):
@@ -88,7 +88,9 @@ def test_pairs_on_the_sphere_equal_loops(device, monkeypatch, elements):
     assert mean_cosine(x.to(device)).item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_cka_equals_its_kernel_form_and_ignores_rotation_and_scale(device):
+@pytest.mark.parametrize("elements", [1, 100, 2**24])
+def test_cka_equals_its_kernel_form_and_ignores_rotation_and_scale(device, monkeypatch, elements):
+    monkeypatch.setattr(cka, "ELEMENTS", elements)
     x, y = features(3, 30, 7), features(4, 30, 4)
     y[:, 0] = x[:, 0]
     centre = torch.eye(30, dtype=torch.float64) - 1 / 30
@@ -115,3 +117,8 @@ def test_wrong_shapes_are_refused_in_one_line():
     for function in (uniformity, mean_cosine):
         with pytest.raises(ValueError, match="two samples"):
             function(torch.zeros(1, 2))
+
+
+def test_cka_of_what_is_not_finite_is_no_number():
+    x = features(3, 30, 7)
+    assert math.isnan(linear_cka(x, x / 0).item())

@@ -67,3 +67,11 @@ def test_wrong_input_is_refused_in_one_line():
         AttentiveProbe().fit(torch.zeros(3, 2, 4), torch.arange(2))
     with pytest.raises(RuntimeError, match="fit"):
         AttentiveProbe().predict(torch.zeros(3, 2, 4))
+
+
+def test_a_second_fit_forgets_the_first():
+    tokens, labels = marked(40, 0)
+    quick = HeadTraining(learning_rates=(1e-3, 1e-2), weight_decays=(0.0,), epochs=1, batch_size=16, optimizer="adamw")
+    config = AttentiveProbeConfig(num_heads=2, mlp_ratio=1.0, training=quick)
+    again, fresh = AttentiveProbe(config).fit(tokens, labels), AttentiveProbe(config)
+    assert again.fit(tokens, labels.flip(0)).candidates == fresh.fit(tokens, labels.flip(0).int()).candidates

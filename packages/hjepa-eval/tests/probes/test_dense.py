@@ -2,9 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from hjepa_eval import SegmentationProbe, bootstrap, correspondence_accuracy, crop_matches
+from hjepa_eval import SegmentationProbe, bootstrap, correspondence_accuracy, crop_matches, mean_iou
 from hjepa_eval.probes.heads import HeadTraining
-from hjepa_eval.probes.segmentation import SegmentationProbeConfig
 
 
 def scenes(n, seed):
@@ -27,11 +26,7 @@ def test_segmentation_learns_the_classes_and_counts_by_the_definition(device):
     (tokens, masks), (test_tokens, test_masks) = scenes(120, 0), scenes(60, 1)
     masks[:, 0, 0] = -1
     test_masks[:, :, 3] = -1
-    config = SegmentationProbeConfig(
-        training=HeadTraining(
-            learning_rates=(1e-4, 3e-2), weight_decays=(0.0,), epochs=8, batch_size=16, optimizer="adamw"
-        )
-    )
+    config = HeadTraining(learning_rates=(1e-4, 3e-2), weight_decays=(0.0,), epochs=8, batch_size=16, optimizer="adamw")
     probe = SegmentationProbe(config).fit(tokens, masks, (4, 4), device=device)
     assert probe.chosen.learning_rate == 3e-2
     found = probe.mean_iou(test_tokens, test_masks)
@@ -41,11 +36,7 @@ def test_segmentation_learns_the_classes_and_counts_by_the_definition(device):
     counts = probe.confusion(test_tokens, test_masks)
     assert counts.sum() == (test_masks >= 0).sum()
 
-    def iou(mean):
-        hit = mean.diagonal(dim1=1, dim2=2)
-        return (hit / (mean.sum(1) + mean.sum(2) - hit)).mean(1)
-
-    interval = bootstrap(counts.double(), iou)
+    interval = bootstrap(counts, mean_iou)
     assert interval.value == pytest.approx(found, abs=1e-6)
     assert interval.low < found < interval.high
     assert interval.n == 60
@@ -110,3 +101,37 @@ def test_correspondence_counts_right_patches_and_near_ones(device):
     assert near[:2].tolist() == pytest.approx(expected)
     with pytest.raises(ValueError, match="one shape"):
         correspondence_accuracy(tokens, second[:, :4], matches, (3, 3))
+
+
+QUICK = HeadTraining(learning_rates=(1e-3, 3e-2), weight_decays=(0.0,), epochs=2, batch_size=16, optimizer="adamw")
+
+
+def test_what_is_unknown_may_be_any_number_below_0_and_masks_of_any_type():
+    tokens, masks = scenes(40, 0)
+    whole = SegmentationProbe(QUICK).fit(tokens, masks, (4, 4))
+    small = SegmentationProbe(QUICK).fit(tokens, masks.to(torch.uint8), (4, 4))
+    assert small.candidates == whole.candidates
+    masks[:, 0, 0], other = -1, masks.clone()
+    other[:, 0, 0] = -100
+    probe = SegmentationProbe(QUICK).fit(tokens, other, (4, 4))
+    assert probe.candidates == SegmentationProbe(QUICK).fit(tokens, masks, (4, 4)).candidates
+    assert probe.mean_iou(tokens, other) == probe.mean_iou(tokens, masks)
+    assert torch.equal(probe.confusion(tokens, other), probe.confusion(tokens, masks))
+    again = probe.fit(tokens, masks.flip(0), (4, 4)).candidates
+    assert again == SegmentationProbe(QUICK).fit(tokens, masks.flip(0), (4, 4)).candidates
+    with pytest.raises(ValueError, match="no pixel is known"):
+        SegmentationProbe(QUICK).fit(tokens, torch.full_like(masks, -1), (4, 4))
+
+
+def test_mean_iou_leaves_out_classes_that_are_nowhere():
+    confusion = torch.tensor([[3, 1, 0], [2, 4, 0], [0, 0, 0]])
+    assert mean_iou(confusion).item() == pytest.approx((3 / 6 + 4 / 7) / 2)
+    both = torch.stack((confusion, torch.tensor([[0, 0, 0], [0, 5, 0], [0, 5, 0]])))
+    assert mean_iou(both / 100).tolist() == pytest.approx([(3 / 6 + 4 / 7) / 2, (5 / 10 + 0) / 2])
+
+
+def test_tokens_that_are_not_finite_are_named():
+    good, matches = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 4).long()
+    for first, second, name in ((good / 0, good, "first"), (good, good * float("nan"), "second")):
+        with pytest.raises(ValueError, match=f"{name}: NaN or infinity"):
+            correspondence_accuracy(first, second, matches, (2, 2))

@@ -60,3 +60,9 @@ def test_wrong_input_is_refused():
             FewShotConfig(**change)
     with pytest.raises(ValueError, match="label a row"):
         few_shot(torch.zeros(2, 2), torch.tensor([0, -1]), torch.zeros(2, 2), torch.tensor([0, 1]))
+
+
+def test_two_widths_are_refused():
+    labels = torch.arange(4) % 2
+    with pytest.raises(ValueError, match="one width"):
+        few_shot(torch.eye(4), labels, torch.eye(4)[:, :2], labels)

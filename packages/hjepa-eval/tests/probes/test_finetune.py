@@ -118,3 +118,34 @@ def test_what_cannot_be_trained_is_refused_in_one_line(device):
     broken = [(train[0] * float("nan"), train[1])]
     with pytest.raises(ValueError, match="not finite"):
         finetune(Classifier(encoder(), 6, 2), lambda epoch: broken, 1, FineTuneConfig(epochs=2), device=device)
+
+
+class Stages(nn.Module):
+    """Two stages of two blocks, downsampling between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 2, 2)
+        self.stages = nn.Sequential(*(self.stage() for _ in range(2)))
+        self.norm = nn.LayerNorm(4)
+
+    @staticmethod
+    def stage():
+        parts = nn.Module()
+        parts.downsample, parts.blocks = nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+        return parts
+
+
+def test_stages_count_their_blocks_on_and_downsampling_goes_with_the_block_before():
+    model = Stages()
+    layer = {
+        id(p): (g["layer"], g["lr"])
+        for g in layer_groups(model, learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
+        for p in g["params"]
+    }
+    first, second = model.stages
+    for part, number in (
+        (model.stem, 0), (first.downsample, 0), (first.blocks[0], 1), (first.blocks[1], 2), (second.downsample, 2),
+        (second.blocks[0], 3), (second.blocks[1], 4), (model.norm, 5),
+    ):  # fmt: skip
+        assert {layer[id(p)] for p in part.parameters()} == {(number, 0.5 ** (5 - number))}

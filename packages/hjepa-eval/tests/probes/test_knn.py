@@ -180,3 +180,23 @@ def test_wrong_input_is_refused_in_one_line(change, message):
 def test_accuracy_refuses_unknown_test_labels():
     with pytest.raises(ValueError, match="unknown"):
         knn_accuracy(torch.eye(2), torch.arange(2), torch.eye(2), torch.tensor([0, -1]), ks=(1,))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_named(device, value):
+    good = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+    broken, labels = good.clone(), torch.zeros(90, dtype=torch.int64, device=device)
+    broken[3, 1] = value
+    for train, test in ((good, broken), (broken, good)):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            knn_predict(train.to(device), labels, test.to(device), ks=(5,))
+
+
+def test_what_has_no_neighbours_is_refused():
+    rows, labels = torch.eye(4), torch.arange(4)
+    for temperature in (0.0, -1.0):
+        with pytest.raises(ValueError, match="temperature="):
+            knn_predict(rows, labels, rows, ks=(2,), temperature=temperature)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match=f"k={k}"):
+            nearest(rows, rows, k)

@@ -108,7 +108,7 @@ def test_learning_rates_rise_and_fall():
         ({"epochs": 0}, "epochs"),
         ({"warmup": 1.0}, "warmup"),
         ({"held_out": 0.0}, "held_out"),
-        ({"optimizer": "lbfgs"}, "lbfgs"),
+        ({"optimizer": "lbfgs"}, "optimizer=lbfgs: unknown; allowed: sgd, adamw"),
     ],
 )
 def test_config_refuses_what_makes_no_sense(change, message):
@@ -126,7 +126,40 @@ def test_wrong_data_and_order_of_calls_are_refused():
         LinearProbe().fit({"x": torch.zeros(3, 2)}, torch.arange(2))
     with pytest.raises(ValueError, match="unknown"):
         LinearProbe().fit({"x": torch.zeros(2, 2)}, torch.tensor([0, -1]))
+    with pytest.raises(ValueError, match="reads 'x'"):
+        LinearProbe(HeadTraining(epochs=1)).fit({"x": torch.eye(4)}, torch.arange(4)).predict({"y": torch.eye(4)})
     with pytest.raises(ValueError, match="diverge"):
         LinearProbe(HeadTraining(learning_rates=(1e38,), weight_decays=(1.0,), epochs=5)).fit(
             {"x": torch.randn(20, 2, generator=torch.Generator().manual_seed(0))}, torch.arange(20) % 2
         )
+
+
+def test_a_second_fit_forgets_the_first(device):
+    """The heads of the first fit, on labels that are told, must not be chosen among for the second."""
+    (x, y), config = classes(200, 6, 7), HeadTraining(learning_rates=(1e-4, 1e-1), weight_decays=(0.0,), epochs=10)
+    x, y = x.to(device), y.to(device)
+    noise = torch.randint(0, 5, (200,), generator=torch.Generator().manual_seed(1)).to(device)
+    again = LinearProbe(config).fit({"x": x}, y).fit({"x": x}, noise)
+    fresh = LinearProbe(config).fit({"x": x}, noise)
+    assert again.candidates == fresh.candidates
+    assert again.chosen == fresh.chosen
+
+
+def test_autocast_around_changes_nothing(device):
+    x, y = classes(200, 6, 8)
+    x, y = x.to(device), y.to(device)
+    plain = LinearProbe(TRAINING).fit({"x": x}, y)
+    with torch.autocast(device.type, torch.bfloat16):
+        inside = LinearProbe(TRAINING).fit({"x": x}, y)
+        predicted = inside.predict({"x": x})
+    assert torch.equal(inside._head.weight, plain._head.weight)
+    assert torch.equal(predicted, plain.predict({"x": x}))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.bool])
+def test_classes_may_be_of_any_integer_type(device, kind):
+    x, y = classes(60, 4, 9)
+    x, y = x.to(device), (y % 2).to(device)
+    short = HeadTraining(learning_rates=(0.1,), weight_decays=(0.0,), epochs=2)
+    expected = LinearProbe(short).fit({"x": x}, y).predict({"x": x})
+    assert torch.equal(LinearProbe(short).fit({"x": x}, y.to(kind)).predict({"x": x}), expected)

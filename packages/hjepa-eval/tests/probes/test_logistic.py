@@ -133,3 +133,28 @@ def test_wrong_data_and_order_of_calls_are_refused():
 def test_two_samples_are_enough_to_fit(device):
     probe = LogisticProbe().fit(torch.eye(2, device=device), torch.arange(2, device=device))
     assert np.isfinite(probe.weight.cpu().numpy()).all()
+
+
+def test_autocast_around_changes_nothing(device):
+    x, y = mixture(300, 16, 7, classes=3)
+    x, y, config = x.to(device), y.to(device), LogisticProbeConfig(l2=(1e-2,))
+    plain = LogisticProbe(config).fit(x, y)
+    with torch.autocast(device.type, torch.bfloat16):
+        inside = LogisticProbe(config).fit(x, y)
+        predicted = inside.predict(x)
+    assert torch.equal(inside.weight, plain.weight)
+    assert torch.equal(predicted, plain.predict(x))
+
+
+def test_features_that_are_not_finite_or_of_another_width_are_named(device):
+    x, y = mixture(60, 8, 8, classes=3)
+    for value in (float("nan"), float("inf")):
+        broken = x.clone()
+        broken[5, 2] = value
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            LogisticProbe().fit(broken.to(device), y.to(device))
+    probe = LogisticProbe(LogisticProbeConfig(l2=(1e-2,))).fit(x.to(device), y.to(device))
+    with pytest.raises(ValueError, match="width of 8"):
+        probe.predict(x[:, :3].to(device))
+    with pytest.raises(ValueError, match="unknown"):
+        probe.accuracy(x.to(device), torch.full_like(y, -1).to(device))

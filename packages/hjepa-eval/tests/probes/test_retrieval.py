@@ -32,3 +32,38 @@ def test_a_query_is_no_hit_of_itself_and_without_hits_there_is_no_number(device)
         average_precision(rows[:2], labels[:2], rows, labels, leave_out_self=True)
     with pytest.raises(ValueError, match="one D"):
         average_precision(rows[:, :1], labels, rows, labels)
+
+
+def test_copies_rank_in_the_order_of_the_gallery(device):
+    """Where a matrix product rounds copies in different ways, their order is that of its blocks."""
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        gallery = torch.randn(5, 3 + seed, generator=generator)[torch.randint(0, 5, (37,), generator=generator)]
+        gallery_labels = torch.randint(0, 3, (37,), generator=generator)
+        query = torch.randn(4, 3 + seed, generator=generator)
+        labels = torch.randint(0, 3, (4,), generator=generator)
+        found = average_precision(query.to(device), labels.to(device), gallery.to(device), gallery_labels.to(device))
+        for row, label, ours in zip(query.double(), labels, found.tolist(), strict=True):
+            cosine = [float((row * other).sum() / row.norm() / other.norm()) for other in gallery.double()]
+            hits = [bool(gallery_labels[i] == label) for i in sorted(range(37), key=lambda i: -cosine[i])]
+            shares = [sum(hits[: r + 1]) / (r + 1) for r in range(37) if hits[r]]
+            assert ours == pytest.approx(sum(shares) / len(shares), abs=1e-12)
+
+
+def test_unknown_labels_are_no_class(device):
+    rows, labels = torch.eye(3, device=device), torch.tensor([0, -1, -1], device=device)
+    with pytest.raises(ValueError, match="query_labels"):
+        average_precision(rows, labels, rows, labels.abs())
+    with pytest.raises(ValueError, match="gallery_labels"):
+        average_precision(rows, labels.abs(), rows, labels)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_named(value):
+    good, labels = torch.eye(3), torch.arange(3)
+    broken = good.clone()
+    broken[1, 2] = value
+    with pytest.raises(ValueError, match="query: NaN or infinity"):
+        average_precision(broken, labels, good, labels)
+    with pytest.raises(ValueError, match="gallery: NaN or infinity"):
+        average_precision(good, labels, broken, labels)

@@ -55,3 +55,20 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     assert 15 < rank.low < rank.value < rank.high < 21
     with pytest.raises(ValueError, match="groups"):
         jackknife(z[:19], lambda x: x.mean())
+
+
+def test_quantiles_of_many_repetitions_are_students():
+    from scipy.stats import t
+
+    for count in (10, 32, 50, 200):
+        values = [float(i % 7) for i in range(count)]
+        found = interval_of_mean(values)
+        half = t.ppf(0.975, count - 1) * statistics.stdev(values) / math.sqrt(count)
+        assert found.high - found.value == pytest.approx(half, rel=3e-4)
+
+
+def test_what_is_not_a_number_stays_none_and_groups_are_counted():
+    assert math.isnan(interval_of_mean([0.5, math.nan]).value)
+    assert math.isnan(interval_of_mean([0.5, math.nan]).low)
+    with pytest.raises(ValueError, match="groups=1"):
+        jackknife(torch.zeros(9, 2), rankme, groups=1)

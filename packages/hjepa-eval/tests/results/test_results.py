@@ -134,11 +134,18 @@ def test_a_merged_table_shows_every_number_with_interval_and_count():
         merge([results()], metrics=["f1"])
 
 
-def test_the_command_line_merges_files_and_names_what_is_wrong(tmp_path, capsys):
+def test_the_command_line_merges_files_and_names_what_is_wrong(tmp_path, capsys, monkeypatch):
     paths = [str(tmp_path / name) for name in "ab"]
     for path in paths:
         write_results(results(f"run {path[-1]}"), path)
     assert main([*paths, "--markdown", "--metrics", "knn_20"]) == 0
     assert capsys.readouterr().out.count("0.500 [0.400, 0.600]") == 2
+    for width, header in (("70", "model  run a  run b"), ("160", "model data branch level pooling")):
+        monkeypatch.setenv("COLUMNS", width)
+        assert main(paths) == 0
+        shown = capsys.readouterr().out
+        assert header.split() == shown.split("\n")[1].split()[: len(header.split())]
+        assert shown.count("0.500 [0.400, 0.600]") == 2
+        assert "…" not in shown
     assert main([paths[0], str(tmp_path / "absent")]) == 2
     assert "absent" in capsys.readouterr().err

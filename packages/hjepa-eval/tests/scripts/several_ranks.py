@@ -9,7 +9,16 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 from torch import nn
 
-from hjepa_eval import CacheKey, Classifier, FeatureCache, FeatureName, SegmentationProbe, classify, extract
+from hjepa_eval import (
+    CacheKey,
+    Classifier,
+    FeatureCache,
+    FeatureName,
+    HeadTraining,
+    SegmentationProbe,
+    classify,
+    extract,
+)
 
 
 class Encoder(nn.Module):
@@ -90,6 +99,14 @@ def main(rank, world, store, folder):
     probe._head, probe._classes, probe._grid = fitted, 2, (2, 2)
     probe._mean, probe._scale = torch.zeros(5), torch.ones(5)
     found["iou"] = torch.tensor([probe.mean_iou(tokens[rank::world], masks[rank::world])])
+    # A class that one rank alone has.
+    masks[0, 0, 0] = 3
+    found["iou of four"] = torch.tensor([probe.mean_iou(tokens[rank::world], masks[rank::world])])
+    if rank == 0:
+        # A fit is of its own process: no other takes part.
+        quick = HeadTraining(learning_rates=(1e-2,), weight_decays=(0.0,), epochs=1, optimizer="adamw")
+        fit = SegmentationProbe(quick).fit(tokens, masks, (2, 2))
+        found["fitted alone"] = torch.tensor([one.held_out for one in fit.candidates])
     if rank == 0:
         save_file({key: value.contiguous() for key, value in found.items()}, Path(folder) / f"{world}.safetensors")
     if world > 1:

@@ -1,6 +1,7 @@
 """Features of the blocks of any module, by forward hooks: one pass for all blocks and poolings that are asked for."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 
 import torch
@@ -81,9 +82,11 @@ class BlockFeatures:
             module returns.
         poolings: How tokens become vectors. What is a vector already stays as it is, under the pooling "none".
         num_prefix_tokens: Class and register tokens ahead of the patches; None: what the module says by an attribute of
-            that name, as timm's do, else 0. An encoder that strips them from its output needs another call for that.
+            that name, as timm's do, else 0. An output that has as many tokens less than the blocks lost them already.
         norm: Apply the final norm (the ``norm`` beside the list of blocks) to the tokens of numbered blocks, as linear
             probes of vision transformers do; the last block with it is the encoder's own output.
+        channels_last: Maps of blocks are [B, H, W, D]; None: what the module says by ``output_fmt``, as timm's do, else
+            they are [B, D, H, W].
 
     Raises:
         ValueError: Where there is no such block or no list of blocks.
@@ -97,13 +100,18 @@ class BlockFeatures:
         *,
         num_prefix_tokens: int | None = None,
         norm: bool = False,
+        channels_last: bool | None = None,
     ) -> None:
         if not blocks or not poolings:
             raise ValueError(f"blocks={tuple(blocks)} poolings={tuple(poolings)}: at least one of each")
         self.module = module
         self.poolings = tuple(poolings)
-        found = getattr(module, "num_prefix_tokens", 0) if num_prefix_tokens is None else num_prefix_tokens
+        # DistributedDataParallel shows nothing of what it wraps.
+        said_by = getattr(module, "module", module)
+        found = getattr(said_by, "num_prefix_tokens", 0) if num_prefix_tokens is None else num_prefix_tokens
         self.num_prefix_tokens = int(found)
+        said = getattr(said_by, "output_fmt", None) == "NHWC"
+        self.channels_last = said if channels_last is None else channels_last
         self._norm = _final_norm(module) if norm else nn.Identity()
         self._order: list[str] = []
         self._numbered: set[str] = set()
@@ -142,13 +150,21 @@ class BlockFeatures:
         pooled = {}
         for label in self._order:
             tokens = self._norm(caught[label]) if label in self._numbered else caught[label]
+            if tokens.ndim == 4 and self.channels_last:
+                tokens = tokens.movedim(-1, 1)
             if tokens.ndim == 2:
                 pooled[FeatureName(level=label, pooling="none")] = tokens
                 continue
             for pooling in self.poolings:
                 name = FeatureName(level=label, pooling=str(pooling))
-                pooled[name] = pool_tokens(tokens, pooling, self.num_prefix_tokens)
+                pooled[name] = pool_tokens(tokens, pooling, self._prefix_of(label, caught))
         return pooled
+
+    def _prefix_of(self, label: str, caught: Mapping[str, Tensor]) -> int:
+        counts = {part.shape[1] for name, part in caught.items() if name != "output" and part.ndim == 3}
+        output = caught.get("output")
+        stripped = output is not None and output.ndim == 3 and output.shape[1] + self.num_prefix_tokens in counts
+        return 0 if stripped and label == "output" else self.num_prefix_tokens
 
     def _hook(self, caught: dict[str, Tensor], label: str) -> Callable[[nn.Module, object, object], None]:
         def keep(_module: nn.Module, _inputs: object, output: object) -> None:
@@ -158,7 +174,9 @@ class BlockFeatures:
 
 
 def find_blocks(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer: the children of the first submodule that is called ``blocks`` or ``layers``.
+    """The blocks of a network: the children of the first submodule that is called ``blocks`` or ``layers``.
+
+    Where that lies in a numbered stage (stages.0.blocks), the blocks of its other stages follow.
 
     Args:
         module: A timm-like encoder, or what holds one.
@@ -169,20 +187,27 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: Where there is no such list.
     """
-    return list(_block_list(module)[1])
+    return [block for blocks in _block_lists(module).values() for block in blocks]
 
 
-def _block_list(module: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
-    for name, part in module.named_modules():
-        if name.rpartition(".")[2] in {"blocks", "layers"} and isinstance(part, nn.ModuleList | nn.Sequential):
-            return name, part
-    raise ValueError(
-        f"blocks: {type(module).__name__} has no list called blocks or layers; give names of submodules instead"
+def _block_lists(module: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
+    lists = {
+        name: part
+        for name, part in module.named_modules()
+        if name.rpartition(".")[2] in {"blocks", "layers"} and isinstance(part, nn.ModuleList | nn.Sequential)
+    }
+    if not lists:
+        raise ValueError(
+            f"blocks: {type(module).__name__} has no list called blocks or layers; give names of submodules instead"
+        )
+    stages = re.compile(
+        r"\.".join(r"\d+" if word.isdigit() else re.escape(word) for word in next(iter(lists)).split("."))
     )
+    return {name: part for name, part in lists.items() if stages.fullmatch(name)}
 
 
 def _final_norm(module: nn.Module) -> nn.Module:
-    owner = _block_list(module)[0].rpartition(".")[0]
+    owner = next(iter(_block_lists(module))).rpartition(".")[0]
     norm = getattr(module.get_submodule(owner), "norm", None)
     if not isinstance(norm, nn.Module):
         raise ValueError(f"norm=True: {type(module).__name__} has no norm beside its blocks; leave it out")

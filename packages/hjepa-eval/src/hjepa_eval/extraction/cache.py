@@ -46,6 +46,8 @@ class CacheKey:
 def weights_hash(module: nn.Module) -> str:
     """SHA-256 of the module's printed form and of the name, type, shape and bytes of all its parameters and buffers.
 
+    Buffers that no checkpoint holds (a normalisation, positions) count too.
+
     Args:
         module: Any module; its weights are copied to the CPU one by one.
 
@@ -54,7 +56,7 @@ def weights_hash(module: nn.Module) -> str:
         not show (a scale that is no buffer) belongs into CacheKey.transform.
     """
     found = hashlib.sha256(repr(module).encode())
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted((*module.named_parameters(), *module.named_buffers())):
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(_bytes(value))
     return found.hexdigest()
@@ -103,7 +105,7 @@ class FeatureCache:
         """Return the features of a key, computing and keeping them if they are not there.
 
         With several processes all call this; unless every one of them finds the file (on a disk that they share) all
-        compute, and rank 0 writes.
+        compute, and rank 0 writes. A write that fails is named in a warning: the features are returned all the same.
 
         Args:
             key: What they depend on.
@@ -111,12 +113,19 @@ class FeatureCache:
 
         Returns:
             The features.
+
+        Raises:
+            OSError: Where the folder cannot be made; nothing is computed then.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         found = self.read(key)
         if not all(exchange(found is not None)) or found is None:
             found = compute()
             if rank() == 0:
-                self.write(key, found)
+                try:
+                    self.write(key, found)
+                except (OSError, SafetensorError) as error:
+                    logger.warning("%s: not written (%s); the features are not kept", self.path(key), error)
         return found
 
     def read(self, key: CacheKey) -> dict[str, FeatureSet] | None:
@@ -126,7 +135,7 @@ class FeatureCache:
             return None
         try:
             return _load(path, key)
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             logger.warning("%s: damaged (%s); the features are computed again", path, error)
             return None
 

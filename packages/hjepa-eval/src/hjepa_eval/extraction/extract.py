@@ -72,25 +72,36 @@ def extract(
                 raise ValueError(
                     f"levels={sorted(named)}: earlier batches gave {sorted(names)}; give the same each time"
                 )
+            if rest and rest[0].shape != batch_labels.shape:
+                raise ValueError(
+                    f"batches: sample numbers of shape {tuple(rest[0].shape)} for labels of shape "
+                    f"{tuple(batch_labels.shape)}; give one number a sample"
+                )
             if labels and bool(rest) != bool(numbers):
                 raise ValueError("batches: some have sample numbers and some have none; give them always or never")
             for key, (name, values) in named.items():
+                if values.ndim != 2:
+                    raise ValueError(
+                        f"features of level {key!r} of shape {tuple(values.shape)}: they must be [B, D]; "
+                        "pool or flatten the tokens of an image first"
+                    )
                 if values.shape[:1] != batch_labels.shape:
                     raise ValueError(
                         f"features of level {key!r} of shape {tuple(values.shape)} for labels of shape "
                         f"{tuple(batch_labels.shape)}: give one row and one label a sample"
                     )
                 names[key] = name
-                waiting[key] = values
-            labels.append(batch_labels.to("cpu", torch.int64))
-            numbers += [number.to("cpu", torch.int64) for number in rest[:1]]
+                # A copy: a stream may fill the same batch again, and features may be a view of it.
+                waiting[key] = values.to(torch.float32, copy=True)
+            labels.append(batch_labels.to("cpu", torch.int64, copy=True))
+            numbers += [number.to("cpu", torch.int64, copy=True) for number in rest[:1]]
         _keep(waiting, rows)
     return _collect(rows, names, labels, numbers, gather)
 
 
 def _keep(waiting: dict[str, Tensor], rows: dict[str, list[Tensor]]) -> None:
     for key, values in waiting.items():
-        rows.setdefault(key, []).append(values.detach().to("cpu", torch.float32))
+        rows.setdefault(key, []).append(values.to("cpu"))
     waiting.clear()
 
 
@@ -101,11 +112,11 @@ def _collect(
     numbers: list[Tensor],
     gather: bool,
 ) -> dict[str, FeatureSet]:
-    # Clones made outside inference mode are ordinary tensors, with which autograd can be used.
-    tensors = {key: torch.cat(rows.pop(key)).clone() for key in list(rows)}
-    columns = {"labels": torch.cat(labels).clone()} if labels else {}
+    # What is joined outside of inference mode is an ordinary tensor, with which autograd can be used.
+    tensors = {key: torch.cat(rows.pop(key)) for key in list(rows)}
+    columns = {"labels": torch.cat(labels)} if labels else {}
     if numbers:
-        columns["numbers"] = torch.cat(numbers).clone()
+        columns["numbers"] = torch.cat(numbers)
     if gather:
         tensors, names = gather_rows(tensors), gather_names(names)
         columns = gather_rows(columns)
@@ -137,6 +148,8 @@ def _order(numbers: Tensor) -> Tensor:
 def _named(out: Features, single: FeatureName) -> dict[str, tuple[FeatureName, Tensor]]:
     if isinstance(out, Tensor):
         return {single.level: (single, out)}
+    if not isinstance(out, Mapping):
+        raise ValueError(f"features give {type(out).__name__}: they must give a tensor, or a mapping from level to one")
     named = {}
     for key, values in out.items():
         if isinstance(key, FeatureName):

@@ -60,6 +60,11 @@ class FeatureSet:
         known = self.labels >= 0
         return FeatureSet(values=self.values[known], labels=self.labels[known], name=self.name)
 
+    def some(self, count: int) -> "FeatureSet":
+        """At most so many samples, evenly spaced: the first ones of a stream in order of classes are of few classes."""
+        chosen = torch.arange(min(count, len(self))) * len(self) // max(1, min(count, len(self)))
+        return FeatureSet(values=self.values[chosen], labels=self.labels[chosen], name=self.name)
+
 
 def concatenate(sets: Sequence[FeatureSet]) -> FeatureSet:
     """Join features of the same samples side by side, as the last four blocks are for a linear probe.

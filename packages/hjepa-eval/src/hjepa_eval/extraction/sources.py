@@ -20,7 +20,7 @@ class HierarchicalModel(Protocol):
     """A model that gives all its levels at once."""
 
     def all_features(self, images: Tensor, pool: str, branch: str) -> Mapping[Any, Tensor]:
-        """Return features [B, D] by level."""
+        """Return tokens [B, N, D] by level under the pooling "none"; a level of the whole image may give [B, D]."""
 
 
 def open_encoder(
@@ -67,21 +67,28 @@ def level_features(
     """A feature function for ``extract``: every level of a model with a hierarchy, by branch and pooling.
 
     Args:
-        model: What has ``all_features``; each branch and pooling is one call of it.
+        model: What has ``all_features``, which is called once for each branch.
         branches: Encoder branches.
-        poolings: Poolings that give vectors ("mean", "flatten").
+        poolings: "mean" or "flatten" of the tokens. What is a vector already stays as it is, under the pooling "none".
 
     Returns:
         The function; its ``module`` is the model, so that ``extract`` puts it in eval mode.
+
+    Raises:
+        ValueError: Where there is no such pooling.
     """
+    pools: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda x: x.mean(dim=1), "flatten": lambda x: x.flatten(1)}
+    if not poolings or not set(poolings) <= set(pools):
+        raise ValueError(f"poolings={tuple(poolings)}: none, or unknown; allowed: {', '.join(pools)}")
 
     def features(images: Tensor) -> dict[FeatureName, Tensor]:
-        return {
-            FeatureName(branch=branch, level=str(level), pooling=pooling): values
-            for branch in branches
-            for pooling in poolings
-            for level, values in model.all_features(images, pooling, branch).items()
-        }
+        found = {}
+        for branch in branches:
+            for level, tokens in model.all_features(images, "none", branch).items():
+                for pooling in ("none",) if tokens.ndim == 2 else poolings:
+                    name = FeatureName(branch=branch, level=str(level), pooling=pooling)
+                    found[name] = tokens if tokens.ndim == 2 else pools[pooling](tokens)
+        return found
 
     features.module = model  # type: ignore[attr-defined]
     return features

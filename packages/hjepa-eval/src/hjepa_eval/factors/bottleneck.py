@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hjepa_eval.probes.accuracy import check_known
 from hjepa_eval.probes.logistic import LogisticProbe, LogisticProbeConfig
 from hjepa_eval.results.interval import Interval, bootstrap
 
@@ -49,8 +50,9 @@ def bottleneck_sweep(
         A score for each width, narrowest first.
 
     Raises:
-        ValueError: Where a width is not in [1, D].
+        ValueError: Where a width is not in [1, D], or a class is unknown.
     """
+    check_known(test_labels, "test_labels")
     width = train.shape[1]
     wanted = sorted(set(widths)) or [*(2**i for i in range(1, 32) if 2**i < width), width]
     if wanted[0] < 1 or wanted[-1] > width:
@@ -60,7 +62,9 @@ def bottleneck_sweep(
     # eigh sorts upwards.
     variance, directions = torch.linalg.eigh(x.T @ x / len(x))
     variance, directions = variance.flip(0).clamp_min(0), directions.flip(1)
-    x, test_x = (x @ directions).float(), (test_x @ directions).float()
+    # In a direction without variance float32 leaves rounding noise, which a standardised probe would make loud.
+    told = variance.sqrt() > 1e-6 * (x + centre).square().mean().sqrt()
+    x, test_x = ((part @ directions * told).float() for part in (x, test_x))
     classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1
     scores = []
     for kept in wanted:

@@ -80,6 +80,8 @@ def dci(
     for name, values in train_factors.items():
         if name not in test_factors or len(values) != len(train) or len(test_factors[name]) != len(test):
             raise ValueError(f"factor {name!r}: give a value for each training and each test sample")
+        if values.ndim != 1:
+            raise ValueError(f"factor {name!r} {tuple(values.shape)}: give each of its columns as a factor of its own")
         y, test_y = _columns(values, test_factors[name], x.device)
         if not bool((y.std(dim=0) > 0).any()):
             raise ValueError(f"factor {name!r}: it does not vary over the training samples; leave it out")
@@ -104,7 +106,7 @@ def dci(
 
 
 def lasso(
-    x: Float[Tensor, "n D"], y: Float[Tensor, "n c"], penalty: Float[Tensor, " c"], *, iterations: int = 500
+    x: Float[Tensor, "n D"], y: Float[Tensor, "n c"], penalty: Float[Tensor, " c"], *, iterations: int = 5000
 ) -> Float[Tensor, "D c"]:
     """Minimise |y - x w|^2 / (2 n) + penalty |w|_1 for each column by accelerated proximal gradients (FISTA).
 
@@ -156,6 +158,7 @@ def _columns(values: Tensor, test_values: Tensor, device: torch.device) -> tuple
     values, test_values = values.to(device), test_values.to(device)
     if values.is_floating_point():
         return values.double()[:, None], test_values.double()[:, None]
+    values, test_values = values.long(), test_values.long()
     classes = int(torch.maximum(values.max(), test_values.max())) + 1
     return F.one_hot(values, classes).double(), F.one_hot(test_values, classes).double()
 

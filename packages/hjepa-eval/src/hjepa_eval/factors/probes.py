@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hjepa_eval.probes.accuracy import split, top1
+from hjepa_eval.probes.accuracy import check_known, split, top1
 from hjepa_eval.probes.logistic import LogisticProbe, LogisticProbeConfig, moments
 from hjepa_eval.results.interval import Interval, bootstrap
 
@@ -57,7 +57,7 @@ def factor_probe(
         A score for each factor.
 
     Raises:
-        ValueError: Where a factor lacks values.
+        ValueError: Where a factor lacks values, or a class is unknown.
     """
     scores = []
     for name, values in train_factors.items():
@@ -73,7 +73,9 @@ def factor_probe(
             )
             scores.append(FactorScore(factor=name, kind="r2", interval=interval, chance=0.0))
         else:
-            labels, test_labels = values.to(train.device), truth.to(train.device)
+            labels, test_labels = (v.long().to(train.device) for v in (values, truth))
+            for each in (labels, test_labels):
+                check_known(each, f"factor {name!r}")
             right = LogisticProbe(probe).fit(train, labels).predict(test) == test_labels
             commonest = labels.bincount().argmax()
             classes = int(torch.maximum(labels.max(), test_labels.max())) + 1

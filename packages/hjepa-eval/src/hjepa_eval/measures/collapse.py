@@ -113,14 +113,17 @@ def judge_collapse(z: Float[Tensor, "n D"], config: CollapseConfig | None = None
     return CollapseReport(verdict=verdict, reasons=tuple(reason for _, reason in found), numbers=numbers, n=len(values))
 
 
-def judge_levels(sets: Mapping[str, FeatureSet], config: CollapseConfig | None = None) -> dict[str, CollapseReport]:
+def judge_levels(
+    sets: Mapping[str, FeatureSet], config: CollapseConfig | None = None, *, samples: int = 25_600
+) -> dict[str, CollapseReport]:
     """A verdict for each level.
 
     Args:
         sets: Features by level.
         config: The bounds.
+        samples: How many of the samples are taken, at most, evenly spaced.
 
     Returns:
         The verdicts by level.
     """
-    return {level: judge_collapse(one.values, config) for level, one in sets.items()}
+    return {level: judge_collapse(one.some(samples).values, config) for level, one in sets.items()}

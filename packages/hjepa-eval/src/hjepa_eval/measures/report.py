@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from hjepa_eval.extraction.features import FeatureSet
@@ -23,20 +24,26 @@ MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def measure_unlabelled(
-    features: FeatureSet, *, samples: int = 25_600, groups: int = 10, collapse: CollapseConfig | None = None
+    features: FeatureSet,
+    *,
+    samples: int = 25_600,
+    groups: int = 10,
+    collapse: CollapseConfig | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[Measurement]:
     """RankMe, effective rank, α-ReQ, isotropy, spread, mean cosine and uniformity, with jackknife intervals.
 
     Args:
         features: Features of images; labels are not used.
-        samples: How many of them are taken, at most: the first ones. 25,600 is what the RankMe paper takes.
+        samples: How many of them are taken, at most, evenly spaced. 25,600 is what the RankMe paper takes.
         groups: Groups of the jackknife; every number is computed once more for each.
         collapse: Bounds of the verdict, which stands in the details of `effective_rank`.
+        device: Where the numbers are computed.
 
     Returns:
         The measurements.
     """
-    z = features.values[:samples]
+    z = features.some(samples).values.to(device)
     report = judge_collapse(z, collapse)
     verdict: dict[str, Plain] = {"verdict": str(report.verdict), "reasons": "; ".join(report.reasons)}
     return [

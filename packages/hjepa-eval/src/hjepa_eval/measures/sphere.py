@@ -1,8 +1,5 @@
 """Features on the unit sphere: alignment of views, uniformity over the sphere."""
 
-import math
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,15 +56,12 @@ def uniformity(z: Float[Tensor, "n D"], *, t: float = 2.0) -> Float[Tensor, ""]:
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"z of shape {tuple(z.shape)}: uniformity needs features [n, D] of at least two samples")
     unit = F.normalize(z.double(), dim=1)
-    sums = []
-    for first in range(0, len(unit), max(1, ELEMENTS // len(unit))):
-        rows = unit[first : first + max(1, ELEMENTS // len(unit))]
-        squared = (2 - 2 * rows @ unit[first:].T).clamp_min(0)
-        potential = torch.triu((-t * squared), diagonal=1)
-        kept = torch.ones_like(potential, dtype=torch.bool).triu(diagonal=1)
-        sums.append(torch.logsumexp(potential[kept], dim=0) if bool(kept.any()) else potential.new_tensor(-torch.inf))
-    pairs = len(unit) * (len(unit) - 1) / 2
-    return torch.logsumexp(torch.stack(sums), dim=0) - math.log(pairs)
+    total, step = unit.new_zeros(()), max(1, ELEMENTS // len(unit))
+    for first in range(0, len(unit), step):
+        # |u_i - u_j|^2 = 2 - 2 u_i u_j
+        potential = (unit[first : first + step] @ unit[first:].T).sub_(1).clamp_(max=0).mul_(2 * t).exp_()
+        total += potential.triu_(diagonal=1).sum()
+    return (total / (len(unit) * (len(unit) - 1) / 2)).log()
 
 
 def mean_cosine(z: Float[Tensor, "n D"]) -> Float[Tensor, ""]:

@@ -1,4 +1,4 @@
-"""Accuracy, over one process or several."""
+"""Accuracy, and the split of the training samples that choices are made on."""
 
 import torch
 from jaxtyping import Int
@@ -14,12 +14,28 @@ def top1(predicted: Int[Tensor, " m"], labels: Int[Tensor, " m"], num_classes: i
         num_classes: Number of classes.
 
     Returns:
-        The accuracy over samples (not averaged over classes).
+        The accuracy over samples (not averaged over classes), of this process.
+
+    Raises:
+        ValueError: Where there is no label, or one is unknown.
     """
+    check_known(labels)
     # torchmetrics brings torchvision and scipy along: seconds that only a measurement has to wait for.
     from torchmetrics.functional.classification import multiclass_accuracy
 
     return float(multiclass_accuracy(predicted, labels, num_classes=max(2, num_classes), average="micro"))
+
+
+def check_known(labels: Int[Tensor, " n"], name: str = "labels") -> None:
+    """Raise a ValueError where there is no label or one is unknown; ``name`` is what to call them."""
+    if not len(labels) or int(labels.min()) < 0:
+        raise ValueError(f"{name}: there are none, or some are below 0 (unknown); leave out what has no label")
+
+
+def check_finite(values: Tensor, name: str = "features") -> None:
+    """Raise a ValueError where some value is NaN or infinite; ``name`` is what to call them."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{name}: NaN or infinity in some; look at what gives them")
 
 
 def split(count: int, held_out: float, seed: int) -> tuple[Int[Tensor, " f"], Int[Tensor, " h"]]:

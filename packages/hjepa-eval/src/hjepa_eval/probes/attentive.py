@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hjepa_eval.probes.accuracy import split, top1
-from hjepa_eval.probes.heads import Candidate, HeadOptimizer, HeadTraining, train_heads
+from hjepa_eval.probes.accuracy import check_known, split, top1
+from hjepa_eval.probes.heads import Candidate, HeadOptimizer, HeadTraining, best_candidate, train_heads
 
 
 def _training() -> HeadTraining:
@@ -143,25 +143,26 @@ class AttentiveProbe:
             ValueError: Where shapes disagree, a label is unknown, there are fewer than two samples, or all heads
                 diverge.
         """
-        if tokens.ndim != 3 or labels.shape != tokens.shape[:1] or len(labels) < 2 or int(labels.min()) < 0:
+        if tokens.ndim != 3 or labels.shape != tokens.shape[:1] or len(labels) < 2:
             raise ValueError(
                 f"tokens {tuple(tokens.shape)} and labels {tuple(labels.shape)}: tokens must be [n, N, D] of at "
-                "least two samples, with one label a sample and none below 0"
+                "least two samples, with one label a sample"
             )
+        check_known(labels)
+        labels = labels.cpu().long()
         training, self._device = self.config.training, torch.device(device)
         classes = max(2, int(labels.max()) + 1 if num_classes is None else num_classes)
         kept, held = split(len(labels), training.held_out, training.seed)
         grid = training.grid()
         heads = self._train(tokens, labels, classes, grid, kept)
+        self.candidates = []
         for head, (rate, decay) in zip(heads, grid, strict=True):
             self._head = head
             logits = self._logits(tokens, held)
             score = top1(logits.argmax(dim=1), labels[held], classes) if bool(logits.isfinite().all()) else -torch.inf
             self.candidates.append(Candidate(features="tokens", learning_rate=rate, weight_decay=decay, held_out=score))
-        best = max(range(len(heads)), key=lambda number: self.candidates[number].held_out)
+        best = best_candidate(self.candidates, training)
         self.chosen, self._head = self.candidates[best], heads[best]
-        if self.chosen.held_out == -torch.inf:
-            raise ValueError(f"learning_rates={training.learning_rates}: all heads diverge; add smaller ones")
         if training.refit:
             (self._head,) = self._train(tokens, labels, classes, [grid[best]], torch.arange(len(labels)))
         return self
@@ -203,7 +204,7 @@ class AttentiveProbe:
         ]
 
         def loss(batch: Tensor) -> Tensor:
-            x, y = self._on_device(tokens, batch), labels[batch.to(labels.device)].to(self._device)
+            x, y = self._on_device(tokens, batch), labels[batch].to(self._device)
             return torch.stack([F.cross_entropy(head(x), y) for head in heads])
 
         train_heads(heads, grid, loss, samples, self.config.training)

@@ -5,6 +5,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from hjepa_eval.probes.accuracy import check_finite
+
 
 def crop_matches(
     first: Float[Tensor, "n 4"],
@@ -60,7 +62,7 @@ def correspondence_accuracy(
         Shares in [0, 1]; NaN for an image without any match (leave it out of the mean).
 
     Raises:
-        ValueError: Where shapes disagree.
+        ValueError: Where shapes disagree or tokens are not finite.
     """
     if first.ndim != 3 or first.shape != second.shape or matches.shape != first.shape[:2]:
         raise ValueError(
@@ -69,6 +71,8 @@ def correspondence_accuracy(
         )
     if grid[0] * grid[1] != first.shape[1]:
         raise ValueError(f"grid={grid}: {grid[0] * grid[1]} patches, but there are {first.shape[1]} tokens an image")
+    check_finite(first, "first")
+    check_finite(second, "second")
     nearest = torch.stack(
         [
             (F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T).argmax(dim=1)

@@ -90,6 +90,8 @@ def few_shot(
                 f"{name} {tuple(rows.shape)} and its labels {tuple(labels.shape)}: features must be [n, D] with one "
                 "label a row and none below 0"
             )
+    if train.shape[1] != test.shape[1]:
+        raise ValueError(f"train {tuple(train.shape)} and test {tuple(test.shape)}: both must be of one width")
     mean, scale = moments(train)
     x, test_x = (train.float() - mean) / scale, (test.float() - mean) / scale
     classes = max(2, int(torch.maximum(train_labels.max(), test_labels.max())) + 1)
@@ -130,5 +132,6 @@ def draw_samples(labels: Int[Tensor, " n"], sizes: Sequence[int], *, seed: int, 
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
     order = torch.randperm(len(labels), generator=generator)
-    shuffled = labels.cpu()[order]
-    return torch.cat([order[shuffled == number][:size] for number, size in enumerate(sizes)])
+    labels = labels.cpu()[order]
+    by_class = torch.split(order[labels.argsort(stable=True)], labels.bincount(minlength=len(sizes)).tolist())
+    return torch.cat([members[:size] for members, size in zip(by_class, sizes, strict=True)])

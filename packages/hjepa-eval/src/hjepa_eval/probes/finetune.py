@@ -25,7 +25,6 @@ class FineTuneConfig:
         warmup: Share of the steps in which the rate rises linearly, in [0, 1); it falls to 0 by a cosine after.
         label_smoothing: Of the cross-entropy, in [0, 1).
         clip_norm: Largest norm of the gradient; None leaves it as it is.
-        seed: Of the head's weights.
     """
 
     learning_rate: float = 1e-3
@@ -35,7 +34,6 @@ class FineTuneConfig:
     warmup: float = 0.1
     label_smoothing: float = 0.1
     clip_norm: float | None = 1.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.weight_decay < 0:
@@ -94,7 +92,8 @@ def layer_groups(
     """Parameter groups with learning_rate * layer_decay^(L + 1 - layer).
 
     Of L blocks, number i is layer i + 1. What is registered before the first block (patch embedding, positions, class
-    token) is layer 0; what comes after (final norm, head) is layer L + 1.
+    token) is layer 0; what lies between two (downsampling) is of the layer before it; what comes after the last (final
+    norm, head) is layer L + 1.
 
     Args:
         module: The whole that is trained.
@@ -122,12 +121,10 @@ def layer_groups(
         if name in dict(part.named_parameters())
     }
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    seen_blocks = False
+    reached, last = 0, max(layer_of.values(), default=0)
     for parameter in module.parameters():
-        layer = layer_of.get(id(parameter))
-        seen_blocks = seen_blocks or layer is not None
-        if layer is None:
-            layer = len(listed) + 1 if seen_blocks else 0
+        layer = layer_of.get(id(parameter), reached if reached < last else len(listed) + 1)
+        reached = max(reached, layer)
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and id(parameter) not in exempt
             groups.setdefault((layer, decays), []).append(parameter)

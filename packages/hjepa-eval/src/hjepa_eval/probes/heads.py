@@ -48,6 +48,8 @@ class HeadTraining:
 
     def __post_init__(self) -> None:
         self.learning_rates, self.weight_decays = tuple(self.learning_rates), tuple(self.weight_decays)
+        if self.optimizer not in tuple(HeadOptimizer):
+            raise ValueError(f"optimizer={self.optimizer}: unknown; allowed: {', '.join(HeadOptimizer)}")
         self.optimizer = HeadOptimizer(self.optimizer)
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise ValueError(
@@ -82,6 +84,25 @@ class Candidate:
     learning_rate: float
     weight_decay: float
     held_out: float
+
+
+def best_candidate(candidates: Sequence[Candidate], config: HeadTraining) -> int:
+    """Number of the head with the highest held-out score, the first among equals.
+
+    Args:
+        candidates: Every head.
+        config: How they were trained, for the message.
+
+    Returns:
+        Its number.
+
+    Raises:
+        ValueError: Where all heads diverged.
+    """
+    best = max(range(len(candidates)), key=lambda number: candidates[number].held_out)
+    if candidates[best].held_out == -math.inf:
+        raise ValueError(f"learning_rates={config.learning_rates}: all heads diverge; add smaller ones")
+    return best
 
 
 def train_heads(

@@ -1,14 +1,14 @@
 """Weighted k-nearest-neighbour classification: exact, in tiles of bounded memory."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hjepa_eval.probes.accuracy import top1
+from hjepa_eval.probes.accuracy import check_finite, check_known, top1
+from hjepa_eval.probes.precision import full_precision
 
 SPARE = 64  # candidates beyond k, so that what float32 cannot tell apart is seldom more than they are
 VOTES = 2**24  # votes held at once: 128 MiB
@@ -45,13 +45,15 @@ def knn_predict(
         The predicted classes for each k.
 
     Raises:
-        ValueError: Where a k is not in [1, n], shapes disagree or a label is unknown.
+        ValueError: Where a k is not in [1, n], shapes disagree, a label is unknown or T is not above 0.
 
     Source:
         Wu et al. 2018 (arXiv 1805.01978), section 3.4; T = 0.07 and the values of k as in DINOv2 (arXiv 2304.07193).
     """
     ks = tuple(dict.fromkeys(ks))
     _check(train, train_labels, test, ks)
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature}: it must be above 0; 0.07 is usual")
     classes = int(train_labels.max()) + 1 if num_classes is None else num_classes
     cosine, index = nearest(train, test, max(ks), memory=memory)
     neighbours = train_labels[index]
@@ -98,8 +100,7 @@ def knn_accuracy(
     """
     if test_labels.shape != test.shape[:1]:
         raise ValueError(f"test_labels of shape {tuple(test_labels.shape)} for {len(test)} rows: give one label a row")
-    if len(test) == 0 or int(test_labels.min()) < 0:
-        raise ValueError("test_labels: there are none, or some are below 0 (unknown); leave out what has no label")
+    check_known(test_labels, "test_labels")
     classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1 if len(train) else 1
     predicted = knn_predict(
         train, train_labels, test, ks=ks, temperature=temperature, memory=memory, num_classes=max(2, classes)
@@ -125,7 +126,12 @@ def nearest(
 
     Returns:
         Float64 cosines, largest first, and the positions in the bank.
+
+    Raises:
+        ValueError: Where k is not in [1, n], or features are not finite.
     """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k={k}: it must be from 1 to the {len(bank)} rows of the bank")
     memory = memory if memory is not None else 2**28 if bank.device.type == "cpu" else 2**31
     kept = _without_copies(bank, k, memory)
     if kept is not None:
@@ -134,7 +140,8 @@ def nearest(
     norms, row_norms = _norms(bank, memory), _norms(rows, memory)
     cosine = torch.empty(len(rows), k, dtype=torch.float64, device=rows.device)
     index = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
-    with _full_precision(bank.device.type):
+    # The bound holds for float32 products.
+    with full_precision(bank.device.type):
         value, candidates = _candidates(bank, norms, rows, row_norms, min(len(bank), k + SPARE), memory)
         bound = value[:, k - 1 : k] - 2 * _rounding(bank.shape[1], torch.float32)
         proven = value[:, -1] < bound[:, 0]
@@ -246,19 +253,8 @@ def _norms(rows: Tensor, memory: int) -> Float[Tensor, " n"]:
     step = max(1, memory // (16 * rows.shape[1]))
     norms = [part.double().square().sum(dim=1).sqrt() for part in torch.split(rows, step)]
     found = torch.cat(norms)
+    check_finite(found)
     return torch.where(found > 0, found, 1.0)
-
-
-@contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """The bound holds for float32 products: no autocast, no TF32, no bfloat16 inside."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _check(train: Tensor, train_labels: Tensor, test: Tensor, ks: Sequence[int]) -> None:
@@ -270,5 +266,4 @@ def _check(train: Tensor, train_labels: Tensor, test: Tensor, ks: Sequence[int])
         )
     if not ks or min(ks) < 1 or max(ks) > len(train):
         raise ValueError(f"ks={tuple(ks)}: each k must be from 1 to the {len(train)} training samples")
-    if int(train_labels.min()) < 0:
-        raise ValueError("train_labels: some are below 0 (unknown); leave out the samples that have no label")
+    check_known(train_labels, "train_labels")

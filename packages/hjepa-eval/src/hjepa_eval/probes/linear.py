@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from hjepa_eval.extraction.features import FeatureSet
 from hjepa_eval.probes.accuracy import split, top1
-from hjepa_eval.probes.heads import Candidate, HeadTraining, train_heads
+from hjepa_eval.probes.heads import Candidate, HeadTraining, best_candidate, train_heads
 from hjepa_eval.probes.logistic import check_samples, moments
+from hjepa_eval.probes.precision import full_precision
 
 Sets = Mapping[str, Float[Tensor, "n D"]]
 
@@ -51,12 +52,13 @@ class LinearProbe:
                 diverge.
         """
         _check(features, labels)
-        config = self.config
+        config, labels = self.config, labels.long()
         self._classes = max(2, int(labels.max()) + 1 if num_classes is None else num_classes)
         self._moments = {name: moments(values) for name, values in features.items()}
         kept, held = (part.to(labels.device) for part in split(len(labels), config.held_out, config.seed))
         names, grid = list(features), config.grid()
         heads = self._train(features, labels, names, grid, kept)
+        self.candidates = []
         for s, name in enumerate(names):
             x = self._standardise(name, features[name][held])
             for (rate, decay), head in zip(grid, heads[s * len(grid) : (s + 1) * len(grid)], strict=True):
@@ -71,10 +73,8 @@ class LinearProbe:
                         held_out=accuracy if finite else -torch.inf,
                     )
                 )
-        best = max(range(len(heads)), key=lambda head: self.candidates[head].held_out)
+        best = best_candidate(self.candidates, config)
         self.chosen, self._head = self.candidates[best], heads[best]
-        if self.chosen.held_out == -torch.inf:
-            raise ValueError(f"learning_rates={config.learning_rates}: all heads diverge; add smaller ones")
         if config.refit:
             everyone = torch.arange(len(labels), device=labels.device)
             setting = (self.chosen.learning_rate, self.chosen.weight_decay)
@@ -92,11 +92,14 @@ class LinearProbe:
 
         Raises:
             RuntimeError: Before ``fit``.
+            ValueError: Where those that the chosen head reads are missing.
         """
         if self.chosen is None:
             raise RuntimeError("the probe is not fitted yet: call fit(features, labels) first")
-        values = features[self.chosen.features]
-        logits: Tensor = self._head(self._standardise(self.chosen.features, values))
+        name = self.chosen.features
+        if name not in features:
+            raise ValueError(f"features={sorted(features)}: the chosen head reads {name!r}; give that too")
+        logits: Tensor = self._head(self._standardise(name, features[name]))
         return logits.argmax(dim=1)
 
     def accuracy(self, features: Sets, labels: Int[Tensor, " m"]) -> float:
@@ -133,7 +136,8 @@ class LinearProbe:
             losses = F.cross_entropy(logits.reshape(-1, self._classes), target.reshape(-1), reduction="none")
             return losses.view(len(heads), -1).mean(dim=1)
 
-        train_heads(heads, list(grid) * len(names), loss, samples, self.config)
+        with full_precision(labels.device.type):
+            train_heads(heads, list(grid) * len(names), loss, samples, self.config)
         for head, name in zip(heads, (n for n in names for _ in grid), strict=True):
             head.narrow(features[name].shape[1])
         return heads
@@ -157,7 +161,8 @@ class _Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, without gradient."""
-        return F.linear(x, self.weight, self.bias).detach()
+        with full_precision(x.device.type):
+            return F.linear(x, self.weight, self.bias).detach()
 
 
 def as_sets(sets: Mapping[str, FeatureSet]) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hjepa_eval.probes.accuracy import split, top1
+from hjepa_eval.probes.accuracy import check_finite, check_known, split, top1
+from hjepa_eval.probes.precision import full_precision
 
 MAX_LOGITS = 2**24  # held at once: 64 MiB of float32
 MAX_DIRECTIONS = 256  # of features that are wider, only so many directions get a scale of their own
@@ -44,10 +45,6 @@ class LogisticProbeConfig:
             raise ValueError(f"max_iterations={self.max_iterations}: at least 1; 100 is usual")
         if self.tolerance <= 0:
             raise ValueError(f"tolerance={self.tolerance}: above 0; 1e-4 is usual")
-
-    def build(self) -> "LogisticProbe":
-        """Make the probe that this describes."""
-        return LogisticProbe(self)
 
 
 class LogisticProbe:
@@ -91,7 +88,7 @@ class LogisticProbe:
         self._mean, self._scale = moments(features)
         x = self._standardise(features)
         penalties = sorted(config.l2, reverse=True)
-        best = 0
+        best, self.held_out_accuracy = 0, {}
         if len(penalties) > 1:
             kept, held = (part.to(x.device) for part in split(len(x), config.held_out, config.seed))
             path = fit_logistic(x[kept], labels[kept], classes, penalties, config.max_iterations, config.tolerance)
@@ -115,10 +112,14 @@ class LogisticProbe:
 
         Raises:
             RuntimeError: Before ``fit``.
+            ValueError: Where the features have another width.
         """
         if self.weight.numel() == 0:
             raise RuntimeError("the probe is not fitted yet: call fit(features, labels) first")
-        return (self._standardise(features) @ self.weight.T + self.bias).argmax(dim=1)
+        if features.ndim != 2 or features.shape[1] != self.weight.shape[1]:
+            raise ValueError(f"features {tuple(features.shape)}: fitted on a width of {self.weight.shape[1]}")
+        with full_precision(features.device.type):
+            return (self._standardise(features) @ self.weight.T + self.bias).argmax(dim=1)
 
     def accuracy(self, features: Float[Tensor, "m D"], labels: Int[Tensor, " m"]) -> float:
         """Share of rows that are classified rightly, in [0, 1].
@@ -165,16 +166,18 @@ def fit_logistic(
     Source:
         The bound is Böhning 1992, "Multinomial logistic regression algorithm".
     """
-    basis, moments = _leading_directions(x)
+    labels = labels.long()
     weight = x.new_zeros(num_classes, x.shape[1])
     bias = x.new_zeros(num_classes)
     path = []
-    for penalty in l2:
-        stretch = _Stretch(basis, (moments / 2 + penalty).rsqrt())
-        start = torch.cat((stretch.undo(weight), bias[:, None]), dim=1)
-        solution = _lbfgs(stretch(x), labels, stretch, penalty, start, max_iterations, tolerance)
-        weight, bias = stretch(solution[:, :-1]), solution[:, -1]
-        path.append((weight, bias))
+    with full_precision(x.device.type):
+        basis, curvature = _leading_directions(x)
+        for penalty in l2:
+            stretch = _Stretch(basis, (curvature / 2 + penalty).rsqrt())
+            start = torch.cat((stretch.undo(weight), bias[:, None]), dim=1)
+            solution = _lbfgs(stretch(x), labels, stretch, penalty, start, max_iterations, tolerance)
+            weight, bias = stretch(solution[:, :-1]), solution[:, -1]
+            path.append((weight, bias))
     return path
 
 
@@ -263,12 +266,16 @@ def moments(features: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[
 
     Returns:
         Mean and standard deviation of each dimension, float32; the scale of one that does not vary is 1.
+
+    Raises:
+        ValueError: Where features are not finite.
     """
     # Some rows at a time: tokens of many images would not fit in float64.
     parts = torch.split(features, max(1, MAX_LOGITS // features.shape[1]))
     mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(features)
     squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(dim=0)
     deviation = (squares / len(features)).sqrt()
+    check_finite(deviation)
     # A dimension that does not vary tells nothing; dividing by its rounding noise would make it loud.
     quiet = deviation <= 1e-6 * mean.abs().clamp_min(1e-6)
     return mean.float(), torch.where(quiet, 1.0, deviation).float()
@@ -283,5 +290,4 @@ def check_samples(features: Tensor, labels: Tensor, name: str = "features") -> N
         )
     if len(features) < 2:
         raise ValueError(f"features: {len(features)} training samples; a probe needs at least two")
-    if int(labels.min()) < 0:
-        raise ValueError("labels: some are below 0 (unknown); leave out the samples that have no label")
+    check_known(labels)

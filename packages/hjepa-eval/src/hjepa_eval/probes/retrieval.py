@@ -5,7 +5,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-ELEMENTS = 2**25  # similarities held at once: 128 MiB of float32
+from hjepa_eval.probes.accuracy import check_finite, check_known
+
+ELEMENTS = 2**25  # similarities held at once: 256 MiB, and some times as much to sort them
 
 
 def average_precision(
@@ -24,16 +26,16 @@ def average_precision(
 
     Args:
         query: Features to search for.
-        query_labels: Their classes.
+        query_labels: Their classes, 0 and up.
         gallery: Features to search, on the same device.
-        gallery_labels: Their classes.
+        gallery_labels: Their classes, 0 and up.
         leave_out_self: Query i is row i of the gallery and does not count as its own hit.
 
     Returns:
         AP of each query in [0, 1], float64; NaN where the gallery has no hit (leave such queries out of the mean).
 
     Raises:
-        ValueError: Where shapes disagree.
+        ValueError: Where shapes disagree, a label is unknown or features are not finite.
 
     Example:
         >>> gallery, labels = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), torch.tensor([0, 1, 0])
@@ -46,10 +48,17 @@ def average_precision(
         raise ValueError("query_labels, gallery_labels: give one label a row")
     if leave_out_self and len(query) != len(gallery):
         raise ValueError(f"leave_out_self=True: {len(query)} queries are not the {len(gallery)} rows of the gallery")
-    unit = F.normalize(gallery.double(), dim=1)
+    check_known(query_labels, "query_labels")
+    check_known(gallery_labels, "gallery_labels")
+    # A matrix product may round the same row in two ways at two places: copies share one column.
+    distinct, column = torch.unique(gallery, dim=0, return_inverse=True)
+    unit = F.normalize(distinct.double(), dim=1)
+    check_finite(unit, "gallery")
+    check_finite(query, "query")
     found = []
     for numbers in torch.split(torch.arange(len(query), device=query.device), max(1, ELEMENTS // max(1, len(gallery)))):
         similarity = F.normalize(query[numbers].double(), dim=1) @ unit.T
+        similarity = similarity[:, column]
         if leave_out_self:
             similarity[torch.arange(len(numbers), device=query.device), numbers] = -torch.inf
         order = similarity.argsort(dim=1, descending=True, stable=True)

@@ -1,6 +1,5 @@
 """Linear segmentation: a class for every pixel from patch features, measured by mean intersection over union."""
 
-from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -8,8 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hjepa_eval.extraction.gather import exchange
 from hjepa_eval.probes.accuracy import split
-from hjepa_eval.probes.heads import Candidate, HeadOptimizer, HeadTraining, train_heads
+from hjepa_eval.probes.heads import Candidate, HeadOptimizer, HeadTraining, best_candidate, train_heads
 from hjepa_eval.probes.logistic import moments
 
 
@@ -17,17 +17,6 @@ def _training() -> HeadTraining:
     return HeadTraining(
         learning_rates=(1e-3, 1e-2), weight_decays=(1e-3,), epochs=20, batch_size=32, optimizer=HeadOptimizer.adamw
     )
-
-
-@dataclass(kw_only=True, slots=True)
-class SegmentationProbeConfig:
-    """How a linear segmentation is trained.
-
-    Attributes:
-        training: How the heads are trained and chosen.
-    """
-
-    training: HeadTraining = field(default_factory=_training)
 
 
 class SegmentationProbe:
@@ -41,8 +30,8 @@ class SegmentationProbe:
         chosen: The head with the highest one, after ``fit``.
     """
 
-    def __init__(self, config: SegmentationProbeConfig | None = None) -> None:
-        self.config = SegmentationProbeConfig() if config is None else config
+    def __init__(self, config: HeadTraining | None = None) -> None:
+        self.config = _training() if config is None else config
         self.candidates: list[Candidate] = []
         self.chosen: Candidate | None = None
         self._head: nn.Linear | None = None
@@ -74,24 +63,27 @@ class SegmentationProbe:
             The probe itself.
 
         Raises:
-            ValueError: Where shapes disagree, there are fewer than two images, or all heads diverge.
+            ValueError: Where shapes disagree, there are fewer than two images, no pixel is known, or all heads diverge.
         """
         _check(tokens, masks, grid)
-        training, self._device, self._grid = self.config.training, torch.device(device), grid
+        masks = _known(masks)
+        if int(masks.max()) < 0:
+            raise ValueError("masks: no pixel is known (0 and up), so there is nothing to learn")
+        training, self._device, self._grid = self.config, torch.device(device), grid
         self._classes = max(2, int(masks.max()) + 1 if num_classes is None else num_classes)
         self._mean, self._scale = (part.to(self._device) for part in moments(tokens.flatten(0, 1)))
         kept, held = split(len(tokens), training.held_out, training.seed)
         settings = training.grid()
         heads = self._train(tokens, masks, settings, kept)
+        self.candidates = []
         for head, (rate, decay) in zip(heads, settings, strict=True):
             self._head = head
             finite = bool(head.weight.isfinite().all())
-            score = self.mean_iou(tokens[held], masks[held]) if finite else -torch.inf
+            # Of this process: others may fit other probes, or none.
+            score = float(mean_iou(self.confusion(tokens[held], masks[held]).sum(dim=0))) if finite else -torch.inf
             self.candidates.append(Candidate(features="tokens", learning_rate=rate, weight_decay=decay, held_out=score))
-        best = max(range(len(heads)), key=lambda number: self.candidates[number].held_out)
+        best = best_candidate(self.candidates, training)
         self.chosen, self._head = self.candidates[best], heads[best]
-        if self.chosen.held_out == -torch.inf:
-            raise ValueError(f"learning_rates={training.learning_rates}: all heads diverge; add smaller ones")
         if training.refit:
             (self._head,) = self._train(tokens, masks, [settings[best]], torch.arange(len(tokens)))
         return self
@@ -112,11 +104,11 @@ class SegmentationProbe:
         if self._head is None:
             raise RuntimeError("the probe is not fitted yet: call fit(tokens, masks, grid) first")
         with torch.no_grad():
-            parts = torch.split(tokens, self.config.training.batch_size)
+            parts = torch.split(tokens, self.config.batch_size)
             return torch.cat([self._logits(self._head, part, size).argmax(dim=1).cpu() for part in parts])
 
     def confusion(self, tokens: Float[Tensor, "m N D"], masks: Int[Tensor, "m H W"]) -> Int[Tensor, "m C C"]:
-        """Pixels of each image by true and predicted class; their sum gives IoU, and a bootstrap of them its interval.
+        """Pixels of each image by true and predicted class, for ``bootstrap(confusion, mean_iou)``.
 
         Args:
             tokens: Test tokens.
@@ -125,6 +117,7 @@ class SegmentationProbe:
         Returns:
             Counts: [image, true class, predicted class].
         """
+        masks = _known(masks)
         classes = max(self._classes, int(masks.max()) + 1)
         predicted = self.predict(tokens, (masks.shape[1], masks.shape[2]))
         known = masks >= 0
@@ -134,7 +127,7 @@ class SegmentationProbe:
         return counts.view(len(masks), classes, classes)
 
     def mean_iou(self, tokens: Float[Tensor, "m N D"], masks: Int[Tensor, "m H W"]) -> float:
-        """Mean over classes of intersection over union of all pixels of all images, over all processes.
+        """Mean over classes of intersection over union of all pixels of all images of all processes, which all call it.
 
         Args:
             tokens: Test tokens of this process.
@@ -146,9 +139,10 @@ class SegmentationProbe:
         # torchmetrics brings torchvision and scipy along: seconds that only a measurement has to wait for.
         from torchmetrics.classification import MulticlassJaccardIndex
 
-        classes = max(self._classes, int(masks.max()) + 1)
+        masks = _known(masks)
+        classes = max(exchange(max(self._classes, int(masks.max()) + 1)))
         metric = MulticlassJaccardIndex(num_classes=classes, ignore_index=-1)
-        metric.update(self.predict(tokens, (masks.shape[1], masks.shape[2])), masks.cpu())
+        metric.update(self.predict(tokens, (masks.shape[1], masks.shape[2])), masks)
         return float(metric.compute())
 
     def _train(
@@ -168,13 +162,35 @@ class SegmentationProbe:
                 [F.cross_entropy(self._logits(head, part, size), target, ignore_index=-1) for head in heads]
             )
 
-        train_heads(heads, settings, loss, samples, self.config.training)
+        train_heads(heads, settings, loss, samples, self.config)
         return heads
 
     def _logits(self, head: nn.Linear, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         x = (tokens.to(self._device, torch.float32) - self._mean) / self._scale
         logits = head(x).transpose(1, 2).unflatten(2, self._grid)
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def mean_iou(confusion: Float[Tensor, "*r C C"]) -> Float[Tensor, "*r"]:
+    """Mean intersection over union of the classes that are there, in truth or prediction.
+
+    IoU_c = n_cc / (sum_p n_cp + sum_t n_tc - n_cc)
+
+    Args:
+        confusion: Counts, or shares, by true and predicted class.
+
+    Returns:
+        mIoU of each matrix, in [0, 1], float64.
+    """
+    both = confusion.double().diagonal(dim1=-2, dim2=-1)
+    union = confusion.double().sum(dim=-1) + confusion.double().sum(dim=-2) - both
+    there = union > 0
+    return (both / torch.where(there, union, 1.0)).sum(dim=-1) / there.sum(dim=-1)
+
+
+def _known(masks: Tensor) -> Tensor:
+    """Masks on the CPU in 64 bits, -1 for all that is unknown."""
+    return masks.cpu().long().clamp_min(-1)
 
 
 def _check(tokens: Tensor, masks: Tensor, grid: tuple[int, int]) -> None:

@@ -24,7 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         from rich.console import Console
 
-        Console().print(table.rich())
+        console = Console()
+        # Of a table that is too wide, rich would leave two letters a cell.
+        width = console.measure(table.rich(), options=console.options.update(max_width=10**6)).maximum
+        console.print((table if width <= console.width else table.turned()).rich())
     return 0
 
 

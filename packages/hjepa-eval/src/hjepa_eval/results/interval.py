@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the normal one beyond.
+# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; a series in 1 / freedom beyond.
 _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
@@ -102,7 +102,8 @@ def interval_of_mean(values: Sequence[float], method: str = "seeds") -> Interval
     if len(values) < 2:
         raise ValueError(f"values={tuple(values)}: an interval needs at least two repetitions")
     mean = statistics.fmean(values)
-    half = _quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    half = _quantile(len(values) - 1) * deviation / len(values) ** 0.5
     return Interval(value=mean, low=mean - half, high=mean + half, method=method, n=len(values))
 
 
@@ -122,13 +123,13 @@ def jackknife(z: Tensor, statistic: Callable[[Tensor], Tensor | float], *, group
         The number of all samples with its interval.
 
     Raises:
-        ValueError: With fewer samples than 2 g.
+        ValueError: With fewer than two groups, or fewer samples than 2 g.
 
     Source:
         Efron and Tibshirani 1993, section 11.5 (jackknife of groups).
     """
-    if len(z) < 2 * groups:
-        raise ValueError(f"groups={groups}: {len(z)} samples are too few; allowed: up to half as many as samples")
+    if not 2 <= groups <= len(z) // 2:
+        raise ValueError(f"groups={groups}: of {len(z)} samples; allowed: 2 up to half as many as samples")
     group = torch.arange(len(z), device=z.device) % groups
     value = float(statistic(z))
     parts = [float(statistic(z[group != number])) for number in range(groups)]
@@ -138,4 +139,7 @@ def jackknife(z: Tensor, statistic: Callable[[Tensor], Tensor | float], *, group
 
 
 def _quantile(freedom: int) -> float:
-    return _T[freedom - 1] if freedom <= len(_T) else 1.96
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

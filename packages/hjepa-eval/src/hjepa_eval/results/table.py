@@ -29,6 +29,11 @@ class MergedTable:
         lines = [self.header, rule, *self.rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
+    def turned(self) -> "MergedTable":
+        """Columns as rows: for few rows with many numbers."""
+        header, *rows = ([*column] for column in zip(self.header, *self.rows, strict=True))
+        return MergedTable(header=header, rows=rows)
+
     def rich(self, title: str = "") -> "Table":
         """As a table for the terminal."""
         from rich.box import SIMPLE_HEAD

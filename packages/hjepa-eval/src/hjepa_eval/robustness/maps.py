@@ -84,11 +84,9 @@ def convolve(x: Images, kernel: Float[Tensor, "k k"]) -> Images:
     """Correlate every channel with one kernel of odd size; the border is mirrored about its pixels."""
     radius = kernel.shape[0] // 2
     height, width = x.shape[-2:]
-    reach = torch.arange(-radius, radius + 1, device=x.device)
     rows = outside(torch.arange(-radius, height + radius, device=x.device), height, "mirror")
     columns = outside(torch.arange(-radius, width + radius, device=x.device), width, "mirror")
     padded = x[..., rows[:, None], columns]
-    assert len(reach) == kernel.shape[0]
     flat = padded.flatten(0, 1)[:, None]
     return F.conv2d(flat, kernel.to(x)[None, None]).view(x.shape)
 

@@ -11,9 +11,15 @@ from hjepa_eval.robustness.draws import Draws
 from hjepa_eval.robustness.maps import Images, separable, trail_blur, zoom_matrix
 
 _GRAY = (0.299, 0.587, 0.114)
-# Mean colour of the photographs of frost that the published code lays over images, and how much they differ.
-_FROST = (0.572, 0.652, 0.702)
-_FROST_BETWEEN, _FROST_WITHIN = 0.16, 0.11
+# Of each photograph of frost that the published code lays over images: mean colour of its crops, their deviation from
+# it, and the deviation within one.
+_PHOTOGRAPHS = (
+    (0.30, 0.58, 0.64, 0.04, 0.06),
+    (0.77, 0.79, 0.83, 0.03, 0.08),
+    (0.77, 0.79, 0.83, 0.03, 0.08),
+    (0.56, 0.62, 0.67, 0.03, 0.10),
+    (0.39, 0.44, 0.49, 0.05, 0.13),
+)
 
 
 def snow(x: Images, parameters: tuple[float, float, float, float, float, float, float], draws: Draws) -> Images:
@@ -33,14 +39,14 @@ def snow(x: Images, parameters: tuple[float, float, float, float, float, float, 
     return whitened + flakes + flakes.flip((-2, -1))
 
 
-def frost(x: Images, parameters: tuple[float, float], draws: Draws) -> Images:
-    """Image and frost, added with these two weights.
+def frost(x: Images, parameters: tuple[float, float, float], draws: Draws) -> Images:
+    """Image and frost added: (weight of the image, weight of the frost, scale of the photographs of frost).
 
-    The published code lays crops of five photographs over the images. Here the frost is drawn: branching ridges of
-    noise at several scales, with the mean colour and the spread of those photographs.
+    The published code lays crops of five photographs over the images. Here the frost is drawn: noise with the mean
+    colour, the deviations and the spectrum of one of those photographs.
     """
-    kept, weight = parameters
-    return kept * x + weight * _frost(x, draws)
+    kept, weight, scale = parameters
+    return kept * x + weight * _frost(x, scale, draws)
 
 
 def fog(x: Images, parameters: tuple[float, float], draws: Draws) -> Images:
@@ -90,16 +96,16 @@ def plasma(size: int, decay: float, draws: Draws) -> Float[Tensor, "B n n"]:
     return (corner - low) / (high - low).clamp_min(1e-12)
 
 
-def _frost(x: Images, draws: Draws) -> Images:
+def _frost(x: Images, scale: float, draws: Draws) -> Images:
     height, width = x.shape[-2:]
-    texture, amplitude, cells = torch.zeros(len(x), 1, height, width, device=x.device), 1.0, 2
-    while cells <= min(height, width):
-        noise = F.interpolate(draws.normal(1, cells, cells), size=(height, width), mode="bicubic", align_corners=False)
-        # The zero lines of smooth noise are the crystals' ribs.
-        texture += amplitude * (-noise.abs() / 0.35).exp()
-        cells, amplitude = cells * 2, amplitude * 0.8
+    photograph = x.new_tensor(_PHOTOGRAPHS)[draws.integers(0, len(_PHOTOGRAPHS))][..., None, None]
+    texture = torch.zeros(len(x), 1, height, width, device=x.device)
+    # Every octave holds as much; shrinking without a filter folds those that are lost into the finest that is left.
+    amplitude, cells = math.sqrt(1 - math.log2(scale)), (height, width)
+    while min(cells) > 1:
+        noise = draws.normal(1, *cells)
+        texture += amplitude * F.interpolate(noise, size=(height, width), mode="bicubic", align_corners=False)
+        amplitude, cells = 1.0, (cells[0] // 2, cells[1] // 2)
     deviation, mean = torch.std_mean(texture, dim=(2, 3), keepdim=True)
-    texture = (texture - mean) / deviation.clamp_min(1e-6)
-    base = draws.uniform(-1, 1, 1, 1, 1) * math.sqrt(3) * _FROST_BETWEEN
-    color = x.new_tensor(_FROST).view(1, 3, 1, 1)
-    return (color + base + _FROST_WITHIN * texture).clamp(0, 1)
+    color = photograph[:, :3] + photograph[:, 3:4] * draws.normal(1, 1, 1)
+    return (color + photograph[:, 4:] * (texture - mean) / deviation).clamp(0, 1)
