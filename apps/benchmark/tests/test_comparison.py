@@ -15,8 +15,10 @@ from hjepa_benchmark.comparison.compare import (
     paired_differences,
     read_candidates,
 )
+from hjepa_benchmark.comparison.run import _missing, _notes
 from hjepa_benchmark.comparison.sweep import combinations
 from hjepa_eval import FeatureName, Measurement, Results
+from hjepa_pretrain.cli import main as pretrain
 
 NAME = FeatureName(branch="target", level="encoder", pooling="mean")
 
@@ -38,7 +40,13 @@ def test_differences_are_paired():
     assert one.interval.value == pytest.approx(0.1)
     # Ten of a hundred changed, all for the better: unpaired intervals of 0.5 and 0.6 would overlap.
     assert one.interval.low > 0.03
-    assert paired_differences([first, candidate("c", [True] * 100, samples="other")], ["linear"]) == []
+    other = candidate("c", [True] * 100, samples="other")
+    assert paired_differences([first, other], ["linear"]) == []
+    assert _notes([first, other], []) == [
+        "c: tested on other images than a; no paired difference. Do not compare the numbers."
+    ]
+    assert "another seed" in _notes([first, better], [one])[0]
+    assert "mCE is over the untrained encoder" in _notes([first, candidate("d", [True], **{"run.seed": 1})], [])[-1]
 
 
 def test_groups_are_runs_that_differ_in_the_seed_alone():
@@ -85,12 +93,17 @@ def test_compare_measures_what_is_missing(measured, train, tmp_path, capsys):
     first = {one["metric"]: one["value"] for one in found["runs"][0]["results"] if one["level"] == "encoder"}
     linear = next(one for one in found["differences"] if (one["metric"], one["level"]) == ("linear", "encoder"))
     assert linear["interval"]["value"] == pytest.approx(by_hand["linear"] - first["linear"])
-    assert "data:image/png" in (tmp_path / "c.html").read_text()
+    assert "data:image/svg+xml" in (tmp_path / "c.html").read_text()
     (other / "benchmark" / "right.safetensors").write_bytes(b"damaged")
     assert main(words) == 2
     assert "right.safetensors" in capsys.readouterr().err
     with pytest.raises(ValueError, match="twice"):
         read_candidates([run, run])
+    # Results are of the weights that were measured, and of the suite.
+    assert _missing(other, "quick") is None
+    assert _missing(other, "full") == "its results are of the quick suite"
+    assert pretrain([f"run.dir={other}", "run.steps=4"]) == 0
+    assert _missing(other, "quick") == "its results are of other weights"
 
 
 def test_combinations_are_hydras():

@@ -1,25 +1,40 @@
 """The suite on a tiny run: numbers, files, page."""
 
 import json
+import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from hjepa_benchmark.runs import open_run
-from hjepa_benchmark.suite.composites import _mean_iou
-from hjepa_benchmark.suite.findings import find, read_right
-from hjepa_benchmark.suite.plan import FULL
-from hjepa_benchmark.suite.probes import random_crop
-from hjepa_benchmark.suite.report import numbers_table, write_page
-from hjepa_benchmark.suite.robustness import _ratio
+from hjepa_benchmark import charts
+from hjepa_benchmark.cli import main
+from hjepa_benchmark.runs import open_run, read_rows
+from hjepa_benchmark.suite.composites import compose
+from hjepa_benchmark.suite.findings import Findings, find, read_right
+from hjepa_benchmark.suite.plan import FULL, QUICK
+from hjepa_benchmark.suite.probes import random_crop, rank_levels
+from hjepa_benchmark.suite.report import _confusion, numbers_table, write_page
+from hjepa_benchmark.suite.robustness import _mean_errors, _ratio
 from hjepa_benchmark.suite.run import measure
-from hjepa_benchmark.suite.subjects import subjects
+from hjepa_benchmark.suite.subjects import TRAINED, UNTRAINED, subjects
 from hjepa_benchmark.suite.summary import latex, markdown
-from hjepa_eval import AttentiveProbeConfig, FewShotConfig, HeadOptimizer, HeadTraining, Results, read_results
-from hjepa_eval.robustness.error import mean_corruption_error
+from hjepa_data import ShardSource
+from hjepa_eval import (
+    AttentiveProbeConfig,
+    FeatureName,
+    FeatureSet,
+    FewShotConfig,
+    HeadOptimizer,
+    HeadTraining,
+    Results,
+    read_results,
+)
+from hjepa_eval.robustness.error import mean_corruption_error, relative_corruption_error
 from hjepa_eval.robustness.severity import Corruption
 from hjepa_pretrain.demo import CLASS_NAMES
+from hjepa_pretrain.evaluation import Images
 
 
 def test_the_results_follow_the_schema_and_leave_the_runs_own_alone(measured):
@@ -55,7 +70,8 @@ def test_the_page_stands_alone(measured):
     assert "https://" not in text
     for title in ("Summary", "Corruptions", "Confusion", "Features", "Attention", "Nearest neighbours", "Every number"):
         assert f"<h2>{title}</h2>" in text
-    assert text.count("data:image/png") >= 8
+    assert text.count("data:image/png") >= 4
+    assert text.count("data:image/svg+xml") >= 4
     assert "mask_law" in text
     assert "hjepa-models" in text
 
@@ -115,9 +131,112 @@ def test_the_bootstrapped_ratio_is_mce():
     assert float(_ratio(means)) == pytest.approx(mean_corruption_error(own, base).mean)
 
 
-def test_mean_iou_by_hand():
-    confusion = torch.tensor([[[3.0, 1.0], [2.0, 4.0]]])
-    assert float(_mean_iou(confusion)) == pytest.approx((3 / 6 + 4 / 7) / 2)
+def test_mean_errors_by_hand():
+    """Two corruptions at two severities, errors of ten images each; the reference is hurt by both, or not by one."""
+    metrics = ("error/clean", "error/fog/1", "error/fog/5", "error/snow/1", "error/snow/5")
+    plan = replace(QUICK, corruptions=(Corruption.fog, Corruption.snow), severities=(1, 5))
+
+    def wrong(*errors):
+        return {metric: torch.arange(10).repeat(30) < n for metric, n in zip(metrics, errors, strict=True)}
+
+    for reference, defined in (((2, 4, 6, 5, 8), True), ((2, 4, 6, 2, 2), False)):
+        findings = Findings()
+        pair = {(UNTRAINED, "encoder"): wrong(*reference), (TRAINED, "0"): wrong(1, 2, 4, 3, 5)}
+        _mean_errors(pair, plan, findings)
+        found = {
+            metric: find(findings.measurements, metric, branch="target", level="0")
+            for metric in ("mce", "relative_mce", "added_error")
+        }
+        own, base = ({"fog": row[1:3], "snow": row[3:]} for row in ((1, 2, 4, 3, 5), reference))
+        assert found["mce"].value == pytest.approx(mean_corruption_error(own, base).mean)
+        assert found["added_error"].value == pytest.approx((1 + 3 + 2 + 4) / 4 / 10)
+        if defined:
+            by_hand = relative_corruption_error(own, base, clean=1, reference_clean=reference[0]).mean
+            assert found["relative_mce"].value == pytest.approx(by_hand)
+            assert found["relative_mce"].low < by_hand < found["relative_mce"].high
+        else:
+            assert math.isnan(found["relative_mce"].value)
+            assert "loses nothing by snow" in found["relative_mce"].details["undefined"]
+
+
+def test_composites_fill_the_images_of_the_run():
+    square, wide = compose("eval", 6, (32, 32)), compose("eval", 6, (16, 32))
+    assert (wide.images.pixels.shape, wide.masks.shape) == ((6, 3, 16, 32), (6, 16, 32))
+    assert torch.equal(square.factors["place"], wide.factors["place"])
+    shares = [one.masks.double().mean(dim=(1, 2)) for one in (square, wide)]
+    assert (shares[0] - shares[1]).abs().max() < 0.05
+    assert set(wide.masks.unique().tolist()) == {0, 1}
+
+
+def test_confusion_counts_classes_that_the_test_set_lacks(run):
+    opened = open_run(run)
+    opened.test = Images(pixels=opened.test.pixels[:4], labels=torch.tensor([0, 0, 1, 1]))
+    findings = Findings(predicted={(TRAINED, "encoder"): torch.tensor([0, 7, 1, 1])})
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "matrix", lambda values, *_, **__: drawn.append(values) or "")
+        _confusion(opened, findings)
+    assert drawn[0].shape == (8, 8)
+    assert (drawn[0][0, 0], drawn[0][0, 7], drawn[0][1, 1], drawn[0][0, 1]) == (0.5, 0.5, 1, 0)
+
+
+def test_ranks_of_a_sorted_set_are_of_all_its_classes():
+    """Of a folder of images the first thousands are of a few classes, here of two of five directions."""
+    values = torch.eye(5).repeat_interleave(1_000, 0) + 1e-3 * torch.randn(5_000, 5, generator=torch.Generator())
+    name = FeatureName(branch="target", level="0", pooling="mean")
+    findings = Findings()
+    rank_levels({"0": FeatureSet(values=values, labels=torch.arange(5).repeat_interleave(1_000), name=name)}, findings)
+    assert find(findings.measurements, "rankme", branch="target", level="0").value > 4.9
+
+
+@pytest.mark.slow
+def test_a_run_without_labels_is_measured_by_what_needs_none(train, shards, tmp_path, capsys):
+    source = ShardSource(shards / "train-*.tar")
+    for number in range(40):
+        (tmp_path / f"{number}.png").write_bytes(source.read(number).image)
+    flat = (
+        "recipe=hjepa",
+        "hjepa.pyramid.levels=1",
+        "hjepa.level_weights.weights=[1.0]",
+        "hjepa.targets=online",
+        "hjepa.sigreg_weight=0.05",
+    )
+    run = train("unlabelled", *flat, f"data.train={tmp_path}", f"data.eval={tmp_path}")
+    assert main(["suite=quick", str(run)]) == 0
+    assert "no labels" in capsys.readouterr().err
+    found = read_results(run / "benchmark" / "results.json")
+    metrics = {one.metric for one in found.measurements}
+    assert "rankme" in metrics
+    assert "linear" not in metrics
+    assert found.about["target_encoder"] is False
+    text = (run / "benchmark" / "report.html").read_text()
+    for title in ("Summary", "Features", "Attention", "Nearest neighbours"):
+        assert f"<h2>{title}</h2>" in text
+    assert "<h2>Corruptions</h2>" not in text
+    assert main(["suite=quick", str(run), "--folder", f"other={tmp_path}", "--classes", str(tmp_path / "0.png")]) == 2
+
+
+def test_the_steps_are_those_of_the_weights(run, tmp_path):
+    """A run that goes on has a configuration of more steps, and rows of more, than its weights have behind them."""
+    longer = tmp_path / "longer"
+    shutil.copytree(run, longer)
+    config = (longer / "config.yaml").read_text()
+    (longer / "config.yaml").write_text(config.replace("steps: 2\n", "steps: 900\n"))
+    with (longer / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 800, "train/step_ms": 1e6}) + "\n")
+    opened = open_run(longer)
+    assert (opened.config.run.steps, opened.steps) == (900, 2)
+    assert max(row["step"] for row in read_rows(longer, opened.steps)) == 2
+    with (longer / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 90')
+    with pytest.raises(ValueError, match=r"metrics.jsonl: damaged"):
+        read_rows(longer)
+    (longer / "results.json").write_text("{")
+    with pytest.raises(ValueError, match=r"results.json: damaged"):
+        open_run(longer)
+    (longer / "results.json").unlink()
+    with pytest.raises(ValueError, match="not finished"):
+        open_run(longer)
 
 
 def test_crops_are_parts_of_the_image():

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from hjepa_benchmark.cli import main
+from hjepa_benchmark.throughput import measure
 from hjepa_benchmark.throughput.count import graph_breaks, host_synchronisations, matmul_peak, operations, operations_of
 from hjepa_benchmark.throughput.reference import PlainAttention, ReferenceStep
 from hjepa_benchmark.throughput.step import REST, TrainingStep
@@ -48,8 +49,6 @@ def test_the_command_prints_and_keeps_everything(tiny, tmp_path, capsys):
 
 
 def test_a_model_is_measured_at_the_size_of_its_recipe(tmp_path, monkeypatch):
-    from hjepa_benchmark.throughput import measure
-
     seen = []
     monkeypatch.setattr(measure, "measure_throughput", lambda config, **_: seen.append(config))
     monkeypatch.setattr(measure, "_table", lambda *_: "")
@@ -84,6 +83,17 @@ def test_operations_are_those_of_the_matrix_products(step, config):
     assert len(step.batch) == config.data.batch_size
     x = torch.randn(8, 16)
     assert operations_of(lambda: x @ x.T) == 2 * 8 * 16 * 8
+
+
+def test_what_is_done_twice_is_counted_once(tiny, monkeypatch):
+    words = ("recipe=hjepa", "data.train=synthetic", *tiny, "trainer.precision=fp32", "trainer.recompute=[Block]")
+    step = TrainingStep(settings.load(words)[0], CPU)
+    counted = operations(step)
+    step.recompute()
+    assert operations(step) > counted
+    monkeypatch.setattr(measure, "graph_breaks", lambda _: 0)
+    monkeypatch.setattr(measure, "matmul_peak", lambda *_: 1e9)
+    assert measure.measure_throughput(step.config, steps=1).operations == counted
 
 
 def test_breaks_peaks_and_synchronisations(step):

@@ -1,26 +1,51 @@
-"""Figures of benchmarks, drawn off screen: numbers in, PNG bytes out."""
+"""Figures of benchmarks, drawn off screen: numbers in, HTML with vectors out; of images, PNG bytes."""
 
+import base64
+import html
+import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from hjepa_eval import Measurement
-from hjepa_pretrain.report.figures import COLORS, Array, png
+from hjepa_pretrain.report import figures
+from hjepa_pretrain.report.figures import Array, png
 
+COLORS = (*figures.COLORS, "#1f2328", "#8c959f", "#bf8700", "#57ab5a")
+HEADS = 6  # that attention is drawn of
 Points = Sequence[tuple[float, Measurement]]
 
 
-def bars(groups: Sequence[str], series: Mapping[str, Sequence[Measurement | None]], title: str) -> bytes:
+def row(pictures: Sequence[str]) -> str:
+    """Figures beside one another."""
+    return f"<div class=row>{''.join(pictures)}</div>"
+
+
+def vectors(figure: Figure, title: str) -> str:
+    """Close a figure and return it as HTML: vectors, so that it prints; on a narrow screen it scrolls, not shrinks."""
+    buffer = io.BytesIO()
+    # Without a salt and a date the same numbers make the same file.
+    with plt.rc_context({"svg.hashsalt": "hjepa"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    image = f'<img alt="{html.escape(title)}" style="max-width:none" src="data:image/svg+xml;base64,{data}">'
+    return f'<div style="overflow-x:auto;max-width:100%">{image}</div>'
+
+
+def bars(groups: Sequence[str], series: Mapping[str, Sequence[Measurement | None]], across: str, title: str) -> str:
     """Draw bars with their intervals, a colour for each series.
 
     Args:
         groups: names along the axis.
         series: a number for each group by name of the series; None leaves a gap.
+        across: title of the axis of groups.
         title: of the axis of numbers.
     """
-    figure, axes = plt.subplots(figsize=(max(4.8, 0.3 * len(groups) * len(series) + 2), 3.0))
+    figure, axes = plt.subplots(figsize=(max(3.6, 0.22 * len(groups) * len(series) + 1.4), 2.8))
     # A series with one number, like raw pixels among levels, is a line to compare with.
     counts = {name: sum(one is not None for one in values) for name, values in series.items()}
     lone = {name for name, count in counts.items() if count == 1 < max(counts.values())}
@@ -41,14 +66,14 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[Measurement | None
         axes.bar(places, heights, width * 0.92, color=color, label=name)
         axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor="#1f2328", elinewidth=0.9, capsize=2)
     axes.set_xticks(range(len(shown)), [groups[at] for at in shown], fontsize=9)
-    axes.set_ylabel(title)
+    axes.set(xlabel=across, ylabel=title)
     _plain(axes)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return png(figure)
+        axes.legend(frameon=False, fontsize=8, ncols=len(series), loc="lower center", bbox_to_anchor=(0.5, 1))
+    return vectors(figure, title)
 
 
-def lines(panels: Mapping[str, Mapping[str, Points]], across: str, up: str, *, columns: int = 4) -> bytes:
+def lines(panels: Mapping[str, Mapping[str, Points]], across: str, up: str, *, columns: int = 5) -> str:
     """Draw panels that share their axes, a line with its interval for each series.
 
     Args:
@@ -59,7 +84,7 @@ def lines(panels: Mapping[str, Mapping[str, Points]], across: str, up: str, *, c
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    shape = (2.5 * columns + 0.6, 2.3 * rows + 0.5)
+    shape = (2.05 * columns + 0.6, 2.0 * rows + 0.5) if columns > 1 else (5.2, 3.2)
     figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, sharey=True)
     names = list(dict.fromkeys(name for series in panels.values() for name in series))
     for axis, (title, series) in zip(axes.reshape(-1), panels.items(), strict=False):
@@ -68,7 +93,7 @@ def lines(panels: Mapping[str, Mapping[str, Points]], across: str, up: str, *, c
             style = "-" if names.index(name) < len(COLORS) else "--"
             places, known = [place for place, _ in points], [one for _, one in points]
             values = [one.value for one in known]
-            axis.plot(places, values, style, color=color, marker="o", markersize=3, linewidth=1.5, label=name)
+            axis.plot(places, values, style, color=color, marker="o", markersize=2.5, linewidth=1.2, label=name)
             low, high = _errors(known)
             spread = (np.subtract(values, low), np.add(values, high))
             axis.fill_between(places, *spread, color=color, alpha=0.07, linewidth=0)
@@ -86,19 +111,15 @@ def lines(panels: Mapping[str, Mapping[str, Points]], across: str, up: str, *, c
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.tight_layout()
+    deep = -(-len(handles) // (2 * columns))
     figure.legend(
-        handles.values(),
-        handles.keys(),
-        frameon=False,
-        fontsize=8,
-        loc="upper center",
-        ncols=6,
-        bbox_to_anchor=(0.5, 0),
-    )
-    return png(figure)
+        handles.values(), handles.keys(), frameon=False, fontsize=8, loc="upper center",
+        ncols=-(-len(handles) // deep), bbox_to_anchor=(0.5, 0),
+    )  # fmt: skip
+    return vectors(figure, up)
 
 
-def progress(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> bytes:
+def progress(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> str:
     """Draw a line for each series.
 
     Args:
@@ -114,10 +135,10 @@ def progress(series: Mapping[str, Sequence[tuple[float, float]]], across: str, u
     axes.set(xlabel=across, ylabel=up)
     _plain(axes)
     axes.legend(frameon=False, fontsize=8)
-    return png(figure)
+    return vectors(figure, up)
 
 
-def matrix(values: Array, rows: Sequence[str], columns: Sequence[str], title: str, *, percent: bool = False) -> bytes:
+def matrix(values: Array, rows: Sequence[str], columns: Sequence[str], title: str, *, percent: bool = False) -> str:
     """Draw a table of numbers in [0, 1] as a heat map with the numbers in it.
 
     Args:
@@ -129,7 +150,8 @@ def matrix(values: Array, rows: Sequence[str], columns: Sequence[str], title: st
     """
     size = (0.62 * len(columns) + 2.2, 0.42 * len(rows) + 1.3)
     figure, axes = plt.subplots(figsize=size)
-    axes.imshow(values, cmap="Blues", vmin=0, vmax=max(1e-9, float(np.nanmax(values))), aspect="auto")
+    axes.pcolormesh(values, cmap="Blues", vmin=0, vmax=max(1e-9, float(np.nanmax(values))), edgecolors="white")
+    axes.invert_yaxis()
     middle = 0.55 * float(np.nanmax(values))
     for row in range(len(rows)):
         for column in range(len(columns)):
@@ -138,12 +160,13 @@ def matrix(values: Array, rows: Sequence[str], columns: Sequence[str], title: st
                 continue
             text = f"{100 * value:.0f}" if percent else f"{value:.2f}"
             color = "white" if value > middle else "#1f2328"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=35, ha="right", fontsize=8)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8)
+    axes.tick_params(length=0)
     axes.set_title(title, fontsize=10)
     axes.spines[:].set_visible(False)
-    return png(figure)
+    return vectors(figure, title)
 
 
 def attention(images: Array, maps: Array) -> bytes:
@@ -153,7 +176,7 @@ def attention(images: Array, maps: Array) -> bytes:
         images: uint8 [n, H, W, 3].
         maps: attention that each patch receives [n, heads, rows, columns].
     """
-    shown = np.concatenate([maps.mean(1, keepdims=True), maps], axis=1)[:, :7]
+    shown = np.concatenate([maps.mean(1, keepdims=True), maps[:, :HEADS]], axis=1)
     size = (1.45 * len(images), 1.5 * (1 + shown.shape[1]))
     figure, axes = plt.subplots(1 + shown.shape[1], len(images), figsize=size, squeeze=False)
     for column, image in enumerate(images):

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-USAGE_ERROR = 2
+OTHER_ERROR, USAGE_ERROR = 1, 2
 SUITES = ("quick", "full")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a benchmark and returns the exit code: 0 done, 2 wrong input."""
+    """Runs a benchmark and returns the exit code: 0 done, 2 wrong input, 1 a file that cannot be written or read."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].startswith("suite="):
         words = ["suite", *words[1:], "--suite", words[0].removeprefix("suite=")]
@@ -22,11 +22,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{others[0]}: unknown; hjepa-benchmark {words[0]} --help lists what there is")
         if others:
             options.settings += others
+        for option in ("json", "out"):
+            _check_output(option, getattr(options, option, None))
         options.run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"hjepa-benchmark: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE_ERROR
+        return USAGE_ERROR if isinstance(error, ValueError) else OTHER_ERROR
     return 0
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    """Refuse a place that cannot be written before hours are spent on what should go there."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"--{option}={path}: no file can be made there; give the name of a file in a folder that is")
 
 
 class _Parser(argparse.ArgumentParser):

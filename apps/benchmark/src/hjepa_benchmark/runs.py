@@ -1,6 +1,8 @@
 """A finished run, opened: configuration, images, what it logged."""
 
 import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +11,7 @@ import torch
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.demo import CLASS_NAMES
-from hjepa_pretrain.evaluation import Images, load_pair, open_sources
-
-WEIGHTS_FILE = "model.safetensors"
+from hjepa_pretrain.evaluation import RESULTS_FILE, Images, load_pair, open_sources
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,6 +21,7 @@ class Run:
     Attributes:
         folder: where it lies.
         config: of the run, with other shards where they were asked for.
+        steps: those that its weights have behind them; a run that goes on or stopped early was given others.
         train: training images.
         test: held-out images.
         device: where models run.
@@ -28,6 +29,7 @@ class Run:
 
     folder: Path
     config: PretrainConfig
+    steps: int
     train: Images
     test: Images
     device: torch.device
@@ -59,44 +61,67 @@ def read_config(folder: Path) -> PretrainConfig:
     return settings.load([f"run.dir={folder}"])[0]
 
 
+def finished_steps(folder: Path) -> int:
+    """Steps behind the weights of a run, as its own results say, which are written after them.
+
+    Raises:
+        ValueError: the run has not come to its end.
+    """
+    path = folder / RESULTS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: no {RESULTS_FILE}, the run is not finished; go on with: hjepa-pretrain run.dir={folder}"
+        )
+    try:
+        return int(json.loads(path.read_text())["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); remove it and write it again with: hjepa-pretrain run.dir={folder}"
+        ) from error
+
+
 def open_run(folder: Path, *, train: str | None = None, held_out: str | None = None) -> Run:
     """Open a run and load the images that it is measured on.
 
     Args:
-        folder: holds `config.yaml`, `model.safetensors` and `config.json`.
+        folder: holds `config.yaml`, `results.json`, `model.safetensors` and `config.json`.
         train: shards that are learned from; None takes those of the run.
         held_out: shards that are classified; None takes those of the run.
 
     Raises:
         ValueError: the folder holds no finished run, or there is nothing to measure on.
     """
-    config = read_config(folder)
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(
-            f"{folder}: no {WEIGHTS_FILE}, the run is not finished; go on with: hjepa-pretrain run.dir={folder}"
-        )
+    config, steps = read_config(folder), finished_steps(folder)
     config.data.train = train or config.data.train
     config.data.eval = held_out or config.data.eval
     images = load_pair(config, open_sources(config), config.eval.train_samples, config.eval.eval_samples)
     if images is None:
         raise ValueError(f"{folder}: the run has no data.eval; give held-out shards with --eval")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Run(folder=folder, config=config, train=images[0], test=images[1], device=device)
+    return Run(folder=folder, config=config, steps=steps, train=images[0], test=images[1], device=device)
 
 
-def training_cost(folder: Path, batch_size: int) -> dict[str, float | int | None]:
-    """Images seen and seconds of training steps, from `metrics.jsonl`; None where it does not say."""
-    rows = read_rows(folder)
-    seconds, before = 0.0, 0
+def training_seconds(rows: Iterable[Mapping[str, float]]) -> Iterator[tuple[Mapping[str, float], float]]:
+    """Each row of `metrics.jsonl` with the seconds that training steps have taken until then."""
+    seconds, before = 0.0, 0.0
     for row in rows:
         if "train/step_ms" in row:
             seconds += row["train/step_ms"] / 1e3 * (row["step"] - before)
-            before = int(row["step"])
-    last = max((int(row["step"]) for row in rows), default=0)
-    return {"images_seen": last * batch_size or None, "training_seconds": round(seconds, 1) or None}
+            before = row["step"]
+        yield row, seconds
 
 
-def read_rows(folder: Path) -> list[dict[str, float]]:
-    """Rows of `metrics.jsonl`; none where the run kept none."""
+def read_rows(folder: Path, steps: float = math.inf) -> list[dict[str, float]]:
+    """Rows of `metrics.jsonl` up to a step; none where the run kept none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [row for row in rows if row["step"] <= steps]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); remove the line, or the file: curves are drawn of it") from error

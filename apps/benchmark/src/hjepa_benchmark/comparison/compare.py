@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from hjepa_benchmark.runs import read_rows
+from hjepa_benchmark.runs import finished_steps, read_rows, training_seconds
 from hjepa_benchmark.suite.findings import read_right, sample_key
 from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE
 from hjepa_benchmark.suite.subjects import BRANCHES, TRAINED
@@ -17,7 +17,7 @@ from hjepa_pretrain import settings
 
 # What differs between any two runs, and what says nothing about them.
 _LEFT_OUT = ("run.dir", "provenance", "trainer.parallel.", "logger.", "plan.")
-_SEED = "run.seed"
+SEED = "run.seed"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,7 +81,7 @@ def read_candidates(folders: Sequence[Path]) -> list[Candidate]:
             results=read_results(folder / FOLDER / RESULTS_FILE),
             right=read_right(folder / FOLDER),
             settings=read_settings(folder),
-            rows=read_rows(folder),
+            rows=read_rows(folder, finished_steps(folder)),
         )
         for name, folder in zip(names, plain, strict=True)
     ]
@@ -127,7 +127,7 @@ def paired_differences(runs: Sequence[Candidate], metrics: Sequence[str]) -> lis
 
 def group_by_settings(runs: Sequence[Candidate]) -> dict[str, list[Candidate]]:
     """Runs that differ in the seed alone, by the settings that tell the groups apart."""
-    keys = [key for key in differing_settings(runs) if key != _SEED]
+    keys = [key for key in differing_settings(runs) if key != SEED]
     groups: dict[str, list[Candidate]] = {}
     for run in runs:
         label = " ".join(f"{key}={run.settings.get(key, '-')}" for key in _leading(keys, runs))
@@ -145,15 +145,12 @@ def group_interval(group: Sequence[Candidate], metric: str, level: str) -> Measu
 
 def curve(run: Candidate, key: str, *, seconds: bool) -> list[tuple[float, float]]:
     """Points of a logged number, over seconds of training or images seen."""
-    points, clock, before = [], 0.0, 0
     batch = int(run.settings.get("data.batch_size", 1))
-    for row in run.rows:
-        if "train/step_ms" in row:
-            clock += row["train/step_ms"] / 1e3 * (row["step"] - before)
-            before = int(row["step"])
-        if key in row:
-            points.append((clock if seconds else row["step"] * batch, row[key]))
-    return points
+    return [
+        (spent if seconds else row["step"] * batch, row[key])
+        for row, spent in training_seconds(run.rows)
+        if row.get(key) is not None
+    ]
 
 
 def _leading(keys: Sequence[str], runs: Sequence[Candidate]) -> list[str]:

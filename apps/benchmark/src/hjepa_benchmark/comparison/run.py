@@ -9,6 +9,7 @@ from typing import Any
 
 from hjepa_benchmark import charts
 from hjepa_benchmark.comparison.compare import (
+    SEED,
     Candidate,
     Difference,
     curve,
@@ -18,16 +19,16 @@ from hjepa_benchmark.comparison.compare import (
     paired_differences,
     read_candidates,
 )
-from hjepa_benchmark.runs import WEIGHTS_FILE, read_config
+from hjepa_benchmark.runs import finished_steps, read_config
 from hjepa_benchmark.suite.findings import find
-from hjepa_benchmark.suite.report import copyable, numbers_table
-from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE, run_suite
-from hjepa_benchmark.suite.subjects import BRANCHES
-from hjepa_benchmark.suite.summary import cell, markdown
-from hjepa_eval import Measurement
+from hjepa_benchmark.suite.report import changed, copyable, error_panels, numbers_table
+from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE, run_suite, weights_id
+from hjepa_benchmark.suite.subjects import BRANCHES, PIXELS, UNTRAINED
+from hjepa_benchmark.suite.summary import TITLES, cell, markdown, title_of
+from hjepa_eval import read_results
+from hjepa_pretrain.model import load_run
 from hjepa_pretrain.report.page import Section, code, page
 
-_SIDE_BY_SIDE = ("linear", "few_shot_5-shot", "attentive_1", "map", "miou", "rankme", "mce")
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -45,7 +46,7 @@ def compare_runs(folders: Sequence[Path], *, suite: str = "quick", page: Path | 
     """
     if len(folders) < 2:
         raise ValueError(f"RUN_DIR={', '.join(map(str, folders))}: a comparison needs two runs and more")
-    _measure_missing(folders, suite)
+    measure_missing(folders, suite)
     runs = read_candidates(folders)
     show(runs, grouped=False, page_file=page, output=output)
 
@@ -71,46 +72,59 @@ def show(runs: list[Candidate], *, grouped: bool, page_file: Path | None, output
         "Settings that differ": _settings(runs),
         "Cost": _cost(runs),
     }
+    notes = _notes(runs, differences)
     for title, (header, rows) in tables.items():
         if rows:
             print(f"\n{title}\n\n{markdown(header, rows, _names(title))}")
-    others = [run.name for run in runs[1:] if run.name not in {one.run for one in differences}]
-    if others:
-        print(f"\nNo paired difference for {', '.join(others)}: tested on other samples than {runs[0].name}.")
+    print("".join(f"\n{note}\n" for note in notes), end="")
     if page_file is not None:
-        _write_page(page_file, runs, tables)
+        _write_page(page_file, runs, tables, notes)
         print(f"\npage: {page_file}")
     if output is not None:
         output.write_text(json.dumps(_content(runs, differences, metrics), indent=1) + "\n")
 
 
-def _measure_missing(folders: Sequence[Path], suite: str) -> None:
+def measure_missing(folders: Sequence[Path], suite: str) -> None:
+    """Run the suite where a run has no results, older weights' results, or those of the quick suite for the full one.
+
+    Raises:
+        ValueError: one is no finished run.
+    """
     for folder in folders:
         read_config(folder)
-        if not (folder / WEIGHTS_FILE).is_file():
-            raise ValueError(
-                f"{folder}: no {WEIGHTS_FILE}, the run is not finished; go on with: hjepa-pretrain run.dir={folder}"
-            )
+        finished_steps(folder)
     for folder in folders:
-        if not (folder / FOLDER / RESULTS_FILE).is_file():
-            print(f"{folder}: no results yet, measuring (suite={suite})", file=sys.stderr, flush=True)
+        why = _missing(folder, suite)
+        if why:
+            print(f"{folder}: {why}, measuring (suite={suite})", file=sys.stderr, flush=True)
             run_suite(folder, suite=suite)
+
+
+def _missing(folder: Path, suite: str) -> str | None:
+    if not (folder / FOLDER / RESULTS_FILE).is_file():
+        return "no results yet"
+    about = read_results(folder / FOLDER / RESULTS_FILE).about
+    if about.get("weights") != weights_id(load_run(folder, read_config(folder))):
+        return "its results are of other weights"
+    return "its results are of the quick suite" if (suite, about.get("suite")) == ("full", "quick") else None
 
 
 def _metrics(runs: Sequence[Candidate]) -> list[str]:
     seen = dict.fromkeys(one.metric for run in runs for one in run.trained())
     knn = [metric for metric in seen if metric.startswith("knn_") and metric == f"knn_{runs[0].settings.get('eval.k')}"]
-    return [*knn, *(metric for metric in _SIDE_BY_SIDE if metric in seen)]
+    return [*knn, *(metric for metric in TITLES if metric in seen)]
 
 
 def _results(runs: Sequence[Candidate], metrics: Sequence[str]) -> Table:
     rows = []
     for run in runs:
-        levels = dict.fromkeys(one.name.level for one in run.trained() if one.metric == "linear")
-        rows += [[run.name, level, *_cells(run, BRANCHES["trained"], level, metrics)] for level in levels]
-    for name, level in (("untrained", "encoder"), ("pixels", "pixels")):
-        rows.append([f"{name} ({runs[0].name})", level, *_cells(runs[0], BRANCHES[name], level, metrics)])
-    return ["run", "level", *metrics], rows
+        names = [one.name for one in run.trained() if one.metric in ("linear", "rankme")]
+        for name in dict.fromkeys(names):
+            rows.append([run.name, name.level, name.pooling, *_cells(run, name.branch, name.level, metrics)])
+    for subject, level, pooling in ((UNTRAINED, "encoder", "mean"), (PIXELS, "pixels", "flatten")):
+        cells = _cells(runs[0], BRANCHES[subject], level, metrics)
+        rows.append([f"{subject} ({runs[0].name})", level, pooling, *cells])
+    return ["run", "level", "pooling", *map(title_of, metrics)], rows
 
 
 def _cells(run: Candidate, branch: str, level: str, metrics: Sequence[str]) -> list[str]:
@@ -125,19 +139,38 @@ def _groups(runs: Sequence[Candidate], metrics: Sequence[str]) -> Table:
         for level in levels:
             cells = [cell(group_interval(group, metric, level)) for metric in metrics]
             rows.append([label, str(len(group)), level, *cells])
-    return ["settings", "seeds", "level", *metrics], rows
+    return ["settings", "seeds", "level", *map(title_of, metrics)], rows
 
 
 def _differences(differences: Sequence[Difference]) -> Table:
     rows = [
         [
-            one.run, one.level, one.metric, f"{one.interval.value:+.3f}",
+            one.run, one.level, title_of(one.metric), f"{one.interval.value:+.3f}",
             f"{one.interval.low:+.3f} to {one.interval.high:+.3f}",
             "yes" if one.interval.low > 0 or one.interval.high < 0 else "no", str(one.interval.n),
         ]
         for one in differences
     ]  # fmt: skip
-    return ["run", "level", "metric", "difference", "95 % interval", "beyond chance", "n"], rows
+    return ["run", "level", "metric", "difference", "95 % interval", "without 0", "n"], rows
+
+
+def _notes(runs: Sequence[Candidate], differences: Sequence[Difference]) -> list[str]:
+    """What a reader of the tables must know."""
+    notes = []
+    if differences:
+        notes.append(
+            "Intervals of differences are over the held-out images, for these very weights: another seed may differ by "
+            "more, which sweep run.seed=0,1,2 tells."
+        )
+    found = {one.run for one in differences}
+    for key, of in (("test_samples", "tested on other images"), ("train_samples", "probes learned from other images")):
+        others = [run.name for run in runs[1:] if run.results.about.get(key) != runs[0].results.about.get(key)]
+        if others:
+            less = "; no paired difference" if not found.intersection(others) else ""
+            notes.append(f"{', '.join(others)}: {of} than {runs[0].name}{less}. Do not compare the numbers.")
+    if len({(run.settings.get("model"), run.settings.get(SEED)) for run in runs}) > 1:
+        notes.append("mCE is over the untrained encoder of each run, which another model or seed makes another one.")
+    return notes
 
 
 def _settings(runs: Sequence[Candidate]) -> Table:
@@ -161,18 +194,20 @@ def _cost(runs: Sequence[Candidate]) -> Table:
 
 
 def _names(title: str) -> int:
-    return 3 if title.startswith(("Difference", "Over")) else 1 if title.startswith("Settings") else 2
+    return 1 if title.startswith("Settings") else 2 if title == "Cost" else 3
 
 
-def _write_page(path: Path, runs: Sequence[Candidate], tables: dict[str, Table]) -> None:
+def _write_page(path: Path, runs: Sequence[Candidate], tables: dict[str, Table], notes: Sequence[str]) -> None:
     sections = []
     for title, (header, rows) in tables.items():
         body = (
             numbers_table(header, rows) + copyable(header, rows, _names(title)) if rows else "<p class=note>None.</p>"
         )
-        pictures = _figures(runs) if title == "Results" else []
-        note = "Frozen features of the target branch, mean-pooled; 95 % intervals in brackets." if pictures else ""
-        sections.append(Section(title=title, note=note, pictures=pictures, body=body))
+        note = ""
+        if title == "Results":
+            body += charts.row(_figures(runs))
+            note = " ".join(["Frozen features, mean-pooled; 95 % intervals in brackets.", *notes])
+        sections.append(Section(title=title, note=note, body=body))
     commands = "\n".join(f"{run.name}: {run.results.about.get('command')}" for run in runs)
     sections.append(Section(title="Commands", body=code(commands)))
     text = page("Comparison", " · ".join(run.name for run in runs), sections)
@@ -181,7 +216,7 @@ def _write_page(path: Path, runs: Sequence[Candidate], tables: dict[str, Table])
     temporary.replace(path)
 
 
-def _figures(runs: Sequence[Candidate]) -> list[bytes]:
+def _figures(runs: Sequence[Candidate]) -> list[str]:
     drawn = []
     keys = dict.fromkeys(key for run in runs for row in run.rows for key in row if key.startswith("eval/encoder/knn_"))
     for key in keys:
@@ -189,20 +224,10 @@ def _figures(runs: Sequence[Candidate]) -> list[bytes]:
             logged = {run.name: curve(run, key, seconds=seconds) for run in runs}
             logged = {name: points for name, points in logged.items() if points}
             if logged:
-                drawn.append(charts.progress(logged, across, f"kNN accuracy, encoder, k={key.rpartition('_')[2]}"))
-    errors: dict[str, dict[str, list[tuple[float, Measurement]]]] = {}
-    for run in runs:
-        for one in run.trained():
-            kind, _, rest = one.metric.partition("/")
-            name, _, strength = rest.partition("/")
-            if kind == "error" and strength and one.name.level == "encoder":
-                points = errors.setdefault(name.replace("_", " "), {}).setdefault(run.name, [])
-                points.append((float(strength), one))
-    if errors:
-        for series in errors.values():
-            for points in series.values():
-                points.sort(key=lambda point: point[0])
-        drawn.append(charts.lines(errors, "strength", "error, encoder"))
+                drawn.append(charts.progress(logged, across, f"kNN on the way, encoder, k={key.rpartition('_')[2]}"))
+    labelled = [(run.name, one) for run in runs for one in changed(run.trained()) if one.name.level == "encoder"]
+    if labelled:
+        drawn.append(charts.lines(error_panels(labelled), "strength", "error, encoder"))
     return drawn
 
 
@@ -215,7 +240,9 @@ def _content(runs: Sequence[Candidate], differences: Sequence[Difference], metri
                 "results": [
                     {
                         "metric": one.metric,
+                        "branch": one.name.branch,
                         "level": one.name.level,
+                        "pooling": one.name.pooling,
                         "value": one.value,
                         "low": one.low,
                         "high": one.high,

@@ -10,10 +10,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from hjepa_benchmark.comparison.compare import read_candidates
-from hjepa_benchmark.comparison.run import show
-from hjepa_benchmark.runs import WEIGHTS_FILE
-from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE, run_suite
+from hjepa_benchmark.comparison.run import measure_missing, show
 from hjepa_pretrain import settings
+from hjepa_pretrain.evaluation import RESULTS_FILE
 from hjepa_pretrain.multirun import multirun
 
 _DIR = "hydra.sweep.dir="
@@ -46,15 +45,13 @@ def sweep(words: Sequence[str], *, suite: str = "quick", page: Path | None, outp
         (one for one in folder.iterdir() if (one / settings.CONFIG_FILE).is_file()),
         key=lambda one: (len(one.name), one.name),
     )
-    open_ones = [one for one in folders if not (one / WEIGHTS_FILE).is_file()]
+    open_ones = [one for one in folders if not (one / RESULTS_FILE).is_file()]
     if open_ones or not folders:
         raise ValueError(
             f"{folder}: {len(open_ones)} of {len(folders)} runs have not ended; compare them when they have: "
             "hjepa-benchmark compare RUN_DIR ..."
         )
-    for one in folders:
-        if not (one / FOLDER / RESULTS_FILE).is_file():
-            run_suite(one, suite=suite)
+    measure_missing(folders, suite)
     show(read_candidates(folders), grouped=True, page_file=page, output=output)
 
 

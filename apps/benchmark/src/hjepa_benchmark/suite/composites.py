@@ -5,11 +5,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hjepa_benchmark.runs import Run
 from hjepa_benchmark.suite.findings import Details, Findings
 from hjepa_benchmark.suite.subjects import BRANCHES, PIXELS, Subject, level_grids, tokens_of
-from hjepa_eval import FactorScore, FeatureName, SegmentationProbe, bootstrap, bottleneck_sweep, dci, factor_probe
+from hjepa_eval import (
+    FactorScore,
+    FeatureName,
+    SegmentationProbe,
+    bootstrap,
+    bottleneck_sweep,
+    dci,
+    factor_probe,
+    mean_iou,
+)
 from hjepa_pretrain.demo import DemoSet, compose_demo
 from hjepa_pretrain.evaluation import Images
 
@@ -26,7 +36,7 @@ class Composites:
         images: pixels and classes.
         factors: integers [n] (class) or floats [n, c] (place, scale, rotation, tint).
         background: number of the photograph among those of the split.
-        masks: 1 where the garment is, 0 elsewhere [n, S, S].
+        masks: 1 where the garment is, 0 elsewhere [n, H, W].
     """
 
     images: Images
@@ -35,16 +45,18 @@ class Composites:
     masks: Tensor
 
 
-def compose(split: str, count: int, side: int) -> Composites:
-    """Compose fresh pictures; garments are those of the split, backgrounds too."""
-    demo = compose_demo(split, count, _SEED, side)
+def compose(split: str, count: int, size: tuple[int, int]) -> Composites:
+    """Compose fresh pictures, stretched where they are no squares; garments and backgrounds are those of the split."""
+    demo = compose_demo(split, count, _SEED, max(size))
+    pixels, masks = torch.from_numpy(demo.images).permute(0, 3, 1, 2), torch.from_numpy(demo.masks)
+    if size != pixels.shape[2:]:
+        pixels = F.interpolate(pixels.float(), size, mode="area").round().to(torch.uint8)
+        masks = F.interpolate(masks[:, None].float(), size, mode="nearest-exact")[:, 0]
     return Composites(
-        images=Images(
-            pixels=torch.from_numpy(demo.images).permute(0, 3, 1, 2).contiguous(), labels=torch.from_numpy(demo.labels)
-        ),
+        images=Images(pixels=pixels.contiguous(), labels=torch.from_numpy(demo.labels)),
         factors=_factors(demo),
         background=torch.from_numpy(demo.background),
-        masks=torch.from_numpy(demo.masks).long(),
+        masks=masks.long(),
     )
 
 
@@ -64,8 +76,8 @@ def measure_composites(
         tell: says what is at work.
         counts: pictures that are learned from, and pictures that are tested: other garments on other backgrounds.
     """
-    side = min(run.config.data.image_size)
-    train, test = compose("train", counts[0], side), compose("eval", counts[1], side)
+    height, width = run.config.data.image_size
+    train, test = (compose(split, n, (height, width)) for split, n in zip(("train", "eval"), counts, strict=True))
     for subject in subjects:
         tell(f"factors, {subject.name}")
         x, test_x = (subject.extract(part.images, run.device) for part in (train, test))
@@ -138,13 +150,4 @@ def _segment(subject: Subject, run: Run, train: Composites, test: Composites, fi
         probe = SegmentationProbe().fit(tokens[level], masks, grid, device=run.device)
         confusion = probe.confusion(test_tokens[level], test_masks)
         name = FeatureName(branch=BRANCHES[subject.name], level=level, pooling="none")
-        findings.interval(
-            "miou", name, bootstrap(confusion.double(), _mean_iou), n_train=len(masks), details={"data": DATA}
-        )
-
-
-def _mean_iou(confusion: Tensor) -> Tensor:
-    """Mean intersection over union of confusion matrices [r, C, C]."""
-    both = confusion.diagonal(dim1=1, dim2=2)
-    union = confusion.sum(1) + confusion.sum(2) - both
-    return (both / union.clamp_min(1e-12)).mean(dim=1)
+        findings.interval("miou", name, bootstrap(confusion, mean_iou), n_train=len(masks), details={"data": DATA})

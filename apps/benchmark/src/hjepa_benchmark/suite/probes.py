@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from hjepa_benchmark.runs import Run
-from hjepa_benchmark.suite.findings import Findings, check_pair
+from hjepa_benchmark.suite.findings import Findings, check_pair, spaced
 from hjepa_benchmark.suite.plan import Plan
-from hjepa_benchmark.suite.subjects import BRANCHES, PIXELS, Subject, normalized, tokens_of
+from hjepa_benchmark.suite.subjects import BRANCHES, Subject, normalized, tokens_of
 from hjepa_eval import (
     AttentiveProbe,
     AttentiveProbeConfig,
@@ -30,6 +30,7 @@ from hjepa_eval.robustness.maps import read_between
 
 Features = dict[str, FeatureSet]
 _RANK_SAMPLES = 2_000
+_RANK_LEAST = 20  # two for each group of the jackknife
 _RETRIEVAL = 2_000
 _ATTENTIVE = 2_000
 _VIEW_IMAGES, _VIEWS = 400, 10
@@ -38,7 +39,7 @@ _VIEW_IMAGES, _VIEWS = 400, 10
 def probe_levels(
     subject: Subject, train: Features, test: Features, run: Run, plan: Plan, findings: Findings
 ) -> dict[str, LogisticProbe]:
-    """kNN, logistic and few-shot accuracy of every level, and what needs no label.
+    """kNN, logistic and few-shot accuracy of every level, and mean average precision.
 
     Returns:
         The logistic probes by level, which classify changed images too.
@@ -60,14 +61,20 @@ def probe_levels(
         for score in few_shot(values, labels, probe_x, truth, plan.few_shot):
             metric = f"few_shot_{score.labels}"
             findings.interval(metric, bank.name, score.interval, n_train=score.n_train)
-        if subject.name != PIXELS:
-            ranked = FeatureSet(values=bank.values[:_RANK_SAMPLES], labels=bank.labels[:_RANK_SAMPLES], name=bank.name)
-            if len(ranked) >= 20:
-                findings.measurements += measure_unlabelled(ranked)
         if plan.retrieval:
-            precision = average_precision(probe_x[:_RETRIEVAL], truth[:_RETRIEVAL], values, labels)
+            asked = spaced(len(truth), _RETRIEVAL).to(run.device)
+            precision = average_precision(probe_x[asked], truth[asked], values, labels)
             findings.interval("map", bank.name, bootstrap(precision[precision.isfinite()]), n_train=len(x))
     return probes
+
+
+def rank_levels(train: Features, findings: Findings) -> None:
+    """What needs no label, of every level."""
+    for features in train.values():
+        chosen = spaced(len(features), _RANK_SAMPLES)
+        if len(chosen) >= _RANK_LEAST:
+            ranked = FeatureSet(values=features.values[chosen], labels=features.labels[chosen], name=features.name)
+            findings.measurements += measure_unlabelled(ranked)
 
 
 def probe_tokens(subject: Subject, run: Run, configs: Sequence[AttentiveProbeConfig], findings: Findings) -> None:

@@ -1,18 +1,19 @@
 """The page of a suite: one HTML file that opens offline."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hjepa_benchmark import charts
 from hjepa_benchmark.runs import Run, read_rows
 from hjepa_benchmark.suite.findings import Findings, find, known
 from hjepa_benchmark.suite.subjects import BRANCHES, PIXELS, TRAINED, UNTRAINED
-from hjepa_benchmark.suite.summary import NAMES, latex, markdown, summarize
+from hjepa_benchmark.suite.summary import NAMES, cell, latex, markdown, summarize
 from hjepa_eval import Measurement, Results
 from hjepa_eval.robustness.severity import Corruption
 from hjepa_pretrain import settings
@@ -22,6 +23,7 @@ from hjepa_pretrain.report.page import Section, code, notice, page, table
 from hjepa_pretrain.report.write import feature_section, loss_section, neighbour_section, rank_section
 
 _CLASSES = 25
+_SHIFTS = {"rotation": "rotation, degrees", "occlusion": "occlusion, share", "resolution": "resolution, share"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,13 +52,13 @@ def write_page(path: Path, run: Run, results: Results, findings: Findings, pictu
         pictures: what is shown beside them.
     """
     model = pictures.trained
-    measured, rows = findings.measurements, read_rows(run.folder)
+    measured, rows = findings.measurements, read_rows(run.folder, run.steps)
     train, test = run.train, run.test
     sections = [
         _summary(results),
-        _accuracies(measured),
-        _curves(measured, [str(name) for name in Corruption], "Corruptions", "severity"),
-        _curves(measured, ["rotation", "occlusion", "resolution"], "Shifts", "strength"),
+        _accuracies(measured, results.about.get("k")),
+        _corruptions(measured),
+        _shifts(measured),
         _confusion(run, findings),
         *_composites(measured),
         _alike(measured),
@@ -69,7 +71,7 @@ def write_page(path: Path, run: Run, results: Results, findings: Findings, pictu
     ]
     text = page(
         f"{run.name}: {results.about.get('suite')} benchmark",
-        f"{run.config.recipe}, {run.config.model}, {run.config.run.steps:,} steps of {run.config.data.batch_size} "
+        f"{run.config.recipe}, {run.config.model}, {run.steps:,} steps of {run.config.data.batch_size} "
         f"images; measured on {results.data}",
         [section for section in sections if section is not None],
     )
@@ -79,8 +81,9 @@ def write_page(path: Path, run: Run, results: Results, findings: Findings, pictu
 
 
 def numbers_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, own: Sequence[bool] = ()) -> str:
-    """Return an HTML table with each interval small below its number."""
-    return re.sub(r"(\S) (\[[^\]<]*\])</td>", r"\1<br><small>\2</small></td>", table(header, rows, own=own))
+    """Return an HTML table with each interval small below its number; it scrolls where the screen is narrow."""
+    numbers = re.sub(r"(\S) (\[[^\]<]*\])</td>", r"\1<br><small>\2</small></td>", table(header, rows, own=own))
+    return f'<div style="overflow-x:auto">{numbers}</div>'
 
 
 def copyable(header: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> str:
@@ -91,35 +94,33 @@ def copyable(header: Sequence[str], rows: Sequence[Sequence[str]], names: int) -
 
 def _summary(results: Results) -> Section:
     summary = summarize(results)
-    alarms = [
-        f"{row[0]} {row[1]}"
-        for row, own in zip(summary.rows, summary.trained, strict=True)
-        if own and row[-1] == "collapsed"
-    ]
+    verdicts = [verdict for verdict, own in zip(summary.verdicts, summary.trained, strict=True) if own]
     reasons = [
         f"{one.name.level}: {one.details['reasons']}"
         for one in results.measurements
         if one.metric == "effective_rank" and one.name.branch == BRANCHES[TRAINED] and one.details.get("reasons")
     ]
-    said = f"Collapsed: {', '.join(alarms)}." if alarms else "No level has collapsed."
+    said, alarm = "No level has collapsed.", False
+    if "collapsed" in verdicts:
+        said, alarm = f"{verdicts.count('collapsed')} of {len(verdicts)} levels have collapsed.", True
+    elif "-" in verdicts:
+        said, alarm = "Too few images to tell whether a level has collapsed.", True
     body = numbers_table(summary.header, summary.rows, own=summary.trained)
-    body += copyable(summary.header, summary.rows, len(NAMES)) + notice(
-        f"{said} {'; '.join(reasons)}", alarm=bool(alarms)
-    )
+    body += copyable(summary.header, summary.rows, len(NAMES)) + notice(f"{said} {'; '.join(reasons)}", alarm=alarm)
     return Section(title="Summary", note=f"Frozen features; {summary.note}.", body=body)
 
 
-def _accuracies(measured: list[Measurement]) -> Section:
+def _accuracies(measured: list[Measurement], k: object) -> Section | None:
     levels = list(dict.fromkeys(one.name.level for one in measured if one.metric == "linear"))
-    knn = next((one.metric for one in measured if one.metric.startswith("knn_")), None)
+    there = {one.metric for one in measured}
     drawn = []
-    for metric, title in ((knn, f"kNN accuracy, k={(knn or '')[4:]}"), ("linear", "linear accuracy")):
-        if metric is not None:
+    for metric, title in ((f"knn_{k}", f"kNN accuracy, k={k}"), ("linear", "linear accuracy")):
+        if metric in there:
             series = {
                 name: [find(measured, metric, branch=branch, level=level) for level in levels]
                 for name, branch in BRANCHES.items()
             }
-            drawn.append(charts.bars(levels, series, title))
+            drawn.append(charts.bars(levels, series, "level", title))
     shots = list(dict.fromkeys(one.metric for one in measured if one.metric.startswith("few_shot_")))
     if shots:
         rows = {TRAINED: "encoder", UNTRAINED: "encoder", PIXELS: "pixels"}
@@ -127,52 +128,89 @@ def _accuracies(measured: list[Measurement]) -> Section:
             name: [find(measured, metric, branch=BRANCHES[name], level=level) for metric in shots]
             for name, level in rows.items()
         }
-        drawn.append(charts.bars([metric.removeprefix("few_shot_") for metric in shots], series, "few-shot accuracy"))
-    note = "Bars are 95 % intervals: bootstrap over held-out images, over draws of the labels for few-shot accuracy."
-    return Section(title="Accuracy by level", note=note, pictures=drawn)
+        names = [metric.removeprefix("few_shot_") for metric in shots]
+        drawn.append(charts.bars(names, series, "labels", "few-shot accuracy"))
+    if not drawn:
+        return None
+    note = "Whiskers are 95 % intervals: bootstrap over held-out images, Student's t over draws of the labels for "
+    note += "few-shot accuracy, which is that of the encoder."
+    return Section(title="Accuracy by level", note=note, body=charts.row(drawn))
 
 
-def _curves(measured: list[Measurement], names: list[str], title: str, across: str) -> Section | None:
-    by_branch = {branch: name for name, branch in BRANCHES.items()}
+def error_panels(labelled: Iterable[tuple[str, Measurement]]) -> dict[str, dict[str, list[tuple[float, Measurement]]]]:
+    """Points (strength, error) by the label of a line, by the change that the images went through."""
     panels: dict[str, dict[str, list[tuple[float, Measurement]]]] = {}
-    for one in measured:
-        kind, _, rest = one.metric.partition("/")
-        name, _, strength = rest.partition("/")
-        if kind == "error" and name in names:
-            label = _series(one, by_branch)
-            line = panels.setdefault(name.replace("_", " "), {}).setdefault(label, [])
-            line.append((float(strength), one))
+    for label, one in sorted(labelled, key=lambda pair: float(pair[1].metric.rpartition("/")[2])):
+        name = one.metric.split("/")[1].replace("_", " ")
+        panels.setdefault(name, {}).setdefault(label, []).append((float(one.metric.rpartition("/")[2]), one))
+    return panels
+
+
+def changed(measured: Iterable[Measurement]) -> list[Measurement]:
+    """Errors on changed images."""
+    return [one for one in measured if one.metric.startswith("error/") and one.metric.count("/") == 2]
+
+
+def _corruptions(measured: list[Measurement]) -> Section | None:
+    found = error_panels(_labelled(measured))
+    panels = {title: found[title] for name in Corruption if (title := name.replace("_", " ")) in found}
     if not panels:
         return None
-    for series in panels.values():
-        for points in series.values():
-            points.sort(key=lambda point: point[0])
-    clean = [one for one in measured if one.metric == "error/clean"]
-    note = "Top-1 error of the logistic probes, which were fitted on clean images"
-    if clean:
-        note += f", on {clean[0].n} held-out images; without change: " + ", ".join(
-            f"{_series(one, by_branch)} {one.value:.3f}" for one in clean
-        )
-    return Section(title=title, note=note + ".", pictures=[charts.lines(panels, across, "error")])
+    own = [one for one in measured if one.metric == "added_error"]
+    titles = {"error/clean": "clean error", "added_error": "added error", "mce": "mCE", "relative_mce": "relative mCE"}
+    shown = [metric for metric in titles if any(one.metric == metric and np.isfinite(one.value) for one in measured)]
+    rows = [
+        [_subject(one), one.name.level, one.name.pooling]
+        + [cell(find(measured, metric, branch=one.name.branch, level=one.name.level)) for metric in shown]
+        for one in own
+    ]
+    header = [*NAMES, *(titles[metric] for metric in shown)]
+    body = charts.row([charts.lines(panels, "severity", "error")])
+    body += numbers_table(header, rows, own=[row[0] == TRAINED for row in rows]) + copyable(header, rows, len(NAMES))
+    note = (
+        f"Top-1 error of the logistic probes, which were fitted on clean images, on {own[0].n} held-out images. "
+        "Added error: mean over corruptions and severities, less the error on clean images. mCE and relative mCE "
+        "(Hendrycks and Dietterich 2019, section 4) are over the untrained encoder's, not over AlexNet's."
+    )
+    why = next((one.details["undefined"] for one in measured if one.details.get("undefined")), None)
+    note += f" Relative mCE is undefined: {why}." if why else ""
+    return Section(title="Corruptions", note=note, body=body)
 
 
-def _series(one: Measurement, by_branch: dict[str, str]) -> str:
-    subject = by_branch.get(one.name.branch, one.name.branch)
-    return subject if one.name.level == subject else f"{subject} {one.name.level}"
+def _shifts(measured: list[Measurement]) -> Section | None:
+    found = error_panels(_labelled(measured))
+    panels = {title: found[name] for name, title in _SHIFTS.items() if name in found}
+    if not panels:
+        return None
+    note = "Top-1 error of the same probes on the same images."
+    return Section(title="Shifts", note=note, body=charts.row([charts.lines(panels, "", "error")]))
+
+
+def _labelled(measured: list[Measurement]) -> list[tuple[str, Measurement]]:
+    return [
+        (one.name.level if _subject(one) == PIXELS else f"{_subject(one)} {one.name.level}", one)
+        for one in changed(measured)
+    ]
+
+
+def _subject(one: Measurement) -> str:
+    return next((name for name, branch in BRANCHES.items() if branch == one.name.branch), one.name.branch)
 
 
 def _confusion(run: Run, findings: Findings) -> Section | None:
-    truth = known(run.test).labels
-    predicted = findings.predicted.get((TRAINED, "encoder"))
-    classes = int(truth.max()) + 1
-    if predicted is None or classes > _CLASSES:
+    truth, predicted = known(run.test).labels, findings.predicted.get((TRAINED, "encoder"))
+    if predicted is None:
+        return None
+    classes = int(torch.maximum(truth.max(), predicted.max())) + 1
+    if classes > _CLASSES:
         return None
     counts = np.zeros((classes, classes))
-    np.add.at(counts, (truth.numpy(), predicted.clamp_max(classes - 1).numpy()), 1)
+    np.add.at(counts, (truth.numpy(), predicted.numpy()), 1)
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     names = [run.class_name(label) for label in range(classes)]
     note = "Rows: class of the held-out image; columns: what the logistic probe of the trained encoder says, percent."
-    return Section(title="Confusion", note=note, pictures=[charts.matrix(shares, names, names, "", percent=True)])
+    drawn = charts.matrix(shares, names, names, "", percent=True)
+    return Section(title="Confusion", note=note, body=charts.row([drawn]))
 
 
 def _composites(measured: list[Measurement]) -> list[Section]:
@@ -180,17 +218,18 @@ def _composites(measured: list[Measurement]) -> list[Section]:
     if not factors:
         return []
     names = list(dict.fromkeys((one.name.branch, one.name.level) for one in measured if one.metric == factors[0]))
-    by_branch = {branch: name for name, branch in BRANCHES.items()}
     values = np.full((len(names), len(factors)), np.nan)
     for row, (branch, level) in enumerate(names):
         for column, metric in enumerate(factors):
             one = find(measured, metric, branch=branch, level=level)
             values[row, column] = np.nan if one is None else max(0.0, one.value)
-    rows = [f"{by_branch.get(branch, branch)} {level}" for branch, level in names]
+    subjects = {branch: name for name, branch in BRANCHES.items()}
+    rows = [level if level == PIXELS else f"{subjects.get(branch, branch)} {level}" for branch, level in names]
     columns = [metric.removeprefix("factor/") for metric in factors]
     note = (
         "Composites of garments on photographs, of which everything is known. Accuracy of a logistic probe for class "
-        "and background, R² of ridge regression (below 0 shown as 0) for the rest; held-out garments and photographs."
+        "and background, R² of ridge regression (below 0 shown as 0) for the rest; held-out garments and photographs, "
+        "for background other pictures of the same photographs."
     )
     pictures = [charts.matrix(values, rows, columns, "what can be read off")]
     widths: dict[str, list[tuple[float, Measurement]]] = {}
@@ -206,8 +245,8 @@ def _composites(measured: list[Measurement]) -> list[Section]:
             name: [find(iou, "miou", branch=BRANCHES[name], level=level) for level in levels]
             for name in (TRAINED, UNTRAINED)
         }
-        pictures.append(charts.bars(levels, series, "segmentation, mean IoU"))
-    return [Section(title="What each level keeps", note=note, pictures=pictures)]
+        pictures.append(charts.bars(levels, series, "level", "segmentation, mean IoU"))
+    return [Section(title="What each level keeps", note=note, body=charts.row(pictures))]
 
 
 def _alike(measured: list[Measurement]) -> Section | None:
@@ -220,26 +259,32 @@ def _alike(measured: list[Measurement]) -> Section | None:
         first, second = (names.index(name) for name in one.name.level.split(" - "))
         values[first, second] = values[second, first] = one.value
     note = "Linear CKA of the training features: 1 where two levels hold the same, up to rotation and scale."
-    return Section(title="How alike the levels are", note=note, pictures=[charts.matrix(values, names, names, "")])
+    return Section(
+        title="How alike the levels are", note=note, body=charts.row([charts.matrix(values, names, names, "")])
+    )
 
 
 def _attention(pictures: Pictures) -> Section:
     images = pictures.shown.pixels.permute(0, 2, 3, 1).numpy()
-    note = "Attention that each patch receives from all patches in the last block of the target encoder."
+    encoder = "target encoder" if getattr(pictures.trained, "target_encoder", None) is not None else "encoder"
+    heads = pictures.attention.shape[1]
+    note = f"Attention that each patch receives from all patches in the last block of the {encoder}, mean of its "
+    note += f"{heads} heads and by head{'' if heads <= charts.HEADS else f', the first {charts.HEADS}'}."
     return Section(title="Attention", note=note, pictures=[charts.attention(images, pictures.attention.numpy())])
 
 
 def _numbers(measured: list[Measurement]) -> Section:
-    header = ["metric", "branch", "level", "value", "95 % interval", "over", "n train", "n"]
+    header = ["metric", "branch", "level", "pooling", "value", "95 % interval", "over", "n train", "n"]
     rows = [
         [
-            one.metric, one.name.branch, one.name.level, f"{one.value:.4g}",
+            one.metric, one.name.branch, one.name.level, one.name.pooling,
+            f"{one.value:.4g}" if np.isfinite(one.value) else "undefined",
             f"{one.low:.4g} to {one.high:.4g}" if np.isfinite(one.low) else "-", one.method,
             "-" if one.n_train is None else str(one.n_train), str(one.n),
         ]
         for one in measured
     ]  # fmt: skip
-    body = f"<details><summary>{len(rows)} numbers</summary>{table(header, rows)}</details>"
+    body = f"<details><summary>{len(rows)} numbers</summary>{numbers_table(header, rows)}</details>"
     return Section(title="Every number", note="The same as in results.json.", body=body)
 
 

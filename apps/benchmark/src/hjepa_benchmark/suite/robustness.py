@@ -1,6 +1,7 @@
-"""Errors of the logistic probes on changed images, and mean corruption errors against the untrained model."""
+"""Errors of the logistic probes on changed images; mCE and relative mCE against the untrained encoder."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from hjepa_pretrain.evaluation import load_images
 
 Probes = Mapping[str, LogisticProbe]
 CLEAN = "error/clean"
+_BATCH = 256
 SHIFTS: dict[str, tuple[tuple[float, ...], Callable[[Tensor, Tensor, float], Tensor]]] = {
     "rotation": ((15, 30, 45, 60, 90, 180), lambda images, samples, degrees: rotate(images, degrees)),
     "occlusion": ((0.1, 0.2, 0.3, 0.5, 0.7), lambda images, samples, share: occlude(images, share, samples=samples)),
@@ -48,11 +50,12 @@ def measure_robustness(
     wrong: dict[tuple[str, str], dict[str, Tensor]] = {}
     for metric, change in _changes(plan).items():
         tell(metric)
+        pixels = images.pixels if change is None else _changed(change, images.pixels)
         for subject, probes in pairs:
             wanted = {"encoder"} if subject.name == UNTRAINED else set(probes)
             predict = partial(_predict, subject, probes, wanted, run.device)
-            for level, right in right_on_changed(predict, images.pixels, images.labels, change).items():
-                name = _name(subject, level)
+            for level, right in right_on_changed(predict, pixels, images.labels).items():
+                name = _name(subject.name, level)
                 findings.interval(metric, name, bootstrap(1 - right.double()))
                 wrong.setdefault((subject.name, level), {})[metric] = ~right
     _mean_errors(wrong, plan, findings)
@@ -74,11 +77,17 @@ def measure_folders(
     """
     for title, path in folders.items():
         images = load_images(FolderSource(path, classes=classes), run.config.data.evaluation())
+        learned = len(next(iter(probes.values())).bias)
+        if len(classes) < learned:
+            raise ValueError(
+                f"--classes: {len(classes)} names, but labels of the training images go up to {learned - 1}; allowed: "
+                "a name for each, one a line, in the order of the labels"
+            )
         present = torch.tensor(sorted(set(images.labels.tolist())))
         for level, features in subject.extract(images, run.device).items():
             among = copy.copy(probes[level])
             absent = torch.ones_like(among.bias, dtype=torch.bool)
-            absent[present.to(absent.device)] = False
+            absent[present[present < learned].to(absent.device)] = False
             among.bias = among.bias.masked_fill(absent, -torch.inf)
             right = among.predict(features.values.to(run.device)).cpu() == images.labels
             findings.accuracy(f"folder/{title}", features.name, right, details={"classes": len(present)})
@@ -94,6 +103,11 @@ def _changes(plan: Plan) -> dict[str, Change | None]:
             for strength in strengths:
                 found[f"error/{shift}/{strength:g}"] = partial(_shift, change, strength)
     return found
+
+
+def _changed(change: Change, pixels: Tensor) -> Tensor:
+    """All images changed, some at a time, once for all subjects."""
+    return torch.cat([change(pixels[part], part) for part in torch.split(torch.arange(len(pixels)), _BATCH)])
 
 
 def _corrupt(name: str, severity: int, images: Tensor, samples: Tensor) -> Tensor:
@@ -119,32 +133,41 @@ def _predict(
 
 
 def _mean_errors(wrong: Mapping[tuple[str, str], Mapping[str, Tensor]], plan: Plan, findings: Findings) -> None:
-    """MCE and relative mCE of every level against the untrained encoder, bootstrapped over images."""
+    """Added error, mCE and relative mCE of every level, the latter two over the untrained encoder's."""
     metrics = [[f"error/{name}/{severity}" for severity in plan.severities] for name in plan.corruptions]
-    reference = wrong[UNTRAINED, "encoder"]
-    base = _table(reference, metrics)
+    base, base_added = _tables(wrong[UNTRAINED, "encoder"], metrics)
+    # Where a weak reference loses nothing, what another loses relative to it is no number.
+    lost = [bootstrap(base_added[:, number], lambda means: means.sum(dim=1)) for number in range(len(metrics))]
+    unhurt = [name for name, one in zip(plan.corruptions, lost, strict=True) if one.low <= 0]
+    details: Details = {
+        "reference": "untrained encoder",
+        "corruptions": len(metrics),
+        "severities": len(plan.severities),
+    }
     for (subject, level), found in wrong.items():
-        own = _table(found, metrics)
-        pair = torch.stack((own, base), dim=1).double()  # [n, 2, corruptions, severities]
-        name = FeatureName(branch=BRANCHES[subject], level=level, pooling="flatten" if subject == PIXELS else "mean")
-        details: Details = {
-            "reference": "untrained encoder",
-            "corruptions": len(metrics),
-            "severities": len(plan.severities),
-        }
-        findings.interval("mce", name, bootstrap(pair, _ratio), details=details)
+        own, added = _tables(found, metrics)
+        name = _name(subject, level)
+        findings.interval("added_error", name, bootstrap(added.mean(dim=(1, 2))))
+        findings.interval("mce", name, bootstrap(torch.stack((own, base), dim=1), _ratio), details=details)
+        if unhurt:
+            why: Details = {**details, "undefined": f"the reference loses nothing by {', '.join(unhurt)}"}
+            findings.value("relative_mce", name, math.nan, len(own), why)
+        else:
+            interval = bootstrap(torch.stack((added, base_added), dim=1), _ratio)
+            findings.interval("relative_mce", name, interval, details=details)
 
 
-def _table(found: Mapping[str, Tensor], metrics: list[list[str]]) -> Tensor:
-    return torch.stack([torch.stack([found[metric] for metric in row], dim=1) for row in metrics], dim=1)
+def _tables(found: Mapping[str, Tensor], metrics: list[list[str]]) -> tuple[Tensor, Tensor]:
+    """Errors of each image by corruption and severity [n, c, s], and what they add to its error without change."""
+    errors = torch.stack([torch.stack([found[metric] for metric in row], dim=1) for row in metrics], dim=1).double()
+    return errors, errors - found[CLEAN].double()[:, None, None]
 
 
 def _ratio(means: Tensor) -> Tensor:
     """Mean over corruptions of the error's sum over severities over the reference's; means [r, 2, c, s]."""
     sums = means.sum(dim=3)
-    return (sums[:, 0] / sums[:, 1].clamp_min(1e-12)).mean(dim=1)
+    return (sums[:, 0] / sums[:, 1]).mean(dim=1)
 
 
-def _name(subject: Subject, level: str) -> FeatureName:
-    pooling = "flatten" if subject.name == PIXELS else "mean"
-    return FeatureName(branch=BRANCHES[subject.name], level=level, pooling=pooling)
+def _name(subject: str, level: str) -> FeatureName:
+    return FeatureName(branch=BRANCHES[subject], level=level, pooling="flatten" if subject == PIXELS else "mean")

@@ -1,5 +1,7 @@
 """The suite: measure a run, keep the results, write the page."""
 
+import importlib.metadata
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -10,16 +12,24 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from hjepa_benchmark.runs import Run, open_run, training_cost
+from hjepa_benchmark.runs import Run, open_run, read_rows, training_seconds
 from hjepa_benchmark.suite.composites import measure_composites
 from hjepa_benchmark.suite.findings import Findings, images_hash, known, save_right
 from hjepa_benchmark.suite.plan import PLANS, Plan
-from hjepa_benchmark.suite.probes import attention_of, compare_levels, compare_views, probe_levels, probe_tokens
+from hjepa_benchmark.suite.probes import (
+    attention_of,
+    compare_levels,
+    compare_views,
+    probe_levels,
+    probe_tokens,
+    rank_levels,
+)
 from hjepa_benchmark.suite.report import Pictures, write_page
 from hjepa_benchmark.suite.robustness import measure_folders, measure_robustness
-from hjepa_benchmark.suite.subjects import PIXELS, TRAINED, Subject, subjects
+from hjepa_benchmark.suite.subjects import subjects
 from hjepa_benchmark.suite.summary import summary_table
-from hjepa_eval import FeatureSet, LogisticProbe, Results, weights_hash, write_results
+from hjepa_eval import Results, weights_hash, write_results
+from hjepa_pretrain import settings
 from hjepa_pretrain.provenance import provenance
 
 FOLDER, RESULTS_FILE, PAGE_FILE = "benchmark", "results.json", "report.html"
@@ -90,19 +100,32 @@ def measure(run: Run, plan: Plan, folders: dict[str, Path], classes: list[str]) 
     Returns:
         Numbers, and what the page shows beside them.
     """
-    if not len(known(run.train).labels) or not len(known(run.test).labels):
-        raise ValueError(f"{run.folder}: no labelled image to measure on; give shards with labels: --train, --eval")
+    labelled = len(known(run.train).labels) > 1 and len(known(run.test).labels) > 0
+    if not labelled:
+        _tell("no labels: only what needs none; --train and --eval take shards with labels")
+        if folders:
+            raise ValueError(f"--folder {next(iter(folders))}: the run has no labels to learn classes from")
     findings, pairs = Findings(), []
     everyone = subjects(run)
     for subject in everyone:
         _tell(f"features and probes, {subject.name}")
         train, test = (subject.extract(images, run.device) for images in (run.train, run.test))
+        if subject.model is not None:
+            rank_levels(train, findings)
+            if len(train) > 1:
+                compare_levels(train, findings)
+            if plan.views:
+                compare_views(subject, run, findings)
+        if not labelled:
+            continue
         pairs.append((subject, probe_levels(subject, train, test, run, plan, findings)))
-        if subject.name != PIXELS:
-            _beyond(subject, train, run, plan, findings)
-    measure_robustness(pairs, run, plan, findings, _tell)
+        if subject.model is not None and plan.attentive:
+            _tell(f"attentive probes, {subject.name}")
+            probe_tokens(subject, run, plan.attentive, findings)
+    if labelled:
+        measure_robustness(pairs, run, plan, findings, _tell)
     if folders:
-        measure_folders(folders, classes, *_trained(pairs), run, findings)
+        measure_folders(folders, classes, *pairs[0], run, findings)
     if plan.composites is not None:
         measure_composites(everyone, run, findings, _tell, plan.composites)
     shown = run.test.head(_ATTENTION_IMAGES)
@@ -110,20 +133,6 @@ def measure(run: Run, plan: Plan, folders: dict[str, Path], classes: list[str]) 
     assert trained.model is not None
     attention = attention_of(trained, run, shown.pixels)
     return findings, Pictures(trained=trained.model, shown=shown, attention=attention)
-
-
-def _trained(pairs: list[tuple[Subject, dict[str, LogisticProbe]]]) -> tuple[Subject, dict[str, LogisticProbe]]:
-    return next(pair for pair in pairs if pair[0].name == TRAINED)
-
-
-def _beyond(subject: Subject, train: dict[str, FeatureSet], run: Run, plan: Plan, findings: Findings) -> None:
-    if plan.attentive:
-        _tell(f"attentive probes, {subject.name}")
-        probe_tokens(subject, run, plan.attentive, findings)
-    if len(train) > 1:
-        compare_levels(train, findings)
-    if plan.views:
-        compare_views(subject, run, findings)
 
 
 def _folders(words: Sequence[str], classes: Path | None) -> tuple[dict[str, Path], list[str]]:
@@ -142,29 +151,38 @@ def _folders(words: Sequence[str], classes: Path | None) -> tuple[dict[str, Path
     return found, [line.strip() for line in classes.read_text().splitlines() if line.strip()]
 
 
+def weights_id(model: nn.Module) -> str:
+    """What tells weights apart: results are of those that they name."""
+    return weights_hash(model)[:32]
+
+
 def _about(run: Run, suite: str, model: nn.Module, seconds: float) -> dict[str, str | int | float | bool | None]:
     source = provenance([])
-    versions = source["versions"]
+    versions, own = source["versions"], importlib.metadata.version("hjepa-benchmark")
     assert isinstance(versions, dict)
-    about: dict[str, str | int | float | bool | None] = {
-        "command": " ".join(["hjepa-benchmark", *sys.argv[1:]]),
+    seconds_trained = [spent for _, spent in training_seconds(read_rows(run.folder, run.steps))]
+    return {
+        "command": shlex.join(["hjepa-benchmark", *sys.argv[1:]]),
+        "trained_by": "; ".join(one["command"] for one in settings.read_provenance(run.folder)),
         "suite": suite,
         "measured": str(source["started"]),
         "device": str(source["device"]),
         "git": str(source["git"]),
         "python": str(source["python"]),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in [("hjepa-benchmark", own), *versions.items()]),
         "recipe": run.config.recipe,
         "encoder": run.config.model,
-        "steps": run.config.run.steps,
+        "steps": run.steps,
+        "target_encoder": getattr(model, "target_encoder", None) is not None,
         "seed": run.config.run.seed,
         "k": run.config.eval.k,
         "test_samples": images_hash(run.test),
         "train_samples": images_hash(run.train),
-        "weights": weights_hash(model)[:32],
+        "weights": weights_id(model),
         "seconds": round(seconds, 1),
+        "images_seen": run.steps * run.config.data.batch_size,
+        "training_seconds": round(seconds_trained[-1], 1) if seconds_trained else None,
     }
-    return {**about, **training_cost(run.folder, run.config.data.batch_size)}
 
 
 def _tell(text: str) -> None:

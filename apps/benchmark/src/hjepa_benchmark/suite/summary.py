@@ -12,6 +12,15 @@ from hjepa_benchmark.suite.subjects import BRANCHES, TRAINED
 from hjepa_eval import Measurement, Results
 
 NAMES = ("features", "level", "pooling")
+TITLES = {
+    "linear": "linear",
+    "few_shot_5-shot": "5-shot",
+    "attentive_1": "attentive",
+    "map": "mAP",
+    "miou": "mIoU",
+    "rankme": "RankMe",
+    "mce": "mCE",
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,13 +31,20 @@ class Summary:
         header: names of the columns.
         rows: cells.
         trained: which rows are of the trained model.
+        verdicts: whether the features of a row have collapsed; "-" where nobody can tell.
         note: what the columns are.
     """
 
     header: list[str]
     rows: list[list[str]]
     trained: list[bool]
+    verdicts: list[str]
     note: str
+
+
+def title_of(metric: str) -> str:
+    """What a metric is called in tables."""
+    return f"kNN k={metric.removeprefix('knn_')}" if metric.startswith("knn_") else TITLES.get(metric, metric)
 
 
 def cell(one: Measurement | None) -> str:
@@ -62,37 +78,45 @@ def summarize(
         without: metrics that are left out.
     """
     measured = list(results.measurements)
-    knn = [name for name in dict.fromkeys(one.metric for one in measured) if name == f"knn_{results.about.get('k')}"]
-    columns: list[tuple[str, str]] = [(metric, f"kNN k={metric[4:]}") for metric in knn]
-    columns += [("linear", "linear"), ("few_shot_5-shot", "5-shot"), ("attentive_1", "attentive"), ("map", "mAP")]
-    columns += [("miou", "mIoU"), ("rankme", "RankMe"), ("effective_rank", "eff. rank"), ("mce", "mCE")]
     there = {one.metric for one in measured}.difference(without)
-    columns = [(metric, title) for metric, title in columns if metric in there]
+    wanted = (f"knn_{results.about.get('k')}", *TITLES)
+    columns = [(metric, title_of(metric)) for metric in wanted if metric in there]
     by_branch = {branch: name for name, branch in BRANCHES.items()}
     keys = dict.fromkeys((one.name.branch, one.name.level) for one in measured if one.metric in ("linear", "rankme"))
-    rows = []
+    rows, verdicts = [], []
     for branch, level in keys:
         found = [find(measured, metric, branch=branch, level=level) for metric, _ in columns]
         pooling = next(one.name.pooling for one in measured if (one.name.branch, one.name.level) == (branch, level))
-        names = [by_branch.get(branch, branch), level, pooling]
-        rows.append([*names, *(cell(one) for one in found), _verdict(measured, branch, level)])
+        verdict = _verdict(measured, branch, level)
+        verdicts.append(verdict)
+        told = level if verdict in ("healthy", "-") else f"{level} ({verdict})"
+        rows.append([by_branch.get(branch, branch), told, pooling, *(cell(one) for one in found)])
     linear = next((one for one in measured if one.metric == "linear"), None)
-    note = "target branch, 95 % intervals in brackets"
+    note = "target branch" if results.about.get("target_encoder", True) else "the encoder, which has no moving average"
+    note += ", 95 % intervals in brackets"
     if linear is not None:
         note += f"; {linear.n_train} labelled training and {linear.n} held-out images"
+    for metric, title in columns:
+        one = next(one for one in measured if one.metric == metric)
+        if metric == "attentive_1":
+            note += f", {title} of {one.n_train} training images"
+        elif metric == "map":
+            note += f", {title} of {one.n} queries"
+        elif metric == "miou":
+            note += f", {title} of {one.n} composites after {one.n_train}"
     mce = next((one for one in measured if one.metric == "mce"), None)
     if mce is not None:
         note += (
             f"; mCE: errors under {mce.details['corruptions']} corruptions at {mce.details['severities']} severities "
             f"over those of the untrained encoder, {mce.n} images, lower is better"
         )
-    header = [*NAMES, *(title for _, title in columns), "collapse"]
-    return Summary(header=header, rows=rows, trained=[row[0] == TRAINED for row in rows], note=note)
+    header = [*NAMES, *(title for _, title in columns)]
+    return Summary(header=header, rows=rows, trained=[row[0] == TRAINED for row in rows], verdicts=verdicts, note=note)
 
 
 def summary_table(results: Results) -> Table:
     """The summary for a terminal, intervals as half their width."""
-    summary = summarize(results, short_cell, without=("effective_rank", "attentive_1", "map", "miou"))
+    summary = summarize(results, short_cell, without=("attentive_1", "map", "miou"))
     table = Table(
         title=f"{results.model} ({results.about.get('recipe', '-')}) on {results.data}",
         title_justify="left",
@@ -102,12 +126,11 @@ def summary_table(results: Results) -> Table:
         caption=summary.note.replace("in brackets", "after ±"),
         caption_justify="left",
     )
-    # Narrow enough for 80 columns: names of branch and pooling stand on the page, a collapse is told beside the level.
-    for column in ("features", "level", *summary.header[len(NAMES) : -1]):
+    # Narrow enough for 80 columns: the pooling stands on the page.
+    for column in ("features", "level", *summary.header[len(NAMES) :]):
         table.add_column(column, justify="left" if column in NAMES else "right", no_wrap=True)
     for row, own in zip(summary.rows, summary.trained, strict=True):
-        level = row[1] if row[-1] in ("healthy", "-") else f"{row[1]} ({row[-1]})"
-        table.add_row(row[0], level, *row[len(NAMES) : -1], style="bold" if own else None)
+        table.add_row(*row[:2], *row[len(NAMES) :], style="bold" if own else None)
     return table
 
 

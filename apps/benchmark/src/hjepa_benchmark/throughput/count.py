@@ -22,10 +22,10 @@ def operations(step: TrainingStep) -> float:
     """Floating-point operations of matrix products in forward and backward, mean over `every` steps.
 
     They are counted on a few images, eagerly and with explicit attention, and scaled to the batch. Optimizer, EMA and
-    everything element by element are left out, as usual.
+    everything element by element are left out, as usual, and so is what `trainer.recompute` does once more.
 
     Args:
-        step: not compiled yet.
+        step: neither compiled nor told to recompute yet.
     """
     whole, counted = step.batch, min(_COUNTED, len(step.batch))
     step.batch = type(whole)(

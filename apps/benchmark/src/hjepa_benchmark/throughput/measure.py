@@ -24,6 +24,7 @@ from hjepa_benchmark.throughput.reference import ReferenceStep
 from hjepa_benchmark.throughput.step import TrainingStep
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
+from hjepa_train import ParallelKind
 
 _WARMUP = 5
 
@@ -92,7 +93,9 @@ def measure_throughput(config: PretrainConfig, *, steps: int, reference: bool = 
     device = torch.device("cuda" if cuda else "cpu")
     step = TrainingStep(config, device)
     context, targets = step.task.draw_masks(0, step.batch.sample)
-    counted, breaks = operations(step), graph_breaks(step)
+    counted = operations(step)
+    step.recompute()
+    breaks = graph_breaks(step)
     step.compile()
     for number in range(step.every * _WARMUP):
         step(number)
@@ -165,6 +168,11 @@ def print_throughput(words: Sequence[str], *, steps: int, reference: bool, outpu
     every = 1 if config.baseline is not None else config.hjepa.masked_every
     if steps < every:
         raise ValueError(f"--steps={steps}: too few; allowed: hjepa.masked_every={every} and more")
+    if config.trainer.accumulate > 1 or config.parallel is not ParallelKind.single:
+        raise ValueError(
+            f"parallel={config.parallel} trainer.accumulate={config.trainer.accumulate}: throughput times one process "
+            "and one batch; give parallel=single trainer.accumulate=1 and the data.batch_size of one process"
+        )
     if reference and config.baseline is not None:
         raise ValueError(f"--reference: the plain step is an I-JEPA, {config.recipe} has no masks; leave it out")
     threads = torch.get_num_threads()
@@ -228,7 +236,7 @@ def _table(found: Throughput, config: PretrainConfig, steps: int) -> Table:
         pad_edge=False,
     )
     table.caption, table.caption_justify = (
-        f"median of {steps} steps; parts are timed apart, so they add up roughly",
+        f"median of {steps} steps; parts are timed in {sum(found.parts.values()):.1f} ms steps of their own",
         "left",
     )
     table.add_column("what")
@@ -246,8 +254,10 @@ def _table(found: Throughput, config: PretrainConfig, steps: int) -> Table:
         "" if other is None else f"{other.images_per_second:,.0f} images/s",
     )
     row("length", f"{found.milliseconds:.1f} ms a step", "" if other is None else f"{other.milliseconds:.1f} ms a step")
+    # Shares of their own sum: they are timed in rounds of their own, when the machine may be faster or slower.
+    together = sum(found.parts.values())
     for name, value in found.parts.items():
-        row(f"  {name}", f"{value:.2f} ms ({100 * value / found.milliseconds:.0f} %)")
+        row(f"  {name}", f"{value:.2f} ms ({100 * value / together:.0f} %)")
     row(
         "counted operations",
         f"{found.operations / 1e9:,.4g} GFLOP",

@@ -31,12 +31,15 @@ class TrainingStep:
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.task = build_task(config).to(device).train()
-        recompute_activations(self.task, config.trainer.recompute)
         self.optimizer = config.trainer.optimizer.build(self.task)
         self.ema = EMA(self.task.ema_pairs())
         self.batch = synthetic_batch(config, device)
         self.every = 1 if config.baseline is not None else config.hjepa.masked_every
         self._trained = [parameter for parameter in self.task.parameters() if parameter.requires_grad]
+
+    def recompute(self) -> None:
+        """Let blocks run again in the backward pass, where the run says so: operations are counted before."""
+        recompute_activations(self.task, self.config.trainer.recompute)
 
     def compile(self) -> None:
         """Compile as the trainer does, where the run says so."""
