@@ -6,6 +6,7 @@ import tarfile
 
 import pytest
 
+from hjepa_pretrain import settings
 from hjepa_pretrain.cli import main
 
 WRONG = 2
@@ -40,6 +41,8 @@ def refuse(finished, *words):
         (["hjepa.pyramid.levels=7"], ["levels=7", "3"]),
         (["masks.context_ratio=0.95"], ["context"]),
         (["data.batch_size=0"], ["batch_size=0"]),
+        (["data.std=[0,1,1]"], ["std=(0.0, 1.0, 1.0)", "above 0"]),
+        (["data.eval_crop_fraction=2"], ["data.eval_crop_fraction=2", "up to 1"]),
         (["data.decode=tpu"], ["data.decode=tpu", "cpu, gpu"]),
         (["data.decode=gpu", "data.cache_mib=1"], ["data.cache_mib=1", "data.decode=gpu"]),
         (["data.decode=gpu", "data.cache_mib=0", "run.device=cpu"], ["data.decode=gpu", "CUDA device"]),
@@ -47,6 +50,8 @@ def refuse(finished, *words):
         (["parallel=dpp"], ["dpp", "ddp"]),
         (["+foo=1"], ["+foo=1", "key=value"]),
         (["trainer.steps=5"], ["trainer.steps", "run.steps"]),
+        (["trainer={steps: 5}"], ["trainer.steps", "run.steps"]),
+        (["hjepa.patch_schedule={sizes: [8, 4], total_steps: 5}"], ["total_steps", "run.steps"]),
         (["recipe=hjepa", "hjepa.global_level.weight=2"], ["null in this recipe"]),
         (["hjepa.predictor.state={groups: 4}"], ["groups", "num_groups"]),
         (["hjepa.predictor.state={num_classes: 1}"], ["num_classes=1", "2 and more"]),
@@ -60,6 +65,28 @@ def test_wrong_setting(pretrain, tiny, tmp_path, capsys, words, expected):
     run_dir = tmp_path / "run"
     refuse(pretrain.here(capsys, f"run.dir={run_dir}", *tiny, *words), *expected)
     assert not run_dir.exists()
+
+
+def test_a_part_given_whole_is_given_field_by_field(tiny, tmp_path):
+    words = [word for word in tiny if "warmup" not in word and not word.startswith("data.train")]
+    data = next(word for word in tiny if word.startswith("data.train")).removeprefix("data.train=")
+    config, _ = settings.load([*words, "trainer.learning_rate={warmup_steps: 9}", f"data={{train: '{data}'}}"])
+    assert config.trainer.learning_rate.warmup_steps == 9
+    assert config.preset == "none"
+
+
+def test_a_tilde_is_the_home_folder(pretrain, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    words = ("run.dir=~/run", "run.steps=1", "eval.at_end=false")
+    assert pretrain.here(capsys, *tiny, *words).code == 0
+    assert (tmp_path / "home" / "run" / "config.yaml").is_file()
+    assert pretrain.here(capsys, "run.dir=~/run").code == 0
+    assert not (tmp_path / "~").exists()
+
+
+def test_wrong_words_of_several_runs(pretrain, capsys):
+    refuse(pretrain.here(capsys, "run.stpes=1,2", "--multirun"), "run.stpes", "run.steps")
 
 
 def test_no_such_shard(pretrain, tiny, tmp_path, capsys):

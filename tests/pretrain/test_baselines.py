@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.nn import functional
 
+from hjepa_data import Batch
 from hjepa_models import Encoder
 from hjepa_pretrain import settings
 from hjepa_pretrain.baselines import BaselineConfig, Inputs, build_baseline
 from hjepa_pretrain.baselines.simclr import nt_xent
 from hjepa_pretrain.model import load_run
+from hjepa_pretrain.task import build_task
 
 KINDS = ("mae", "simclr", "supervised")
 ANYWHERE = torch.zeros(1, 1, 1, dtype=torch.long)
@@ -29,7 +31,8 @@ def test_a_baseline_trains_resumes_and_is_measured(pretrain, tiny, tmp_path, cap
     assert len(read_losses(run)) == 3
     rows = json.loads((run / "results.json").read_text())["rows"]
     assert {"trained", "untrained", "pixels"} == {row["features"] for row in rows}
-    assert (run / "report.html").is_file()
+    page = (run / "report.html").read_text()
+    assert ("<h2>Masks</h2>" in page) == ("predict the pixels of" in page) == (recipe == "mae")
     config, _ = settings.load([f"run.dir={run}"])
     model = load_run(run, config)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -75,6 +78,15 @@ def test_mae_predicts_the_normalised_pixels_of_hidden_patches_only():
             wanted = (wanted - wanted.mean()) / (wanted.var(unbiased=False) + 1e-6).sqrt()
             total += float((guess[row, number].double() - wanted).square().mean())
     assert float(loss) == pytest.approx(total / 4, rel=1e-5)
+
+
+def test_mae_hides_patches_of_the_first_view_alone():
+    words = ("recipe=mae", "data.views=2", "hjepa.masked_views=2")
+    config, _ = settings.load(words)
+    task = build_task(config)
+    view = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    batch = Batch(views=(view, view), labels=torch.zeros(3).long(), sample=torch.arange(3), epoch=torch.zeros(3).long())
+    assert torch.isfinite(task(batch, 0).loss)
 
 
 def test_images_without_a_label_do_not_count():

@@ -1,13 +1,15 @@
 """What `data.train` may name: shards, a folder of images, several of them with weights."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
 
-from hjepa_data import MixtureSource, ShardSource
+from hjepa_data import DataError, MixtureSource, ShardSource
 from hjepa_pretrain import settings
-from hjepa_pretrain.evaluation import open_sources
+from hjepa_pretrain.demo import CLASS_NAMES
+from hjepa_pretrain.evaluation import class_names, load_pair, open_sources, read_results
 
 
 @pytest.fixture
@@ -39,6 +41,28 @@ def test_a_mixture_has_its_shares_and_resumes(pretrain, tiny, folder, shards, tm
     source = open_sources(settings.load([run])[0])[0]
     assert isinstance(source, MixtureSource)
     assert list(source.shares / source.shares.sum()) == [0.25, 0.75]
+
+
+def test_several_are_measured_on_and_their_classes_have_names(pretrain, tiny, folder, shards, tmp_path):
+    names = [f"name {number}" for number in range(10)]
+    config, _ = settings.load([*tiny, f"data.eval={shards}/eval-000000.tar + {folder}"])
+    sources = open_sources(config)
+    assert len(sources[1]) == 60 + 60
+    known = sorted(path.name for path in folder.iterdir())
+    assert class_names(sources[1]) == known
+    images = load_pair(config, sources, 20, 20)[1]
+    assert (images.class_name(0), images.class_name(99)) == (known[0], "99")
+    for number, shard in enumerate(("train-000000.tar", "eval-000000.tar")):
+        (tmp_path / str(number)).mkdir()
+        shutil.copy(shards / shard, tmp_path / str(number))
+        (tmp_path / str(number) / "classes.json").write_text(json.dumps(names))
+    config.data.train, config.data.eval = f"{tmp_path}/0", f"{tmp_path}/1"
+    assert class_names(open_sources(config)[0]) == names
+    (tmp_path / "1" / "classes.json").write_text(json.dumps(names[::-1]))
+    with pytest.raises(DataError, match="number classes differently"):
+        open_sources(config)
+    config.data.train = config.data.eval = None
+    assert load_pair(config, sources, 1, 1)[0].classes == CLASS_NAMES
 
 
 def test_wrong_sources(pretrain, tiny, shards, tmp_path, capsys):
@@ -91,3 +115,5 @@ def test_another_eval_set_is_measured_anew(pretrain, tiny, shards, tmp_path, cap
     words = (f"data.eval={shards}/eval-*.tar", "data.max_skipped_fraction=0.05", "data.unreadable=skip")
     assert pretrain.here(capsys, run, *words).code == 0
     assert json.loads(results.read_text())["rows"]
+    results.write_text('{"step": 1, ')
+    assert read_results(settings.load([run])[0], 1, results.parent) is None

@@ -41,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(USAGE, end="")
         return 0
-    if words[:1] == ["--multirun"]:
+    if "--multirun" in words:
         from hjepa_pretrain.multirun import multirun
 
-        return multirun(words[1:])
+        return multirun([word for word in words if word != "--multirun"])
     return _run(words)
 
 

@@ -111,10 +111,14 @@ class DataConfig:
         """Take lists, and refuse what the parts would refuse later."""
         for name in ("image_size", "crop_scale", "crop_ratio", "local_size", "local_scale", "mean", "std", "weights"):
             setattr(self, name, tuple(getattr(self, name)))
-        if len(self.image_size) != 2 or len(self.mean) != 3 or len(self.std) != 3:
+        if len(self.image_size) != 2 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
                 f"data.image_size={self.image_size}, mean={self.mean}, std={self.std}: allowed: a height and a "
-                "width, and a number for each of the 3 channels"
+                "width, and a number for each of the 3 channels, above 0 for std"
+            )
+        if not 0 < self.eval_crop_fraction <= 1:
+            raise ValueError(
+                f"data.eval_crop_fraction={self.eval_crop_fraction}: no part of an image; allowed: above 0, up to 1"
             )
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size={self.batch_size}: a batch holds images; allowed: 1 and more")

@@ -57,7 +57,8 @@ def step_cost_of(config: PretrainConfig) -> StepCost:
     model = config.hjepa.build(seed=config.run.seed, device="meta")
     recompute_activations(model, config.trainer.recompute)
     with fake_tensors(model):
-        views = [torch.empty(rows, 3, *config.data.image_size) for _ in range(config.data.views)]
+        groups = config.data.stream(1).views
+        views = [torch.empty(rows, 3, *group.size) for group in groups for _ in range(group.count)]
         context = torch.zeros(count, *masks.context.shape[1:], dtype=torch.int64)
         targets = torch.zeros(count, *masks.targets.shape[1:], dtype=torch.int64)
         return step_cost(model, lambda: model(views, context, targets, step).loss, config.trainer)

@@ -14,9 +14,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from hjepa_data import DataError, EvalConfig, MixtureSource, Source, normalize, open_source
+from hjepa_data import DataError, EvalConfig, MixtureSource, ShardSource, Source, normalize, open_source
+from hjepa_data.shards.show import read_classes
 from hjepa_eval import FeatureSet, Scores, evaluate, extract, knn_accuracy, rankme
 from hjepa_pretrain.config import PretrainConfig
+from hjepa_pretrain.demo import CLASS_NAMES
 from hjepa_pretrain.demo.shards import demo_shards
 from hjepa_pretrain.model import Model, build_model
 from hjepa_train import Trainer
@@ -38,10 +40,12 @@ class Images:
     Attributes:
         pixels: uint8 [n, C, H, W].
         labels: class numbers [n], -1 where unknown.
+        classes: names of the classes by number; none where the source knows only numbers.
     """
 
     pixels: UInt8[Tensor, "n C H W"]
     labels: Int[Tensor, " n"]
+    classes: Sequence[str] = ()
 
     def batches(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield normalised pixels with their labels."""
@@ -51,11 +55,18 @@ class Images:
 
     def head(self, count: int) -> "Images":
         """Return `count` of them, evenly spaced."""
-        chosen = torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).round().long()
-        return Images(pixels=self.pixels[chosen], labels=self.labels[chosen])
+        return self.part(torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).round().long())
+
+    def part(self, chosen: Int[Tensor, " m"]) -> "Images":
+        """Return some of them, by number."""
+        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen])
+
+    def class_name(self, label: int) -> str:
+        """Return the name of a class, or its number."""
+        return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
 
-def load_images(source: Source, config: EvalConfig) -> Images:
+def load_images(source: Source, config: EvalConfig, classes: Sequence[str] = ()) -> Images:
     """Decode the samples that an evaluation stream gives, and say what it left out."""
     stream = config.build(source)
     batches = list(stream)
@@ -65,7 +76,9 @@ def load_images(source: Source, config: EvalConfig) -> Images:
     if not batches:
         raise DataError("no image could be decoded for the evaluation; check data.eval, or set data.eval=null")
     return Images(
-        pixels=torch.cat([batch.views[0] for batch in batches]), labels=torch.cat([batch.labels for batch in batches])
+        pixels=torch.cat([batch.views[0] for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        classes=classes,
     )
 
 
@@ -75,18 +88,32 @@ def open_sources(config: PretrainConfig) -> tuple[Source, Source | None]:
     if train is None:
         train, demo_eval = demo_shards(config.data.cache)
         held_out = held_out or demo_eval
-    weights = config.data.weights or None
-    sources = [open_source(part.strip()) for part in train.split(_AND)]
-    measured = None if held_out is None else open_source(held_out)
-    _check_classes([*sources, measured])
-    if len(sources) == 1 and weights is None:
-        return sources[0], measured
-    return MixtureSource(sources, weights), measured
+    trained, measured = _open(train), [] if held_out is None else _open(held_out)
+    _check_classes([*trained, *measured])
+    return _joined(trained, config.data.weights or None), _joined(measured) if measured else None
 
 
-def _check_classes(sources: Sequence[Source | None]) -> None:
+def _open(names: str) -> list[Source]:
+    return [open_source(name.strip()) for name in names.split(_AND)]
+
+
+def _joined(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Source:
+    return sources[0] if len(sources) == 1 and weights is None else MixtureSource(sources, weights)
+
+
+def class_names(source: Source) -> list[str]:
+    """Return the names of classes by number; none where the source knows only numbers."""
+    if isinstance(source, MixtureSource):
+        return next(filter(None, map(class_names, source.sources)), [])
+    if isinstance(source, ShardSource):
+        local = [shard for shard in source.shards if isinstance(shard, Path)]
+        return read_classes(local) if local else []
+    return list(getattr(source, "classes", ()))
+
+
+def _check_classes(sources: Sequence[Source]) -> None:
     """Refuse sources of which one's class 1 is known to be another's class 2."""
-    known = [list(classes) for source in sources if (classes := getattr(source, "classes", None))]
+    known = [classes for source in sources if (classes := class_names(source))]
     for other in known[1:]:
         if other != known[0]:
             differ = sorted(set(other) ^ set(known[0]))[:3] or known[0][:3]
@@ -103,9 +130,11 @@ def load_pair(
     if sources[1] is None:
         return None
     crops = config.data.evaluation()
+    demo = config.data.train is None and config.data.eval is None
+    classes = CLASS_NAMES if demo else class_names(sources[1]) or class_names(sources[0])
     return (
-        load_images(sources[0], replace(crops, max_samples=train)),
-        load_images(sources[1], replace(crops, max_samples=held_out)),
+        load_images(sources[0], replace(crops, max_samples=train), classes),
+        load_images(sources[1], replace(crops, max_samples=held_out), classes),
     )
 
 
@@ -145,14 +174,15 @@ def measure(model: Model, config: PretrainConfig, train: Images, test: Images, d
 def level_features(
     model: Model, images: Images, config: PretrainConfig, device: torch.device
 ) -> Mapping[str, FeatureSet]:
-    """Extract the mean-pooled features of every level of the target branch in one pass."""
+    """Extract the mean-pooled features of every level in one pass, of the target branch where there is one."""
 
     def features(batch: Tensor) -> dict[str, Tensor]:
         return {str(level): values for level, values in model.all_features(batch).items()}
 
     model.eval()
+    branch = "target" if model.ema_pairs() else "online"
     found = extract(
-        features, images.batches(config.data.mean, config.data.std), device=device, branch="target", pooling="mean"
+        features, images.batches(config.data.mean, config.data.std), device=device, branch=branch, pooling="mean"
     )
     model.train()
     return found
@@ -188,7 +218,6 @@ class OnlineEvaluation:
                 lambda pixels: trainer.call("all_features", pixels),
                 images.batches(config.data.mean, config.data.std),
                 device=trainer.world.device,
-                branch="target",
                 pooling="mean",
             )
             for images in (self._train, self._test)
@@ -196,7 +225,7 @@ class OnlineEvaluation:
         trainer.module.train()
         row: dict[str, float] = {}
         for level, features in banks.items():
-            row[f"eval/{level}/rankme"] = float(rankme(features.values[:_RANK_SAMPLES]))
+            row[f"eval/{level}/rankme"] = float(rankme(features.some(_RANK_SAMPLES).values))
             bank, test = features.labelled(), tests[level].labelled()
             if len(bank) >= k and len(test):
                 found = knn_accuracy(bank.values, bank.labels, test.values, test.labels, ks=(k,))
@@ -225,7 +254,11 @@ def read_results(config: PretrainConfig, step: int, folder: Path) -> dict[str, A
     path = folder / RESULTS_FILE
     if not path.is_file():
         return None
-    content: dict[str, Any] = json.loads(path.read_text())
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        logger.warning("%s is damaged; it is written again", path)
+        return None
     same = content.get("step") == step and _measured_on(config).items() <= content.items()
     return content if same else None
 

@@ -16,10 +16,12 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from hjepa_pretrain import settings
-from hjepa_train import EXIT_PREEMPTED
+from hjepa_train import EXIT_PREEMPTED, EXIT_WRONG_INPUT
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +38,20 @@ def multirun(words: Sequence[str]) -> int:
         words: overrides in hydra's sweep syntax (`a=1,2`, `a=range(1,4)`), and hydra's own settings.
 
     Returns:
-        0, or the largest exit code of the runs of this machine.
+        0, or the largest exit code of the runs of this machine; 2 for wrong words.
     """
     settings.register()
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", _SIGNAL)
     own = [] if any(word.startswith("hydra.sweep.dir=") for word in words) else [_SWEEP_DIR]
     silent = ("hydra/job_logging=none", "hydra/hydra_logging=none")
     sys.argv = [sys.argv[0], "--multirun", *silent, *own, *(settings.quoted(word) for word in words)]
-    hydra.main(config_path="pkg://hjepa_pretrain.conf", config_name="config", version_base="1.3")(_run_one)()
+    # The error itself, in place of hydra's paragraphs about it.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(config_path="pkg://hjepa_pretrain.conf", config_name="config", version_base="1.3")(_run_one)()
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"hjepa-pretrain: {settings.one_line(error)}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
     return max(_codes, default=0)
 
 

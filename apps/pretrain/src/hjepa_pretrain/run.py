@@ -16,6 +16,7 @@ from hjepa_pretrain.baselines import BaselineKind
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.dry_run import dry_run
 from hjepa_pretrain.evaluation import (
+    RESULTS_FILE,
     OnlineEvaluation,
     load_pair,
     measure,
@@ -63,6 +64,7 @@ class SkippedImages(Callback):
         self._console = console
         self._trainer: Trainer | None = None
         self._before = 0
+        self._known = 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Learn whose stream is counted."""
@@ -74,7 +76,7 @@ class SkippedImages(Callback):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on counting."""
-        self._before = state["skipped"]
+        self._before = self._known = state["skipped"]
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Count where a row is written."""
@@ -85,16 +87,16 @@ class SkippedImages(Callback):
 
     def on_fit_end(self, trainer: Trainer, outcome: Outcome | None) -> None:
         """Say what was left out, with the reasons that this process saw."""
-        skipped = self._skipped(trainer)
-        # A run that failed may have done so on this rank alone: nobody would answer.
-        total = self._before + sum(skipped.values()) if outcome is None else self._total(trainer)
-        if total and trainer.world.is_main:
+        # What the last row or save has counted: a run may fail on one rank alone, and nobody would answer.
+        if self._known and trainer.world.is_main:
+            skipped = self._skipped(trainer)
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-            self._console.print(f"left out: {total} images ({reasons or 'in other processes'})", highlight=False)
+            self._console.print(f"left out: {self._known} images ({reasons or 'in other processes'})", highlight=False)
 
     def _total(self, trainer: Trainer) -> int:
         mine = torch.tensor(sum(self._skipped(trainer).values()), device=trainer.world.device)
-        return self._before + int(trainer.world.sum(mine))
+        self._known = self._before + int(trainer.world.sum(mine))
+        return self._known
 
     @staticmethod
     def _skipped(trainer: Trainer) -> dict[str, int]:
@@ -312,6 +314,8 @@ def _finish(config: PretrainConfig, trainer: Trainer, sources: Sources, folder: 
     results = read_results(config, trainer.step, folder)
     if results is None:
         model = _final_model(config, trainer)
+        # Those of an earlier end are not of the weights that come now.
+        (folder / RESULTS_FILE).unlink(missing_ok=True)
         save_model(model, folder)
         images = load_pair(config, sources, config.eval.train_samples, config.eval.eval_samples)
         rows = [] if images is None or not config.eval.at_end else measure(model, config, *images, trainer.world.device)

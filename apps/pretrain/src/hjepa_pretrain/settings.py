@@ -8,7 +8,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ DERIVED = {
 }
 # What a dry run without a model compares.
 PLANNED = ("vit_large_patch16", "vit_huge_patch14", "vit_giant_patch14")
-_PATHS = ("run.dir", "data.train", "data.eval", "data.cache")
+_PATHS = ("run.dir", "data.train", "data.eval", "data.cache", "plan.dir")
 # What the name of a model says about its encoder.
 _NAMED = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
@@ -72,7 +72,7 @@ def load(words: Sequence[str]) -> tuple[PretrainConfig, DictConfig]:
         SettingsError: an unknown key, a value of the wrong type or range, or a change that a resumed run cannot take.
     """
     overrides = _parse(words)
-    given = {override.key_or_group: override for override in overrides}
+    given = {key: value for one in overrides for key, value in _set(one.key_or_group, one.value())}
     for key in given.keys() & DERIVED.keys():
         raise SettingsError(f"{key} follows from {DERIVED[key]}; set that one")
     stored = _stored(given)
@@ -87,7 +87,7 @@ def load(words: Sequence[str]) -> tuple[PretrainConfig, DictConfig]:
             _shorten_warmup(plain)
         config = OmegaConf.to_object(plain)
     except (OmegaConfBaseException, ValueError, AssertionError) as error:
-        raise SettingsError(_one_line(error, plain_keys())) from error
+        raise SettingsError(one_line(error)) from error
     if not isinstance(config, PretrainConfig):
         raise SettingsError(f"the configuration is a {type(config).__name__}, not a PretrainConfig; check conf/")
     return config, plain
@@ -133,14 +133,21 @@ def _parse(words: Sequence[str]) -> list[Override]:
         bad = next((word for word in words if "=" not in word), None)
         if bad is not None:
             raise SettingsError(f"{bad!r} is not a setting; write key=value, as in run.steps=1000") from error
-        raise SettingsError(_one_line(error, [])) from error
+        raise SettingsError(one_line(error)) from error
     for override in overrides:
         if override.type is not OverrideType.CHANGE or override.is_sweep_override():
             raise SettingsError(f"{override.input_line}: settings are written key=value; null switches a part off")
     return overrides
 
 
-def _fresh(words: Sequence[str], given: dict[str, Override]) -> DictConfig:
+def _set(key: str, value: object) -> Iterator[tuple[str, object]]:
+    """Yield what a word sets: a part that is given whole sets its fields."""
+    yield key, value
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        yield from _set(f"{key}.{name}", inner)
+
+
+def _fresh(words: Sequence[str], given: Mapping[str, object]) -> DictConfig:
     """Compose a new run: the demo preset where no data is named, the named model, then the user's words."""
     words = [quoted(word) for word in words]
     if not given.keys() & {"data.train", "preset", "plan.dry"}:
@@ -189,11 +196,11 @@ def _derive(plain: DictConfig) -> None:
 
 
 def quoted(word: str) -> str:
-    """Quote a path, whose braces hydra would read as a dictionary."""
+    """Quote a path, whose braces hydra would read as a dictionary and whose tilde a shell leaves after `=`."""
     key, _, value = word.partition("=")
     if key not in _PATHS or value in ("null", "") or value[0] in "'\"":
         return word
-    escaped = value.replace("'", "\\'")
+    escaped = os.path.expanduser(value).replace("'", "\\'")
     return f"{key}='{escaped}'"
 
 
@@ -216,7 +223,7 @@ def _compose(words: Sequence[str]) -> DictConfig:
             OmegaConf.update(plain, part, override.value(), merge=True)
         return plain
     except (HydraException, OmegaConfBaseException, AssertionError) as error:
-        raise SettingsError(_one_line(error, plain_keys())) from error
+        raise SettingsError(one_line(error)) from error
 
 
 def _optional_parts(tree: DictConfig, prefix: str = "") -> dict[str, type]:
@@ -232,10 +239,10 @@ def _optional_parts(tree: DictConfig, prefix: str = "") -> dict[str, type]:
     return found
 
 
-def _stored(given: dict[str, Override]) -> DictConfig | None:
+def _stored(given: Mapping[str, object]) -> DictConfig | None:
     if "run.dir" not in given:
         return None
-    path = Path(str(given["run.dir"].value())) / CONFIG_FILE
+    path = Path(str(given["run.dir"])) / CONFIG_FILE
     if not path.is_file():
         return None
     try:
@@ -289,7 +296,7 @@ def _dotted(tree: Any, prefix: str = "") -> Iterator[str]:  # noqa: ANN401
             yield from _dotted(value, f"{name}.")
 
 
-def _one_line(error: BaseException, known: Sequence[str]) -> str:
+def one_line(error: BaseException) -> str:
     """Turn hydra's and omegaconf's paragraphs into a sentence, with the nearest valid name of an unknown key."""
     chain = [error]
     while chain[-1].__cause__ is not None:
@@ -304,7 +311,7 @@ def _one_line(error: BaseException, known: Sequence[str]) -> str:
         re.search(r"full_key: (\S+)", text) if re.search(r"Key '\S+' (is )?not in", text) else None
     )
     if unknown:
-        return _unknown(unknown[1], known)
+        return _unknown(unknown[1], plain_keys())
     choice = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
     if choice:
         names = re.search(r"Available options in '[^']+':\n((?:\t\S+\n)+)", text)

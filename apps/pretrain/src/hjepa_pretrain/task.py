@@ -58,7 +58,7 @@ class PretrainTask(nn.Module):
         return torch.cat([one.context for one in drawn]), torch.cat([one.targets for one in drawn])
 
     def all_features(self, images: Float[Tensor, "B C H W"]) -> dict[str, Float[Tensor, "B D"]]:
-        """Return the mean-pooled features of every level of the target branch, for normalised images."""
+        """Return the mean-pooled features of every level for normalised images, of the target branch if any."""
         return {str(level): features for level, features in self.model.all_features(images).items()}
 
     def forward(self, batch: Batch, step: int) -> StepOutput:
@@ -66,7 +66,8 @@ class PretrainTask(nn.Module):
         views = [self._prepare(view, step, batch.sample, number) for number, view in enumerate(batch.views)]
         context, targets = self.draw_masks(step, batch.sample)
         if isinstance(self.model, Baseline):
-            inputs = Inputs(views=views, context_index=context, target_index=targets, labels=batch.labels)
+            first = slice(len(batch.labels))
+            inputs = Inputs(views=views, context_index=context[first], target_index=targets[first], labels=batch.labels)
             output = self.model(inputs)
         else:
             output = self.model(views, context, targets, step)

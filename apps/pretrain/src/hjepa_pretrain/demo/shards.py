@@ -45,7 +45,7 @@ def demo_shards(cache: str | None = None, *, train: int = TRAIN_COUNT, evaluatio
     Returns:
         Patterns of the training shards and of the held-out ones.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "hjepa" if cache is None else Path(cache)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hjepa" if cache is None else Path(cache)
     folder = base.expanduser() / f"demo-v{VERSION}-{train}-{evaluation}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)

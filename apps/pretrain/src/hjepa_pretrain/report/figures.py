@@ -1,4 +1,4 @@
-"""Figures of a run, drawn off screen: arrays in, PNG bytes out."""
+"""Figures of a run, drawn off screen: numbers in, SVG bytes out; of images, PNG bytes."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,15 @@ def png(figure: Figure) -> bytes:
     """Renders a figure to PNG bytes and closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def svg(figure: Figure) -> bytes:
+    """Renders a figure to SVG bytes, the same for the same numbers, and closes it."""
+    buffer = io.BytesIO()
+    with plt.rc_context({"svg.hashsalt": "hjepa"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     return buffer.getvalue()
 
@@ -51,7 +60,7 @@ def curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], title: str,
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    return png(figure)
+    return svg(figure)
 
 
 def masks(images: Array, grid: tuple[int, int], context: Array, targets: Array) -> bytes:
@@ -118,14 +127,16 @@ def principal_colors(features: Array) -> Array:
     return np.clip(scaled, 0, 1).reshape(*features.shape[:-1], 3)
 
 
-def neighbours(queries: Array, found: Array, labels: Sequence[str] | None, found_labels: Array | None) -> bytes:
+def neighbours(
+    queries: Array, found: Array, labels: Sequence[str] | None, found_labels: Sequence[Sequence[str]] | None
+) -> bytes:
     """Draws each query beside its nearest neighbours; a frame says whether the label agrees.
 
     Args:
         queries: uint8 [n, H, W, 3].
         found: uint8 [n, k, H, W, 3], nearest first.
-        labels: label of each query, or None.
-        found_labels: labels of the neighbours [n, k], or None.
+        labels: class of each query, or None.
+        found_labels: classes of its neighbours, or None.
     """
     count, k = found.shape[:2]
     figure, axes = plt.subplots(count, k + 1, figsize=(1.1 * (k + 1), 1.2 * count), squeeze=False)
@@ -137,7 +148,8 @@ def neighbours(queries: Array, found: Array, labels: Sequence[str] | None, found
             axis = axes[row, column + 1]
             axis.imshow(found[row, column])
             if labels is not None and found_labels is not None:
-                color = "#0f7b6c" if found_labels[row, column] == labels[row] else "#c4554d"
+                axis.set_xlabel(found_labels[row][column], fontsize=6, labelpad=1)
+                color = "#0f7b6c" if found_labels[row][column] == labels[row] else "#c4554d"
                 for spine in axis.spines.values():
                     spine.set(color=color, linewidth=2)
     axes[0, 0].set_title("query", fontsize=8)

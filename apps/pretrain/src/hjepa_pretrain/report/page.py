@@ -25,7 +25,7 @@ class Section:
     Attributes:
         title: heading.
         note: plain text under the heading.
-        pictures: PNG bytes.
+        pictures: PNG or SVG bytes.
         body: HTML that is trusted (made by `table` or `code`).
     """
 
@@ -75,4 +75,5 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 
 
 def _image(title: str, data: bytes) -> str:
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    kind = "png" if data.startswith(b"\x89PNG") else "svg+xml"
+    return f'<img alt="{html.escape(title)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'

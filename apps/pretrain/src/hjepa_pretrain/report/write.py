@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from hjepa_data import normalize
 from hjepa_models import Pooling, coarsen
+from hjepa_pretrain.baselines import BaselineKind
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.evaluation import COLUMNS, Images, result_cells, results_caption
 from hjepa_pretrain.model import Model
@@ -45,23 +46,19 @@ def write_report(
     sections = [_learned(results), loss_section(rows), rank_section(rows)]
     if images is not None:
         train, test = images
-        sections += [
-            _masks(config, test),
-            feature_section(config, model, test),
-            neighbour_section(config, model, train, test),
-        ]
+        sections += _masks(config, test)
+        sections += [feature_section(config, model, test), neighbour_section(config, model, train, test)]
     sections += [_speed(rows), Section(title="Configuration", body=code((folder / "config.yaml").read_text()))]
     path = folder / "report.html"
-    subtitle = f"{config.recipe}, {config.model}, {config.run.steps:,} steps of {config.data.batch_size} images"
+    subtitle = f"{config.recipe}, {config.model}, {results['step']:,} steps of {config.data.batch_size} images"
     path.write_text(page(f"hjepa run {folder.name}", subtitle, sections))
     return path
 
 
 def _learned(results: dict[str, Any]) -> Section:
     if not results["rows"]:
-        return Section(
-            title="What was learned", note="Nothing was measured: give data.eval, and labels for accuracies."
-        )
+        note = "Nothing was measured: give data.eval, labels for accuracies, and leave eval.at_end=true."
+        return Section(title="What was learned", note=note)
     rows = results["rows"]
     body = table(COLUMNS, [result_cells(row) for row in rows], own=[row["features"] == "trained" for row in rows])
     note = f"Frozen features, {results_caption(results)}. The same encoder untrained and raw pixels are what to beat."
@@ -70,16 +67,21 @@ def _learned(results: dict[str, Any]) -> Section:
 
 def loss_section(rows: list[dict[str, Any]]) -> Section:
     """Losses and accuracies on the way, from the rows of `metrics.jsonl`."""
-    levels = sorted({key for row in rows for key in row if key.startswith("train/loss_level_")})
-    top = [key for key in levels if key.endswith("_global")]
+    terms = sorted({key for row in rows for key in row if key.startswith("train/loss_level_")})
+    levels = [key for key in terms if key.rpartition("_")[2].isdigit()]
     measured = sorted({key for row in rows for key in row if key.startswith("eval/")})
     knn = [key for key in measured if "/knn_" in key]
     ranks = [key for key in measured if key.endswith("/rankme")]
     window = max(1, len(rows) // 40)
     drawn = (
         figures.curves(rows, ["train/loss"], "training loss", smooth=window),
-        figures.curves(rows, [key for key in levels if key not in top], "masked levels, unweighted", smooth=window),
-        figures.curves(rows, top, "global level, unweighted", smooth=window),
+        figures.curves(rows, levels, "masked levels, unweighted", smooth=window),
+        # A baseline's only term is its loss.
+        *(
+            figures.curves(rows, [key], f"{key.removeprefix('train/loss_level_')}, unweighted", smooth=window)
+            for key in terms
+            if key not in levels and len(terms) > 1
+        ),
         figures.curves(rows, knn, "kNN accuracy on the way"),
         figures.curves(rows, ranks, "RankMe of frozen features on the way"),
     )
@@ -99,13 +101,24 @@ def rank_section(rows: list[dict[str, Any]]) -> Section:
         )
         drawn = figures.curves(rows, keys, f"{title} of the embeddings")
         pictures += [drawn] if drawn else []
-    alarms = [row["step"] for row in rows if row.get("monitor/alarm")]
-    text = f"Collapse alarm at steps {', '.join(map(str, alarms[:10]))}." if alarms else "No collapse alarm."
+    readings = [row for row in rows if "monitor/alarm" in row]
+    alarms = [str(row["step"]) for row in readings if row["monitor/alarm"]]
+    text = "No collapse alarm." if readings else "Nobody looked for a collapse: metrics.jsonl has no monitor/alarm."
+    if alarms:
+        text = f"Collapse alarm at {len(alarms)} steps: {', '.join(alarms[:10])}{', ...' if len(alarms) > 10 else '.'}"
     note = "A collapsed level has a rank near 1 and no spread; compare ranks within one run only."
-    return Section(title="RankMe of each level", note=note, pictures=pictures, body=notice(text, alarm=bool(alarms)))
+    return Section(
+        title="RankMe of each level",
+        note=note,
+        pictures=pictures,
+        body=notice(text, alarm=bool(alarms or not readings)),
+    )
 
 
-def _masks(config: PretrainConfig, test: Images) -> Section:
+def _masks(config: PretrainConfig, test: Images) -> list[Section]:
+    pixels = config.baseline is not None and config.baseline.kind is BaselineKind.mae
+    if not pixels and (config.baseline is not None or not any(config.hjepa.level_weights.weights)):
+        return []
     shown = test.head(_SHOWN)
     drawn = config.masks.build(config.run.seed)(0, torch.arange(len(shown.labels)))
     context, targets = drawn.context, drawn.targets
@@ -113,9 +126,9 @@ def _masks(config: PretrainConfig, test: Images) -> Section:
     picture = figures.masks(_arrays(shown.pixels), (grid[-2], grid[-1]), context.numpy(), targets.numpy())
     note = (
         f"Of {config.hjepa.encoder.num_patches} patches the context encoder sees {context.shape[1]}; the predictor has "
-        f"to predict the features of {targets.shape[1]} blocks of {targets.shape[2]}."
+        f"to predict the {'pixels' if pixels else 'features'} of {targets.shape[1]} blocks of {targets.shape[2]}."
     )
-    return Section(title="Masks", note=note, pictures=[picture])
+    return [Section(title="Masks", note=note, pictures=[picture])]
 
 
 @torch.no_grad()
@@ -149,7 +162,8 @@ def neighbour_section(config: PretrainConfig, model: Model, train: Images, test:
     query = _embed(config, model, queries, torch.arange(len(queries.labels)))
     found = (query @ keys.T).topk(min(_NEIGHBOURS, len(keys))).indices
     labelled = bool((queries.labels >= 0).all() and (bank.labels >= 0).all())
-    names, known = [str(int(label)) for label in queries.labels], bank.labels[found].numpy().astype(str)
+    names = [queries.class_name(label) for label in queries.labels.tolist()]
+    known = [[queries.class_name(label) for label in row] for row in bank.labels[found].tolist()]
     picture = figures.neighbours(
         _arrays(queries.pixels),
         np.stack([_arrays(bank.pixels[row]) for row in found]),
@@ -168,8 +182,8 @@ def _speed(rows: list[dict[str, Any]]) -> Section:
 
 
 def _embed(config: PretrainConfig, model: Model, images: Images, chosen: Tensor) -> Tensor:
-    part = Images(pixels=images.pixels[chosen], labels=images.labels[chosen])
-    return functional.normalize(model.features(_normalized(config, model, part)).float().cpu(), dim=-1)
+    features = model.features(_normalized(config, model, images.part(chosen)))
+    return functional.normalize(features.float().cpu(), dim=-1)
 
 
 def _normalized(config: PretrainConfig, model: Model, images: Images) -> Tensor:

@@ -1,0 +1,79 @@
+"""What the report and the results say is what was measured."""
+
+import json
+
+import pytest
+import torch
+
+from hjepa_eval import rankme
+from hjepa_pretrain import evaluation, settings
+from hjepa_pretrain.dry_run import step_cost_of
+from hjepa_pretrain.evaluation import Images, level_features, load_pair, open_sources
+from hjepa_pretrain.model import build_model
+from hjepa_pretrain.report.write import loss_section, rank_section
+
+
+@pytest.mark.parametrize(("recipe", "branch"), [("ijepa", "target"), ("hjepa", "target"), ("hjepa_contrast", "online")])
+def test_features_are_of_the_target_branch_where_there_is_one(recipe, branch):
+    config, _ = settings.load([f"recipe={recipe}"])
+    images = Images(pixels=torch.zeros(2, 3, 32, 32, dtype=torch.uint8), labels=torch.zeros(2).long())
+    found = level_features(build_model(config), images, config, torch.device("cpu"))
+    assert {features.name.branch for features in found.values()} == {branch}
+
+
+def test_ranks_on_the_way_are_of_samples_from_the_whole_set(pretrain, tiny, tmp_path, capsys, monkeypatch, read_rows):
+    monkeypatch.setattr(evaluation, "_RANK_SAMPLES", 8)
+    words = (*tiny, "run.steps=2", "eval.every_steps=9", "eval.online_samples=40", "eval.at_end=false")
+    assert pretrain.here(capsys, f"run.dir={tmp_path}/run", *words).code == 0
+    config, _ = settings.load([f"run.dir={tmp_path}/run"])
+    train, _ = load_pair(config, open_sources(config), 40, 40)
+    untrained = level_features(build_model(config), train, config, torch.device("cpu"))["encoder"].values
+    assert read_rows(tmp_path / "run")[0]["eval/encoder/rankme"] == pytest.approx(float(rankme(untrained[::5])))
+
+
+def test_no_reading_is_no_all_clear():
+    quiet, loud = {"step": 1, "monitor/alarm": 0.0}, {"step": 2, "monitor/alarm": 1.0}
+    assert 'class="alarm">Nobody looked' in rank_section([{"step": 1, "train/loss": 1.0}]).body
+    assert 'class="fine">No collapse' in rank_section([quiet]).body
+    assert 'class="alarm">Collapse alarm at 1 steps: 2.' in rank_section([quiet, loud]).body
+
+
+def test_only_levels_are_called_levels():
+    row = {"step": 1, "train/loss": 3.0, "train/loss_level_0": 1.0, "train/loss_level_1": 1.0}
+    drawn = len(loss_section([row]).pictures)
+    assert (
+        len(loss_section([row | {"train/loss_level_sigreg": 1.0, "train/loss_level_global": 1.0}]).pictures)
+        == drawn + 2
+    )
+    assert len(loss_section([{"step": 1, "train/loss": 3.0, "train/loss_level_contrast": 3.0}]).pictures) == 1
+
+
+def test_the_page_counts_the_steps_that_were_done(pretrain, tiny, tmp_path, capsys):
+    stop = "early_stop={metric: train/loss, mode: min, min_delta: 1000, patience: 1}"
+    words = (*tiny, "run.steps=5", "data.eval=null", stop)
+    assert pretrain.here(capsys, f"run.dir={tmp_path}/run", *words).code == 0
+    step = json.loads((tmp_path / "run" / "results.json").read_text())["step"]
+    assert step < 5
+    assert f", {step} steps of 16 images" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_results_of_earlier_weights_do_not_outlive_them(pretrain, tiny, tmp_path, capsys, monkeypatch):
+    run = f"run.dir={tmp_path}/run"
+    assert pretrain.here(capsys, run, *tiny, "run.steps=1", "eval.at_end=false").code == 0
+
+    def fail(*_):
+        raise OSError("the shards are gone")
+
+    monkeypatch.setattr("hjepa_pretrain.run.load_pair", fail)
+    assert pretrain.here(capsys, run, "run.steps=2").code == 1
+    assert not (tmp_path / "run" / "results.json").exists()
+    monkeypatch.undo()
+    assert pretrain.here(capsys, run).code == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["step"] == 2
+
+
+def test_a_dry_run_counts_local_views(tiny):
+    words = ("recipe=lejepa", "data.views=2", "data.local_size=[16,16]", "plan.dry=true", "model=vit_nano_patch8")
+    few, many = (step_cost_of(settings.load([*tiny, *words, f"data.local_views={count}"])[0]).flops for count in (0, 4))
+    assert many > 1.4 * few
