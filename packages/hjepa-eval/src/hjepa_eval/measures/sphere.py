@@ -79,6 +79,7 @@ def mean_cosine(z: Float[Tensor, "n D"]) -> Float[Tensor, ""]:
         ValueError: Where z is not [n, D] of at least two samples.
 
     Example:
+        >>> import torch
         >>> round(mean_cosine(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])).item(), 4)
         0.3333
     """
