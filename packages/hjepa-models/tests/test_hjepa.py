@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 from copy import deepcopy
 
 import pytest
@@ -336,3 +337,36 @@ def test_a_few_steps_lower_the_loss(device):
 def test_bad_configs(fields, message):
     with pytest.raises(ValueError, match=message):
         small_config(**fields)
+
+
+@pytest.mark.parametrize("targets", ["ema", "pooled", "detached"])
+def test_centred_targets_hold_nothing_that_all_images_have_at_a_place(device, targets):
+    """Copies of an image differ in nothing but their masks: a place is all that a target could tell, and does not."""
+    (images,), context, target = batch(device, size=2)  # of two copies the mean has no rounding
+    same = [images[:1].expand_as(images).contiguous()]
+    fields = {"objective": "patch_discrimination", "pyramid": {"levels": 1, "fpn": "none"}}
+    fields["level_weights"] = LevelWeightsConfig(weights=(1.0,))
+    losses = {}
+    for center in (False, True):
+        model = small_config(targets, center_targets=center, **fields).build(device=device)
+        losses[center] = float(model(same, context, target, step=0).level_losses["0"])
+    assert losses[True] == pytest.approx(math.log(12), rel=1e-4)
+    assert abs(losses[False] - math.log(12)) > 1e-2
+
+
+def test_centred_targets_are_the_tokens_less_their_mean_over_the_batch(device):
+    model = small_config("detached", center_targets=True, with_global=True).build(device=device)
+    images, context, target = batch(device, views=2)
+    full = [model.encoder(view) for view in images]
+    _, wanted = model._target_tokens(images[0], full, len(context), target.flatten(1), model.plan(0))
+    tokens = full[0].double()
+    for image, places in enumerate(target.flatten(1).tolist()):
+        for number, place in enumerate(places):
+            token = tokens[image, place] - tokens[:, place].mean(0)
+            expected = (token - token.mean()) / (token.var(unbiased=False) + 1e-5).sqrt()
+            torch.testing.assert_close(wanted[image, number].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_centred_targets_need_tokens_of_whole_images():
+    with pytest.raises(ValueError, match="center_targets=True"):
+        small_config("projection", center_targets=True)

@@ -43,7 +43,7 @@ ADAPTIVE = "hjepa.level_weights={kind: adaptive, weights: [1.0, 0.5], momentum: 
 CASES = {
     "adaptive levels, VICReg, EMA": (*HJEPA, ADAPTIVE, "hjepa.vicreg_weight=0.1", "hjepa.vicreg_levels=true",
                                      "trainer.optimizer.eps=1e-3"),
-    "global SIGReg, EMA, curriculum": (*GLOBAL, "hjepa.targets=ema"),
+    "global SIGReg, EMA, curriculum": (*GLOBAL, "hjepa.targets=ema", "hjepa.center_targets=true"),
     "levels": (*HJEPA, ADAPTIVE),
 }  # fmt: skip
 PER_SAMPLE = ("levels",)

@@ -76,6 +76,9 @@ class HJEPAConfig:
             `output_patch_size`; another size than `patch_size` needs `stem=flexi`.
         output_tokens: how many output tokens of each hidden patch the loss scores, drawn anew each step; 0 means all.
         patch_schedule: output patch size by the step; None means `encoder.output_patch_size` throughout.
+        center_targets: take away from target tokens what those of a place have in common over the batch, of all
+            processes: it says where they are, which the predictor is told, not what is there. Without it features that
+            say their place and nothing else solve `patch_discrimination`. Not with `projection` or an output patch.
         objective: what a level's loss is: a distance of predicted and target tokens (`smooth_l1`, `l1`, `l2`,
             `cosine`), the cross entropy of bins (`two_hot`), or telling a token's target from other targets
             (`patch_discrimination`).
@@ -111,6 +114,7 @@ class HJEPAConfig:
     target_patch_size: tuple[int, ...] = ()
     output_tokens: int = 0
     patch_schedule: PatchScheduleConfig | None = None
+    center_targets: bool = False
     objective: Objective = Objective.smooth_l1
     beta: float = 1.0
     symlog: bool = False
@@ -287,6 +291,12 @@ class HJEPAConfig:
             raise ValueError(
                 f"{name}={value}: the masked term, to which it belongs, is off with level_weights.weights="
                 f"{self.level_weights.weights}; allowed: with a level weight above 0; raise one or leave it out"
+            )
+        if self.center_targets and (self.targets is Targets.projection or self.encoder.output_patch_size):
+            raise ValueError(
+                f"center_targets=True: with targets={self.targets} and encoder.output_patch_size="
+                f"{self.encoder.output_patch_size} there are no target tokens of whole images to average; allowed: "
+                "with ema, pooled, detached, online and no output patch; leave it out"
             )
         if self.symlog and self.objective not in DISTANCES:
             raise ValueError(

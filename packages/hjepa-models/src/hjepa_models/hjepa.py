@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hjepa_models._validation import coerce_choice
 from hjepa_models.canvas import Canvas, dense_canvas, scatter_to_canvas
 from hjepa_models.config import ONLINE_TARGETS, WITHOUT_EMA, Branch, FeaturePool, HJEPAConfig, Targets
+from hjepa_models.distributed import all_reduce_mean
 from hjepa_models.encoder import Encoder, tokens_per_axis
 from hjepa_models.global_level import GlobalLevel
 from hjepa_models.grid import Grid, gather_tokens, num_tokens
@@ -282,11 +283,11 @@ class HJEPA(nn.Module, PretrainedMixin):
         if config.targets in ONLINE_TARGETS:
             masked = None if full is None else torch.cat([view[:rows] for view in full[: config.masked_views]])
             whole: Tensor = self.encoder(images) if masked is None else masked
-            return whole, normalize(gather_tokens(whole, index))
+            return whole, self._wanted(whole, index)
         assert self.target_encoder is not None
         if not config.encoder.output_patch_size:
             whole = self.target_encoder(images)
-            return whole, normalize(gather_tokens(whole, index))
+            return whole, self._wanted(whole, index)
         patch = config.target_patch_size or plan.output_patch
         whole = self.target_encoder(images, processing_patch_size=patch)
         if patch == plan.output_patch:
@@ -295,6 +296,12 @@ class HJEPA(nn.Module, PretrainedMixin):
         canvas = dense_canvas(whole, tokens_per_axis(sizes, patch))
         finer = self.target_encoder.upsample(canvas, tokens_per_axis(sizes, plan.output_patch), index)
         return whole, normalize(finer)
+
+    def _wanted(self, whole: Float[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+        """Return the layer-normed tokens at `index`, without what those of a place have in common if it is so set."""
+        if self.config.center_targets:
+            whole = whole - all_reduce_mean(whole.detach().mean(0, keepdim=True))
+        return normalize(gather_tokens(whole, index))
 
     def _predict(
         self,
