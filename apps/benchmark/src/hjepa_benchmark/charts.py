@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -26,12 +25,7 @@ def row(pictures: Sequence[str]) -> str:
 
 def vectors(figure: Figure, title: str) -> str:
     """Close a figure and return it as HTML: vectors, so that it prints; on a narrow screen it scrolls, not shrinks."""
-    buffer = io.BytesIO()
-    # Without a salt and a date the same numbers make the same file.
-    with plt.rc_context({"svg.hashsalt": "hjepa"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(figures.svg(figure)).decode()
     image = f'<img alt="{html.escape(title)}" style="max-width:none" src="data:image/svg+xml;base64,{data}">'
     return f'<div style="overflow-x:auto;max-width:100%">{image}</div>'
 
