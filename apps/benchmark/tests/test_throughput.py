@@ -102,6 +102,13 @@ def test_breaks_peaks_and_synchronisations(step):
     assert matmul_peak(Precision.fp32, CPU, seconds=0.01) > 1e8
 
 
+@pytest.mark.parametrize("words", [["recipe=simclr"], ["recipe=supervised", "baseline.num_classes=3"]])
+def test_baselines_have_a_step_too(words, tiny, capsys):
+    tiny = [word for word in tiny if not word.startswith("masks.")]
+    assert main(["throughput", *words, "--steps", "2", *tiny]) == 0
+    assert "forward, backward" in capsys.readouterr().out
+
+
 def test_a_break_is_counted(step, monkeypatch):
     whole = type(step.task.model).plan
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hjepa_data import Batch, ColorAugment, MaskSampler, normalize
+from hjepa_models import HJEPAOutput
 from hjepa_pretrain.baselines import Baseline, Inputs
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.model import Model, build_model
@@ -65,14 +66,28 @@ class PretrainTask(nn.Module):
         """Return loss, losses by level and embeddings of one micro-batch."""
         views = [self._prepare(view, step, batch.sample, number) for number, view in enumerate(batch.views)]
         context, targets = self.draw_masks(step, batch.sample)
-        if isinstance(self.model, Baseline):
-            first = slice(len(batch.labels))
-            inputs = Inputs(views=views, context_index=context[first], target_index=targets[first], labels=batch.labels)
-            output = self.model(inputs)
-        else:
-            output = self.model(views, context, targets, step)
+        output = self.run_model(views, context, targets, batch.labels, step)
         metrics = {f"loss_level_{level}": loss for level, loss in output.level_losses.items()}
         return StepOutput(loss=output.loss, metrics=metrics, embeddings=output.embeddings)
+
+    def run_model(
+        self,
+        views: Sequence[Float[Tensor, "B C H W"]],
+        context_index: Int[Tensor, "R Kc"],
+        target_index: Int[Tensor, "R M Kt"],
+        labels: Int[Tensor, " B"],
+        step: int,
+    ) -> HJEPAOutput:
+        """Return what the model, an H-JEPA or a baseline, makes of normalised views and their masks."""
+        if not isinstance(self.model, Baseline):
+            output: HJEPAOutput = self.model(views, context_index, target_index, step)
+            return output
+        first = slice(len(labels))
+        inputs = Inputs(
+            views=views, context_index=context_index[first], target_index=target_index[first], labels=labels
+        )
+        output = self.model(inputs)
+        return output
 
     def _prepare(self, view: Tensor, step: int, sample: Tensor, number: int) -> Float[Tensor, "B C H W"]:
         pixels = view if self._color is None else self._color(view, step, sample, number)

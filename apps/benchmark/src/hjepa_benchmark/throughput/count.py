@@ -78,14 +78,13 @@ def graph_breaks(step: TrainingStep) -> int:
     config, batch = step.config, step.batch
     views = [normalize(view, config.data.mean, config.data.std) for view in batch.views]
     context, targets = step.task.draw_masks(0, batch.sample)
-    labels = (batch.labels,) if config.baseline is not None else ()
     level = logging.getLogger("torch._dynamo").level
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            explain = torch._dynamo.explain(step.task.model)
-            found = explain(views, context, targets, step.step_of(0), *labels)
+            explain = torch._dynamo.explain(step.task.run_model)
+            found = explain(views, context, targets, batch.labels, step.step_of(0))
     finally:
         logging.getLogger("torch._dynamo").setLevel(level)
         torch._dynamo.reset()

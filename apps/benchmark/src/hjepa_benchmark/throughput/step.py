@@ -168,7 +168,8 @@ def synthetic_batch(config: PretrainConfig, device: torch.device) -> Batch:
     views = tuple(
         torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(config.data.views)
     )
-    labels = torch.arange(count) % 10 if config.baseline is not None else torch.full((count,), -1)
+    classes = None if config.baseline is None else config.baseline.num_classes
+    labels = torch.full((count,), -1) if classes is None else torch.arange(count) % classes
     return Batch(
         views=views, labels=labels, sample=torch.arange(count), epoch=torch.zeros(count, dtype=torch.int64)
     ).to(device)

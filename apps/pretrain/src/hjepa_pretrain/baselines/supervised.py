@@ -16,7 +16,9 @@ class Supervised(Baseline):
     def __init__(self, config: BaselineConfig, hjepa: HJEPAConfig) -> None:
         super().__init__(hjepa.encoder)
         if config.num_classes is None:
-            raise ValueError("baseline.num_classes=null: the images have no two classes; give labelled shards")
+            raise ValueError(
+                "baseline.num_classes=null: the images have no two classes; give labelled shards, or the number"
+            )
         self.label_smoothing = config.label_smoothing
         self.classifier = nn.Linear(hjepa.encoder.embed_dim, config.num_classes)
 
