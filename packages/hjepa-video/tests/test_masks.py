@@ -47,6 +47,11 @@ def test_every_cell_is_predicted_and_short_range_masks_see_every_cell(device):
         assert (seen[2:4, 2:4] == 0).all() if name == "long" else seen.min() > 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_budgets_do_not_depend_on_the_seed(kind):
+    assert len({KINDS[kind].build((1, 16, 16), seed=seed).num_target_tokens for seed in range(4)}) == 1
+
+
 def test_masks_are_a_function_of_seed_step_and_sample(device):
     masks = short_range().build((2, 8, 8), seed=0)
     sample = torch.arange(10, device=device)
@@ -82,6 +87,10 @@ def test_kept_places_are_allowed_and_repeat_only_where_they_must(device, seed, n
         ({"num_blocks": 0}, "num_blocks"),
         ({"block_scale": 1.0}, "block_scale"),
         ({"target_ratio": 0.0}, "target_ratio"),
+        ({"block_aspect": (1.5, 0.75)}, "block_aspect"),
+        ({"block_aspect": (0.75,)}, "block_aspect"),
+        ({"context_ratio": 0.0}, "context_ratio"),
+        ({"context_ratio": float("nan")}, "context_ratio"),
     ],
 )
 def test_config_refuses_what_makes_no_sense(change, message):
@@ -93,5 +102,9 @@ def test_config_refuses_what_makes_no_sense(change, message):
 def test_a_budget_that_cannot_be_met_and_a_grid_without_time_are_refused():
     with pytest.raises(ValueError, match="context_ratio"):
         TubeMaskConfig(num_blocks=2, block_scale=0.7, context_ratio=0.5).build((2, 8, 8), seed=0)
+    # Eight blocks of 15 % hide a little more than half of the picture.
+    with pytest.raises(ValueError, match=r"target_ratio=0\.9: 0\.0% of the draws hide 230 of the 256.*about 0\.51"):
+        TubeMaskConfig(target_ratio=0.9).build((2, 16, 16), seed=0)
+    assert TubeMaskConfig(target_ratio=0.5).build((2, 16, 16), seed=0).num_target_tokens == 2 * 128
     with pytest.raises(ValueError, match="grid"):
         short_range().build((8, 8), seed=0)

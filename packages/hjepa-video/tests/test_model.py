@@ -2,9 +2,10 @@ import dataclasses
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from hjepa_data import Batch, ViewGroup
-from hjepa_models import GlobalConfig, load_pretrained, save_pretrained
+from hjepa_models import GlobalConfig, LevelWeightsConfig, load_pretrained, save_pretrained
 from hjepa_video import (
     VideoHJEPAConfig,
     center_view,
@@ -155,6 +156,49 @@ def test_one_kind_of_masks_may_have_a_global_level_over_two_views(device):
         VideoHJEPAConfig(model=config.model)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vicreg_weight": 0.1},
+        {"sigreg_weight": 0.1, "targets": "online"},
+        {"disentanglement_weight": 0.1},
+        {"instance_weight": 0.1},
+        {"center_targets": True},
+        {"objective": "patch_discrimination", "contrast": "batch"},
+    ],
+)
+def test_terms_that_compare_the_clips_of_a_batch_take_one_kind_of_masks(change):
+    model = dataclasses.replace(small_config().model, **change)
+    with pytest.raises(ValueError, match=f"model.{list(change)[-1 if 'contrast' in change else 0]}.*whole batches"):
+        VideoHJEPAConfig(model=model)
+    assert VideoHJEPAConfig(model=model, masks=(short_range(),)).masks
+
+
+def test_clips_of_another_size_than_the_masks_are_refused(device):
+    model = small_config().build(seed=0).to(device)
+    for clips in (some_clips(2, frames=8), some_clips(2, size=40)):
+        with pytest.raises(ValueError, match=r"clips of \(4, 32, 32\)") as raised:
+            model(batch_of(clips).to(device), 0)
+        assert "\n" not in str(raised.value)
+        assert model.features(clips.to(device)).shape == (2, 128)
+
+
+def test_the_step_is_compiled_where_the_model_says_and_skips_what_the_model_skips(device):
+    config = small_config()
+    assert not config.build(seed=0).may_skip_parameters
+    config.model.level_weights = LevelWeightsConfig(weights=(1.0, 0.0, 0.5))
+    assert config.build(seed=0).may_skip_parameters
+    tiny = video_config("vit_nano_patch8", frames=4, size=32, levels=1)
+    tiny.model.encoder.depth = tiny.model.predictor.depth = 1
+    tiny.masks = (short_range(),)
+    model, plain = tiny.build(seed=0).to(device), tiny.build(seed=0).to(device)
+    backend = CompileCounter()
+    model.compile_step(backend=backend)
+    batch = batch_of(some_clips(2)).to(device)
+    torch.testing.assert_close(model(batch, 0).loss, plain(batch, 0).loss)
+    assert backend.frame_count == 1
+
+
 def test_weights_go_out_and_in_by_the_shared_code(device, tmp_path):
     model = small_config().build(seed=0).to(device).eval()
     save_pretrained(model.model, tmp_path)
@@ -169,6 +213,8 @@ def test_configs_that_do_not_fit_clips_are_refused():
         VideoHJEPAConfig(model=config.model, masks=())
     with pytest.raises(ValueError, match="channels"):
         VideoHJEPAConfig(model=config.model, mean=(0.5,))
+    with pytest.raises(ValueError, match=r"std=\(0\.5,\)"):
+        VideoHJEPAConfig(model=config.model, std=(0.5,))
     config.model.encoder.image_size, config.model.encoder.patch_size = (32, 32), (8, 8)
     with pytest.raises(ValueError, match="time, height and width"):
         VideoHJEPAConfig(model=config.model)

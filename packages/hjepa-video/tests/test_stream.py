@@ -1,8 +1,14 @@
+import itertools
+import math
+import pickle
+
 import pytest
 import torch
 
-from hjepa_data import DataError, ViewGroup
+from hjepa_data import DataError, DevicePrefetcher, ViewGroup
+from hjepa_data.stream.order import permutation
 from hjepa_video import ClipStreamConfig, list_clips
+from hjepa_video.testing import write_moving_clip
 
 
 def config(**changes):
@@ -79,6 +85,86 @@ def test_videos_that_give_no_clip_are_counted_and_replaced(folder, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_video_is_counted_once_and_its_first_fault_is_logged(folder, tmp_path, threads, caplog):
+    # Of seven in a row four are gone, some of them one after another.
+    paths = [*list_clips(folder), *(tmp_path / f"gone{number}.mp4" for number in range(4))]
+    order = permutation(7, 0, 0).tolist()
+    assert any(a > 2 and b > 2 for a, b in itertools.pairwise(order))
+    stream = config(global_batch_size=7, threads=threads).build(paths, seed=0)
+    next(stream)
+    assert stream.skipped == {"missing": 4}
+    assert len(caplog.messages) == 1
+    assert "no such file" in caplog.messages[0]
+    stream.close()
+
+
+def test_faults_of_the_batch_ahead_are_not_counted_yet(folder, tmp_path):
+    paths = [list_clips(folder)[0], tmp_path / "gone.mp4"]
+    ahead = DevicePrefetcher(config(global_batch_size=1).build(paths, seed=0), "cpu")
+    plain = config(global_batch_size=1).build(paths, seed=0)
+    for _ in range(4):
+        next(ahead), next(plain)
+        assert ahead.skipped == plain.skipped
+    assert plain.skipped == {"missing": 2}
+
+
+def test_too_many_damaged_videos_stop_the_stream_and_short_ones_do_not(folder, tmp_path):
+    videos = list_clips(folder)
+    paths = [*videos, *(tmp_path / f"gone{number}.mp4" for number in range(11))]
+    with pytest.raises(DataError, match=r"11 of 14 clips.*max_skipped_fraction=0\.01") as raised:
+        next(config(global_batch_size=14).build(paths, seed=0))
+    assert "\n" not in str(raised.value)
+    assert next(config(global_batch_size=14, max_skipped_fraction=0.8).build(paths, seed=0)).views
+    short = tmp_path / "short.mp4"
+    write_moving_clip(short, seconds=0.1)
+    stream = config(global_batch_size=14, short="refuse").build([*videos, *[short] * 11], seed=0)
+    next(stream)
+    assert stream.skipped == {"too_short": 11}
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_after_an_error_the_stream_stands_where_it_stood(tmp_path, threads):
+    paths = [tmp_path / f"late{number}.mp4" for number in range(3)]
+    stream = config(global_batch_size=1, threads=threads).build(paths, seed=0)
+    with pytest.raises(DataError, match="none of the 3 videos"):
+        next(stream)
+    assert stream.state_dict()["position"] == 0
+    for seed, path in enumerate(paths):
+        write_moving_clip(path, seconds=0.5, seed=seed)
+    plain = config(global_batch_size=1).build(paths, seed=0)
+    for _ in range(3):
+        assert same(next(stream), next(plain))
+    stream.close()
+
+
+def test_the_order_of_an_epoch_is_sorted_once(folder, monkeypatch):
+    calls = []
+
+    def counted(count, *key):
+        calls.append(key)
+        return permutation(count, *key)
+
+    monkeypatch.setattr("hjepa_video.stream.permutation", counted)
+    stream = config(global_batch_size=3).build(list_clips(folder), seed=1234)
+    next(stream), next(stream)
+    assert calls == [(1234, 0), (1234, 1)]
+
+
+def test_a_stream_can_be_sent_to_another_process(folder):
+    stream = config().build(list_clips(folder), seed=0)
+    next(stream)
+    assert same(next(pickle.loads(pickle.dumps(stream))), next(stream))
+
+
+def test_hidden_files_are_no_videos(tmp_path):
+    (tmp_path / "._pan.mp4").write_bytes(b"resource fork")
+    with pytest.raises(DataError, match="no video in it"):
+        list_clips(tmp_path)
+    (tmp_path / "pan.MP4").touch()
+    assert list_clips(tmp_path) == [tmp_path / "pan.MP4"]
+
+
 def test_short_videos_are_left_out_where_that_is_asked_for(folder):
     stream = config(fps=1.0, short="refuse").build(list_clips(folder), seed=0)
     with pytest.raises(DataError, match="too short"):
@@ -109,6 +195,9 @@ def test_wrong_input_is_refused(folder, tmp_path):
         {"global_batch_size": 0},
         {"frames": 0},
         {"fps": 0.0},
+        {"fps": math.nan},
+        {"fps": math.inf},
+        {"max_skipped_fraction": 1.5},
         {"view": ViewGroup(count=2)},
         {"short": "stretch"},
         {"short_side": 0},

@@ -8,33 +8,40 @@ their own in a short queue and dealt to the frames in the order of the decoder.
 from __future__ import annotations
 
 import heapq
+import math
 import os
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import torch
-from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 from torch import Tensor
 
-from hjepa_data.errors import DataError, one_line
+from hjepa_data.errors import DataError, choice, one_line
 from hjepa_data.random import Draws
 
 __all__ = ["ClipError", "ClipInfo", "ClipProblem", "ShortClip", "clip_start", "probe_clip", "read_clip"]
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
+Times = np.ndarray[Any, np.dtype[np.float64]]
 
 _REORDER = 4  # frames by which a time stamp may be out of order
+_INSTANT = 1e-6  # seconds that are rounding
+_FAR = 2.0**62  # the largest time stamp that is sought
 _START = 0x57A27
+# PyAV before 19 refuses a file whose titles are not UTF-8, and from 19 on it knows no such option.
+_ANY_TITLE: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class ShortClip(StrEnum):
@@ -63,6 +70,9 @@ class ClipError(DataError):
     def __init__(self, problem: ClipProblem, message: str) -> None:
         super().__init__(one_line(message))
         self.problem = problem
+
+    def __reduce__(self) -> tuple[type[ClipError], tuple[ClipProblem, str]]:
+        return ClipError, (self.problem, str(self))
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -94,8 +104,8 @@ def probe_clip(path: str | os.PathLike[str]) -> ClipInfo:
     Raises:
         ClipError: There is no such file, it cannot be read, or it has no video.
     """
-    with _opened(path, threads=1) as (container, stream):
-        return _info(path, container, stream)
+    with _opened(path, threads=1) as video:
+        return _info(video)
 
 
 def clip_start(duration: float, span: float, seed: int, epoch: int, sample: int) -> float:
@@ -126,6 +136,8 @@ def read_clip(
 ) -> UInt8[Tensor, "T H W 3"]:
     """Read the frames whose time stamps are nearest to start, start + 1 / fps, start + 2 / fps, ...
 
+    A video ends where its last frame does, whatever its header says; packets that cannot be decoded are passed over.
+
     Args:
         path: A local video file.
         frames: Number of frames T.
@@ -142,50 +154,108 @@ def read_clip(
         ClipError: There is no such file, no video in it, it cannot be decoded, or it is too short and that is refused.
         ValueError: Arguments out of their range.
     """
-    short = ShortClip(short)
-    if frames < 1 or start < 0 or (fps is not None and fps <= 0) or (short_side is not None and short_side < 1):
-        raise ValueError(
-            f"frames={frames}, fps={fps}, start={start}, short_side={short_side}: no clip; allowed: frames >= 1, "
-            "fps > 0 or None, start >= 0 s, short_side >= 1 or None"
-        )
-    with _opened(path, threads) as (container, stream):
-        info = _info(path, container, stream)
+    short = choice(ShortClip, "short", short, "no such policy")
+    _check(frames, fps, start, short_side, threads)
+    with _opened(path, threads) as video:
+        info = _info(video)
         times = start + np.arange(frames) / (info.fps if fps is None else fps)
-        end = info.duration
-        # A header may promise more than the file holds: then its real end is known after the first pass.
-        for _ in range(2):
-            _refuse_short(path, times, end, short)
-            pictures, found_end = _pictures_at(container, stream, times % end, 1 / info.fps, short_side)
-            if pictures:
-                return torch.from_numpy(np.stack(pictures))
-            if found_end <= 0:
-                break
-            end = found_end
-    raise ClipError(ClipProblem.undecodable, f"{os.fspath(path)}: no frame can be decoded; encode the video anew")
+        painter = _Painter(short_side)
+        pictures, end = _pictures_at(video, times, 1 / info.fps, painter)
+        if end <= 0:
+            raise ClipError(ClipProblem.undecodable, f"{video.name}: no frame can be decoded; encode the video anew")
+        if len(pictures) < frames:
+            _refuse_short(video.name, times, end, short)
+            rest = np.maximum(times[len(pictures) :] - end, 0) % end
+            more, _ = _pictures_at(video, np.where(rest < end - _INSTANT, rest, 0.0), 1 / info.fps, painter, hold=True)
+            pictures += more
+    return torch.from_numpy(np.stack(pictures))
 
 
-def _refuse_short(path: str | os.PathLike[str], times: np.ndarray[Any, Any], end: float, short: ShortClip) -> None:
-    if short is ShortClip.refuse and times[-1] >= end:
+def _check(frames: int, fps: float | None, start: float, short_side: int | None, threads: int) -> None:
+    if (
+        frames < 1
+        or not 0 <= start < math.inf
+        or (fps is not None and not 0 < fps < math.inf)
+        or (short_side is not None and short_side < 1)
+        or threads < 0
+    ):
+        raise ValueError(
+            f"frames={frames}, fps={fps}, start={start}, short_side={short_side}, threads={threads}: no clip; allowed: "
+            "frames >= 1, fps > 0 or None, start >= 0 s, short_side >= 1 or None, threads >= 0"
+        )
+
+
+def _refuse_short(name: str, times: Times, end: float, short: ShortClip) -> None:
+    if short is ShortClip.refuse:
         raise ClipError(
             ClipProblem.too_short,
-            f"{os.fspath(path)}: {end:.2f} s are too short for {len(times)} frames up to {times[-1]:.2f} s; "
+            f"{name}: {end:.2f} s are too short for {len(times)} frames up to {times[-1]:.2f} s; "
             "ask for fewer frames, a higher fps or an earlier start, or use short=loop",
         )
 
 
+class _Video:
+    """An open file and the video in it."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self.name = name
+        self._threads = threads
+        self._open()
+
+    def _open(self) -> None:
+        # With the scheme a colon in a name names no other protocol, and a playlist opens nothing but files.
+        self.container = av.open(f"file:{self.name}", options={"protocol_whitelist": "file"}, **_ANY_TITLE)
+        self._moved = False
+        if not self.container.streams.video:
+            self.container.close()
+            raise ClipError(ClipProblem.no_video, f"{self.name}: there is no video stream in it; give a video file")
+        self.stream = self.container.streams.video[0]
+        if not self.stream.codec_context:
+            self.container.close()
+            raise ClipError(
+                ClipProblem.undecodable, f"{self.name}: there is no decoder for its codec; encode the video anew"
+            )
+        self.stream.codec_context.thread_count = self._threads
+
+    @property
+    def base(self) -> float:
+        """Seconds of a unit of the time stamps, 0 if the file does not say."""
+        return float(self.stream.time_base or 0)
+
+    def rewind(self) -> None:
+        """Go back to the start; seeking there would lose the first frames of MPEG streams with B-frames."""
+        if self._moved:
+            self.container.close()
+            self._open()
+
+    def seek(self, time: float) -> bool:
+        """Go to a keyframe before a time, or say that this file cannot."""
+        stamp = int(min(time / self.base, _FAR)) + (self.stream.start_time or 0) if self.base else 0
+        self._moved = True
+        try:
+            self.container.seek(stamp, stream=self.stream, backward=True)
+        except av.error.FFmpegError:
+            return False
+        return self.base > 0
+
+    def packets(self) -> Iterator[Packet[VideoStream]]:
+        """The packets from here on, up to the first that cannot be read."""
+        self._moved = True
+        with suppress(av.error.FFmpegError):
+            yield from self.container.demux(self.stream)
+
+
 @contextmanager
-def _opened(path: str | os.PathLike[str], threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(path: str | os.PathLike[str], threads: int) -> Iterator[_Video]:
     name = os.fspath(path)
     if not Path(name).is_file():
         raise ClipError(ClipProblem.missing, f"{name}: no such file; give the path of a local video")
     try:
-        # A playlist must not make the reader open anything but files.
-        with av.open(name, options={"protocol_whitelist": "file"}) as container:
-            if not container.streams.video:
-                raise ClipError(ClipProblem.no_video, f"{name}: there is no video stream in it; give a video file")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = threads
-            yield container, stream
+        video = _Video(name, threads)
+        try:
+            yield video
+        finally:
+            video.container.close()
     except av.error.FFmpegError as error:
         reason = error.strerror or "unknown error"
         raise ClipError(
@@ -193,7 +263,8 @@ def _opened(path: str | os.PathLike[str], threads: int) -> Iterator[tuple[InputC
         ) from None
 
 
-def _info(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> ClipInfo:
+def _info(video: _Video) -> ClipInfo:
+    container, stream = video.container, video.stream
     rate = stream.average_rate or stream.guessed_rate
     fps = float(rate) if rate else 0.0
     duration = 0.0
@@ -202,79 +273,87 @@ def _info(path: str | os.PathLike[str], container: InputContainer, stream: Video
     elif container.duration is not None:
         duration = container.duration / av.time_base
     if duration <= 0 or fps <= 0:
-        duration, fps = _measure(container, stream)
+        duration, fps = _measure(video)
     if duration <= 0 or fps <= 0:
-        raise ClipError(ClipProblem.undecodable, f"{os.fspath(path)}: there are no frames in it; encode the video anew")
+        raise ClipError(
+            ClipProblem.undecodable, f"{video.name}: no frame of it has a time stamp; encode the video anew"
+        )
     return ClipInfo(duration=duration, fps=fps, width=stream.codec_context.width, height=stream.codec_context.height)
 
 
-def _measure(container: InputContainer, stream: VideoStream) -> tuple[float, float]:
+def _measure(video: _Video) -> tuple[float, float]:
     """Duration and rate by the time stamps of the packets, without decoding."""
-    base = float(stream.time_base or 0)
-    stamps = sorted(packet.pts * base for packet in container.demux(stream) if packet.pts is not None)
-    _rewind(container, stream)
+    stamps = sorted(packet.pts * video.base for packet in video.packets() if packet.pts is not None)
     if len(stamps) < 2 or stamps[-1] <= stamps[0]:
         return (1.0, 1.0) if stamps else (0.0, 0.0)
     fps = (len(stamps) - 1) / (stamps[-1] - stamps[0])
     return len(stamps) / fps, fps
 
 
+class _Painter:
+    """Turns frames into pictures, all of the size of the first."""
+
+    def __init__(self, short_side: int | None) -> None:
+        self._short_side = short_side
+        self._size: tuple[int, int] | None = None
+
+    def __call__(self, frame: VideoFrame) -> Picture:
+        self._size = self._size or _size(frame, self._short_side)
+        pixels = frame.reformat(width=self._size[0], height=self._size[1], format="rgb24").to_ndarray()
+        # The display matrix turns counter-clockwise, as rot90 does.
+        turns = round(frame.rotation / 90) % 4
+        return np.ascontiguousarray(np.rot90(pixels, turns))
+
+
 def _pictures_at(
-    container: InputContainer,
-    stream: VideoStream,
-    times: np.ndarray[Any, Any],
-    interval: float,
-    short_side: int | None,
+    video: _Video, times: Times, interval: float, painter: _Painter, *, hold: bool = False
 ) -> tuple[list[Picture], float]:
-    """The pictures nearest to each time, or none and the end of the video if it ends before the last of them."""
+    """The pictures nearest to times, and where the last frame ends (0 without one).
+
+    Times at and after the end are left out, which all stand last, or ``hold`` the last picture.
+    """
     wanted = np.unique(times)
     chosen: list[Picture] = []
-    size: tuple[int, int] | None = None
     before: tuple[float, VideoFrame] | None = None
-    for time, frame in _frames_from(container, stream, float(wanted[0]), interval):
+    end = 0.0
+    for time, frame in _frames_from(video, float(wanted[0]), interval):
         while len(chosen) < len(wanted) and wanted[len(chosen)] <= time:
             near = frame
             if before is not None and wanted[len(chosen)] - before[0] <= time - wanted[len(chosen)]:
                 near = before[1]
-            size = size or _size(near, short_side)
-            chosen.append(_picture(near, size))
+            chosen.append(painter(near))
         before = (time, frame)
+        end = time + (frame.duration * video.base or interval)
         if len(chosen) == len(wanted):
             break
-    if before is None:
-        return [], 0.0
-    while len(chosen) < len(wanted) and wanted[len(chosen)] < before[0] + 1.5 * interval:
-        size = size or _size(before[1], short_side)
-        chosen.append(_picture(before[1], size))
-    if len(chosen) < len(wanted):
-        return [], before[0] + interval
-    return [chosen[i] for i in np.searchsorted(wanted, times)], before[0]
+    last = None if before is None else before[1]
+    while last is not None and len(chosen) < len(wanted) and (hold or wanted[len(chosen)] < end - _INSTANT):
+        chosen.append(painter(last))
+    return [chosen[i] for i in np.searchsorted(wanted, times) if i < len(chosen)], end
 
 
-def _frames_from(
-    container: InputContainer, stream: VideoStream, start: float, interval: float
-) -> Iterator[tuple[float, VideoFrame]]:
+def _frames_from(video: _Video, start: float, interval: float) -> Iterator[tuple[float, VideoFrame]]:
     """Frames with their times in seconds, from a keyframe at or before ``start``."""
-    base = float(stream.time_base or 0)
-    if start > interval and base > 0:
-        container.seek(int((start - interval) / base) + (stream.start_time or 0), stream=stream, backward=True)
-        timed = timed_frames(container, stream, interval)
+    if start > interval and video.seek(start - interval):
+        timed = timed_frames(video.packets(), video.stream, interval)
         first = next(timed, None)
         if first is not None and first[0] <= start:
             yield first
             yield from timed
             return
     # Seeking overshot, or there was no need of it.
-    _rewind(container, stream)
-    yield from timed_frames(container, stream, interval)
+    video.rewind()
+    yield from timed_frames(video.packets(), video.stream, interval)
 
 
-def timed_frames(container: InputContainer, stream: VideoStream, interval: float) -> Iterator[tuple[float, VideoFrame]]:
+def timed_frames(
+    packets: Iterable[Packet[VideoStream]], stream: VideoStream, interval: float
+) -> Iterator[tuple[float, VideoFrame]]:
     """Decode frames in the order of the decoder, each with its time in seconds, which never falls.
 
     Args:
-        container: The open file, wherever it stands.
-        stream: Its video.
+        packets: Of the video; those that cannot be decoded are passed over.
+        stream: The video.
         interval: Seconds between two frames, for those that have no time stamp.
 
     Returns:
@@ -285,7 +364,7 @@ def timed_frames(container: InputContainer, stream: VideoStream, interval: float
     frames: deque[VideoFrame] = deque()
     stamps: list[float] = []
     last = -interval
-    for frame in container.decode(stream):
+    for frame in chain.from_iterable(_decoded(packet) for packet in packets):
         time = last + interval if frame.pts is None else frame.pts * base - offset
         last = time
         frames.append(frame)
@@ -296,18 +375,14 @@ def timed_frames(container: InputContainer, stream: VideoStream, interval: float
         yield heapq.heappop(stamps), frames.popleft()
 
 
-def _rewind(container: InputContainer, stream: VideoStream) -> None:
-    container.seek(stream.start_time or 0, stream=stream, backward=True)
+def _decoded(packet: Packet[VideoStream]) -> list[VideoFrame]:
+    try:
+        return packet.decode()
+    except av.error.FFmpegError:
+        return []
 
 
 def _size(frame: VideoFrame, short_side: int | None) -> tuple[int, int]:
     """Width and height to which all frames of the clip are brought."""
     shrink = 1.0 if short_side is None else min(1.0, short_side / min(frame.width, frame.height))
     return max(1, round(frame.width * shrink)), max(1, round(frame.height * shrink))
-
-
-def _picture(frame: VideoFrame, size: tuple[int, int]) -> Picture:
-    pixels = frame.reformat(width=size[0], height=size[1], format="rgb24").to_ndarray()
-    # The display matrix turns counter-clockwise, as rot90 does.
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(pixels, turns))

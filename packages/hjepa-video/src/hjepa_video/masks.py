@@ -21,7 +21,9 @@ __all__ = ["TubeMaskConfig", "TubeMasks", "long_range", "short_range"]
 
 _UNION = 0x7BE
 _TRIALS = 1024
+_TRIAL_SEED = 0
 _QUANTILE = 0.05
+_MIN_SUCCESS = 0.25
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,6 +51,10 @@ class TubeMaskConfig:
             refuse("num_blocks", self.num_blocks, "nothing would be hidden", "allowed: 1 and more")
         if not 0 < self.block_scale < 1:
             refuse("block_scale", self.block_scale, "no part of the picture", "allowed: above 0, below 1")
+        if len(self.block_aspect) != 2 or not 0 < self.block_aspect[0] <= self.block_aspect[1]:
+            refuse("block_aspect", self.block_aspect, "no range of aspects", "allowed: 0 < smallest <= largest")
+        if not 0 < self.context_ratio < 1:
+            refuse("context_ratio", self.context_ratio, "no part of the picture", "allowed: above 0, below 1")
         if self.target_ratio is not None and not 0 < self.target_ratio < 1:
             refuse("target_ratio", self.target_ratio, "no part of the picture", "allowed: above 0, below 1, or None")
 
@@ -63,7 +69,8 @@ class TubeMaskConfig:
             The sampler.
 
         Raises:
-            ValueError: The grid has not three axes, or too few draws leave enough cells for the context.
+            ValueError: The grid has not three axes, or too few draws leave enough cells for the context or hide enough
+                for the targets.
         """
         return TubeMasks(self, grid, seed)
 
@@ -95,7 +102,8 @@ class TubeMasks:
         seed: Of the draws.
 
     Raises:
-        ValueError: The grid has not three axes, or too few draws leave enough cells for the context.
+        ValueError: The grid has not three axes, or too few draws leave enough cells for the context or hide enough for
+            the targets.
     """
 
     def __init__(self, config: TubeMaskConfig, grid: tuple[int, ...], seed: int) -> None:
@@ -147,10 +155,22 @@ class TubeMasks:
         return hidden.scatter_(1, first, True)
 
     def _budget(self) -> int:
-        if self.config.target_ratio is not None:
-            return max(1, int(self.config.target_ratio * self.blocks.num_cells))
-        count = self._hidden(self._draw(0, torch.arange(_TRIALS)).targets).sum(1)
-        return int(count.float().quantile(_QUANTILE))
+        """Cells that are predicted: a function of config and grid alone, so that no seed has shapes of its own."""
+        draw, cells, ratio = self.blocks.build(_TRIAL_SEED), self.blocks.num_cells, self.config.target_ratio
+        count = self._hidden(draw(0, torch.arange(_TRIALS)).targets).sum(1)
+        usual = int(count.float().quantile(_QUANTILE))
+        if ratio is None:
+            return usual
+        wanted = max(1, int(ratio * cells))
+        enough = float((count >= wanted).float().mean())
+        if enough < _MIN_SUCCESS:
+            refuse(
+                "target_ratio",
+                ratio,
+                f"{enough:.1%} of the draws hide {wanted} of the {cells} cells",
+                f"allowed: up to about {usual / cells:.2f}, or take more or larger blocks",
+            )
+        return wanted
 
 
 def keep_some(allowed: Bool[Tensor, "B N"], random: Int[Tensor, "B N"], count: int) -> Int[Tensor, "B K"]:

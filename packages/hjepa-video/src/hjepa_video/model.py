@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Num
@@ -15,6 +16,7 @@ from hjepa_data.random import hash_int
 from hjepa_models import (
     HJEPA,
     Branch,
+    ContrastScope,
     FeaturePool,
     HJEPAConfig,
     HJEPAOutput,
@@ -62,15 +64,15 @@ class VideoHJEPAConfig:
             )
         if not self.masks:
             refuse("masks", self.masks, "nothing would be hidden", "allowed: one kind of masks or more")
-        if self.model.global_level is not None and len(self.masks) > 1:
-            # Its statistics are those of a whole batch, which kinds of masks split.
+        whole = _whole_batch_term(self.model)
+        if whole is not None and len(self.masks) > 1:
             refuse(
-                "masks", f"{len(self.masks)} kinds", "a global level needs whole batches", "allowed: one kind with it"
+                "masks", f"{len(self.masks)} kinds", f"model.{whole} needs whole batches", "allowed: one kind with it"
             )
-        if len(self.mean) != encoder.in_channels or len(self.std) != encoder.in_channels:
-            refuse(
-                "mean", self.mean, f"clips have {encoder.in_channels} channels", "allowed: a number for each channel"
-            )
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != encoder.in_channels:
+                channels = f"clips have {encoder.in_channels} channels"
+                refuse(name, getattr(self, name), channels, "allowed: a number for each channel")
 
     def build(self, *, seed: int = 0, device: torch.device | str | None = None) -> VideoHJEPA:
         """Return the model, its weights drawn from ``seed``.
@@ -86,6 +88,20 @@ class VideoHJEPAConfig:
             ValueError: The grid is too small for the masks.
         """
         return VideoHJEPA(self, seed=seed, device=device)
+
+
+def _whole_batch_term(model: HJEPAConfig) -> str | None:
+    """Name a term that compares the clips of a batch with one another, which kinds of masks would split."""
+    terms = {
+        "global_level": model.global_level is not None,
+        "vicreg_weight": model.vicreg_weight > 0,
+        "sigreg_weight": model.sigreg_weight > 0,
+        "disentanglement_weight": model.disentanglement_weight > 0,
+        "instance_weight": model.instance_weight > 0,
+        "center_targets": model.center_targets,
+        "contrast=batch": model.objective is Objective.patch_discrimination and model.contrast is ContrastScope.batch,
+    }
+    return next((name for name, on in terms.items() if on), None)
 
 
 def video_config(
@@ -182,9 +198,10 @@ class VideoHJEPA(nn.Module):
             Loss, level losses (means over the clips) and embeddings.
 
         Raises:
-            ValueError: Clips that do not fit the model.
+            ValueError: Clips that do not fit the model, or those that are masked the grid of the masks.
         """
         kinds, size = len(self.masks), len(batch)
+        self._check_sizes(batch)
         parts: list[tuple[float, HJEPAOutput]] = []
         for number, draw in enumerate(self.masks):
             rows = slice((number - step) % kinds, None, kinds)
@@ -194,6 +211,30 @@ class VideoHJEPA(nn.Module):
                 views = [self.normalize(view[rows]) for view in batch.views]
                 parts.append((len(sample) / size, self.model(views, masks.context, masks.targets, step)))
         return _joined(parts)
+
+    def _check_sizes(self, batch: Batch) -> None:
+        wanted = self.config.model.encoder.image_size
+        for view in batch.views[: self.config.model.masked_views]:
+            if tuple(view.shape[2:]) != wanted:
+                refuse(
+                    "batch.views",
+                    tuple(view.shape),
+                    f"the masks are those of clips of {wanted} frames and pixels",
+                    "allowed: (B, C, T, H, W) with that (T, H, W); change the stream or the model",
+                )
+
+    def compile_step(self, **options: Any) -> None:  # noqa: ANN401
+        """Compile the step in place, a graph for each kind of masks; see ``HJEPA.compile_step``.
+
+        Args:
+            options: Of ``torch.compile``.
+        """
+        self.model.compile_step(**options)
+
+    @property
+    def may_skip_parameters(self) -> bool:
+        """Whether some steps leave trained parameters without a gradient; see ``HJEPA.may_skip_parameters``."""
+        return self.model.may_skip_parameters
 
     def normalize(self, clips: Num[Tensor, "B C T H W"]) -> Float[Tensor, "B C T H W"]:
         """Turn pixels into what the encoder takes."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -14,13 +17,18 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from hjepa_data import Batch, ViewGroup
-from hjepa_data.errors import DataError, refuse
+from hjepa_data.errors import DataError, choice, refuse
 from hjepa_data.random import hash_int
+from hjepa_data.shards.index import Int64Array
 from hjepa_data.stream import permutation
-from hjepa_video.clip import ClipError, ShortClip, clip_start, probe_clip, read_clip
+from hjepa_video.clip import ClipError, ClipProblem, ShortClip, clip_start, probe_clip, read_clip
 from hjepa_video.transforms import random_view
 
 __all__ = ["ClipStream", "ClipStreamConfig", "list_clips"]
+
+_log = logging.getLogger(__name__)
+_ALWAYS_ALLOWED = 10  # videos that may be left out of the smallest set
+_KEPT_ORDERS = 4
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
@@ -32,7 +40,7 @@ def list_clips(folder: str | os.PathLike[str]) -> list[Path]:
         folder: Where to look.
 
     Returns:
-        Paths of files that have the suffix of a video.
+        Paths of files that have the suffix of a video; hidden ones, such as ``._pan.mp4``, are none.
 
     Raises:
         DataError: There is no such folder, or no video in it.
@@ -40,7 +48,8 @@ def list_clips(folder: str | os.PathLike[str]) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give a folder with videos")
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    videos = (path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    found = sorted(path for path in videos if not path.name.startswith("."))
     if not found:
         raise DataError(f"{root}: no video in it; allowed suffixes: {', '.join(sorted(VIDEO_SUFFIXES))}")
     return found
@@ -57,6 +66,8 @@ class ClipStreamConfig:
         view: Crop, flip and size; one view a clip.
         short: What is done with a video that is shorter than a clip: ``loop``, or ``refuse`` (left out and counted).
         short_side: Pixels to which the shorter side is scaled down while decoding; None keeps the size.
+        max_skipped_fraction: Share of the clips of a rank that may be replaced because a video is missing or damaged;
+            above it the stream stops (ten are always allowed).
         threads: Decoding threads; 0 decodes in the calling thread. The batches do not depend on it.
         prefetch: Batches prepared ahead when there are threads.
     """
@@ -67,6 +78,7 @@ class ClipStreamConfig:
     view: ViewGroup = field(default_factory=lambda: ViewGroup(size=(256, 256)))
     short: ShortClip = ShortClip.loop
     short_side: int | None = None
+    max_skipped_fraction: float = 0.01
     threads: int = 0
     prefetch: int = 2
 
@@ -74,15 +86,15 @@ class ClipStreamConfig:
         for name in ("global_batch_size", "frames", "prefetch"):
             if getattr(self, name) < 1:
                 refuse(name, getattr(self, name), "a stream has some", "allowed: 1 and more")
-        if self.fps is not None and self.fps <= 0:
+        if self.fps is not None and not 0 < self.fps < math.inf:
             refuse("fps", self.fps, "no rate", "allowed: above 0, or None for the rate of each file")
         if self.view.count != 1:
             refuse("view.count", self.view.count, "a clip is shown in one view", "allowed: 1")
-        if self.short not in tuple(ShortClip):
-            refuse("short", self.short, "no such policy", f"allowed: {', '.join(ShortClip)}")
-        self.short = ShortClip(self.short)
+        self.short = choice(ShortClip, "short", self.short, "no such policy")
         if self.short_side is not None and self.short_side < 1:
             refuse("short_side", self.short_side, "no size", "allowed: 1 and more pixels, or None")
+        if not 0 <= self.max_skipped_fraction <= 1:
+            refuse("max_skipped_fraction", self.max_skipped_fraction, "no fraction", "allowed: 0 to 1")
         if self.threads < 0:
             refuse("threads", self.threads, "no number of threads", "allowed: 0 and more")
 
@@ -112,7 +124,7 @@ class ClipStream(Iterator[Batch]):
 
     Step t takes the positions [tG, (t+1)G) of a global order, rank r its r-th part. Epoch e holds the positions
     [eN, (e+1)N) in the order of the hashes of (seed, e). A video that gives no clip is counted and its place is taken
-    by the next of the order that does, so a batch is a function of the position alone.
+    by the next of the order that does, which is then shown twice: so a batch is a function of the position alone.
 
     Args:
         config: What is streamed.
@@ -144,8 +156,10 @@ class ClipStream(Iterator[Batch]):
             )
         self.config = config
         self.paths = [Path(path) for path in paths]
-        self.skipped: Counter[str] = Counter()
         self._seed = seed
+        self._skipped: Counter[str] = Counter()
+        self._shown = 0
+        self._expected = len(self.paths) // world_size
         self._count = config.global_batch_size // world_size
         self._offset = rank * self._count
         self._position = 0
@@ -157,19 +171,28 @@ class ClipStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         first = self._position + self._offset
-        if self.config.threads == 0:
-            clips = [self._load(first + i) for i in range(self._count)]
-        else:
-            clips = [future.result() for future in self._next_futures(first)]
+        try:
+            if self.config.threads == 0:
+                clips = [self._load(first + i) for i in range(self._count)]
+            else:
+                clips = [future.result() for future in self._next_futures(first)]
+            self._count_skipped(clips)
+        except BaseException:
+            # The batches that were prepared are not those of this position.
+            self.close()
+            raise
         self._position += self.config.global_batch_size
-        for clip in clips:
-            self.skipped.update(clip.skipped)
         return Batch(
             views=(torch.stack([clip.pixels for clip in clips]),),
             labels=torch.full((len(clips),), -1),
             sample=torch.tensor([clip.sample for clip in clips]),
             epoch=torch.tensor([clip.epoch for clip in clips]),
         )
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Clips that this rank replaced since the stream was built, by what was wrong with their videos."""
+        return dict(self._skipped)
 
     def state_dict(self) -> dict[str, int]:
         """Say where the stream stands after the batches that were handed out.
@@ -208,6 +231,22 @@ class ClipStream(Iterator[Batch]):
     def _fingerprint(self) -> int:
         return hash_int(self._seed, len(self.paths)) >> 1
 
+    def _count_skipped(self, clips: list[_Clip]) -> None:
+        errors = [clip.error for clip in clips if clip.error is not None]
+        for error in errors:
+            if error.problem.value not in self._skipped:
+                _log.warning("a video is left out (%s): %s; the next ones are only counted", error.problem, error)
+            self._skipped[error.problem.value] += 1
+        self._shown += len(clips)
+        # Short videos are left out because that was asked for.
+        damaged = self._skipped.total() - self._skipped[ClipProblem.too_short.value]
+        limit = self.config.max_skipped_fraction * max(self._shown, self._expected)
+        if errors and damaged > max(_ALWAYS_ALLOWED, limit):
+            raise DataError(
+                f"{damaged} of {self._shown} clips had missing or damaged videos (the last: {errors[-1]}), more than "
+                f"max_skipped_fraction={self.config.max_skipped_fraction}; mend the videos, or raise the limit"
+            )
+
     def _next_futures(self, first: int) -> list[Future[_Clip]]:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.config.threads, thread_name_prefix="hjepa-clips")
@@ -218,11 +257,11 @@ class ClipStream(Iterator[Batch]):
 
     def _load(self, position: int) -> _Clip:
         """The clip at a position of the global order, or the next one that there is."""
-        config, skipped = self.config, Counter[str]()
-        last: ClipError | None = None
+        config = self.config
+        first = last = None
         for attempt in range(len(self.paths)):
             epoch, place = divmod(position + attempt, len(self.paths))
-            sample = int(permutation(len(self.paths), self._seed, epoch)[place])
+            sample = int(_order(len(self.paths), self._seed, epoch)[place])
             path = self.paths[sample]
             try:
                 info = probe_clip(path)
@@ -236,17 +275,25 @@ class ClipStream(Iterator[Batch]):
                     short_side=config.short_side,
                 )
             except ClipError as error:
-                skipped[error.problem.value] += 1
-                last = error
+                # The problems of the videos after the first are counted at their own positions.
+                first, last = first or error, error
                 continue
             pixels = random_view(frames, config.view, self._seed, epoch, sample, 0)
-            return _Clip(pixels=pixels, sample=sample, epoch=epoch, skipped=skipped)
+            return _Clip(pixels=pixels, sample=sample, epoch=epoch, error=first)
         raise DataError(f"none of the {len(self.paths)} videos gives a clip; the last problem: {last}")
+
+
+@lru_cache(_KEPT_ORDERS)
+def _order(count: int, seed: int, epoch: int) -> Int64Array:
+    """The videos of an epoch; sorting many takes longer than reading a clip."""
+    return permutation(count, seed, epoch)
 
 
 @dataclass(slots=True)
 class _Clip:
+    """A clip, and why that of the video at its position could not be had."""
+
     pixels: UInt8[Tensor, "3 T H W"]
     sample: int
     epoch: int
-    skipped: Counter[str]
+    error: ClipError | None

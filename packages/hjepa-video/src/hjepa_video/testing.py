@@ -10,6 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.video.stream import VideoStream
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
@@ -65,8 +66,9 @@ def write_clip(
     stamps: Sequence[int] | None = None,
     b_frames: int = 0,
     rotation: int = 0,
+    codec: str = "mpeg4",
 ) -> None:
-    """Write frames as MPEG-4 video; the suffix of the path chooses the container.
+    """Write frames as a video; the suffix of the path chooses the container.
 
     Args:
         path: Where to.
@@ -75,9 +77,11 @@ def write_clip(
         stamps: Time of each frame in units of 1 / fps; None: 0, 1, 2, ...
         b_frames: Frames between two that may refer to both.
         rotation: Degrees counter-clockwise by which a player turns the frames.
+        codec: An encoder of FFmpeg.
     """
     with av.open(os.fspath(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
+        stream = container.add_stream(codec, rate=fps)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.bit_rate = 4_000_000
         stream.codec_context.gop_size = 12

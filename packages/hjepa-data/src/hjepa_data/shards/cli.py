@@ -273,7 +273,8 @@ _RUN: dict[str, Callable[[argparse.Namespace, Console, Console], int]] = {
 
 def _progress(console: Console, *, disable: bool = False) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=disable)
+    # Before rich 14.3 even a bar that is switched off ends with an empty line.
+    return Progress(*columns, console=Console(quiet=True) if disable else console, disable=disable)
 
 
 def _bar(out: Console, log: Console) -> tuple[Console, Progress]:
