@@ -98,6 +98,11 @@ def test_image_size_is_accepted_exactly_when_the_patch_divides_it(size, patch):
         ({"num_heads": 16}, "too narrow"),
         ({"stem": "conv", "image_size": (4,) * 4, "patch_size": (2,) * 4, "position": "sincos"}, "use stem=linear"),
         ({"image_size": ()}, "one positive size per axis"),
+        ({"image_size": 16}, r"image_size=16: no sequence; allowed: e.g. \(16, 16\)"),
+        ({"image_size": (16.0, 24.0)}, "one positive size per axis, an integer"),
+        ({"output_patch_size": 2}, "output_patch_size=2: no sequence"),
+        ({"mlp_ratio": 0.01}, "encoder.mlp_ratio=0.01: leaves no hidden unit of mlp at embed_dim=32"),
+        ({"mlp_ratio": 0.04, "mlp": "swiglu"}, "encoder.mlp_ratio=0.04: leaves no hidden unit of swiglu"),
     ],
 )
 def test_bad_configs_say_why_in_one_line(fields, message):

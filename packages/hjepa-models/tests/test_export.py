@@ -165,6 +165,7 @@ def test_onnx_of_one_level_takes_pixels_and_tells_what_it_is(tmp_path, device):
     }
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11 says so of its own buffer
 def test_a_program_runs_at_every_batch_size_after_saving_and_loading(tmp_path, device):
     model = small(pyramid=FUSED).to(device)
     program = export_features(model, None, "none")
@@ -223,6 +224,9 @@ def test_exporting_leaves_the_model_as_it_was_and_shares_nothing_with_it(device)
         ({"image_size": (20, 13)}, "axis 1 has 13 pixels"),
         ({"mean": MEAN}, "std=None: does not fit; allowed: 3 numbers"),
         ({"mean": (0.5,), "std": STD}, r"mean=\(0.5,\): does not fit"),
+        ({"mean": 0.5, "std": 0.5}, "mean=0.5: does not fit"),
+        ({"image_size": 20}, "image_size=20: no sequence"),
+        ({"mean": MEAN, "std": (0.2, float("nan"), 0.2)}, "divides by 0"),
         ({"mean": MEAN, "std": (0.2, 0.0, 0.2)}, r"std=\(0.2, 0.0, 0.2\): divides by 0"),
     ],
 )
@@ -237,6 +241,18 @@ def test_what_cannot_be_exported_is_one_line(export, arguments, message):
         export(model, **arguments)
     assert "\n" not in str(e.value)
     assert model.training
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    with pytest.raises(ValueError, match=r"missing/model\.onnx: its folder does not exist"):
+        export_onnx(small(), tmp_path / "missing" / "model.onnx")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_opset_that_onnx_cannot_convert_the_graph_to_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="opset=15: the graph could not be converted from"):
+        export_onnx(small(), tmp_path / "model.onnx", "encoder", opset=15)
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch):

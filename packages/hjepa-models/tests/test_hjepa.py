@@ -3,6 +3,7 @@ import itertools
 import math
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 
@@ -184,10 +185,16 @@ def test_masked_every_computes_the_term_at_every_kth_step(device):
         False,
         False,
     ]
-    alone = small_config(masked_every=2).build(device=device)
-    output = alone(views, context, target, step=0)
+    with pytest.raises(ValueError, match="masked_every=2: without a global level nothing is learned"):
+        small_config(masked_every=2)
+
+
+def test_a_step_at_which_no_level_counts_yet_has_a_loss_of_zero_and_a_backward_pass(device):
+    weights = LevelWeightsConfig(kind="curriculum", ramp_start=(20, 15, 10), ramp_end=(30, 25, 20))
+    output = small_config(level_weights=weights).build(device=device)(*batch(device), step=0)
     output.loss.backward()
     assert float(output.loss.detach()) == 0
+    assert not output.level_losses
 
 
 def test_masks_for_fewer_or_more_rows(device):
@@ -202,6 +209,40 @@ def test_masks_for_fewer_or_more_rows(device):
         _, wrong, targets = batch(device, rows=max(rows, 1))
         with pytest.raises(ValueError, match="allowed: equal counts, 12 or 1 to 6"):
             model(views, wrong[:rows], targets[:rows], step=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda views, context, target: (views, context, target.flatten(1)), r"masks of shapes \(6, 8\) and \(6, 12\)"),
+        (lambda views, context, target: (views, context[0], target), r"masks of shapes \(8,\)"),
+        (lambda views, context, target: (views, context, target[:, :, :0]), "no places to predict"),
+        (lambda views, context, target: (views, context, target[:, :0]), "no places to predict"),
+        (lambda views, context, target: (views, context, target + 1), r"target masks name places .* to 24: not all on"),
+        (lambda views, context, target: (views, context - 1, target), r"context masks name places -1 to"),
+        (lambda views, context, target: ([views[0], views[1][:5]], context, target), "as many images in each"),
+        (lambda views, context, target: ([views[0], views[1][..., :16]], context, target), "first masked_views=2"),
+    ],
+)
+def test_views_and_masks_that_do_not_fit_are_one_clear_line(device, change, message):
+    model = small_config("detached", with_global=True, masked_views=2).build(device=device)
+    views, context, target = batch(device, 2)
+    last = torch.arange(16, 24, device=device).expand(6, -1)
+    with pytest.raises(ValueError, match=message) as error:
+        model(*change(views, last - 16, torch.stack([last, last - 8], 1)[..., : 6 if "12" in message else 8]), step=0)
+    assert "\n" not in str(error.value)
+    small = [view[..., :8, :16] for view in views]  # views beyond the masked ones may have another size
+    one = small_config("detached", with_global=True).build(device=device)
+    assert one([*views, *small], context, target, step=0).loss.isfinite()
+
+
+def test_nothing_visible_and_one_hidden_token_are_a_step_like_any_other(device):
+    model = small_config("ema", pyramid={"fpn": "concat"}).build(device=device)
+    views, context, target = batch(device)
+    for seen, hidden in ((context[:, :0], target), (context, target[:, :1, :1])):
+        output = model(views, seen, hidden, step=0)
+        output.loss.backward()
+        assert output.loss.isfinite()
 
 
 def test_too_few_views_are_refused(device):
@@ -279,7 +320,14 @@ def test_branches_differ_once_the_online_one_has_moved(device):
     assert not torch.allclose(model.features(images, branch="target"), model.features(images, branch="online"))
 
 
-@pytest.mark.parametrize("level", [3, -1, True, "globall", "global"])
+def test_levels_are_found_by_integers_of_other_libraries(device):
+    model = small_config().build(device=device).eval()
+    images = torch.randn(2, 3, 16, 24, device=device)
+    for level in range(3):
+        assert torch.equal(model.features(images, np.int64(level), "none"), model.features(images, level, "none"))
+
+
+@pytest.mark.parametrize("level", [3, -1, True, 1.0, np.int64(3), np.float64(1.0), "globall", "global"])
 def test_unknown_levels_are_refused(device, level):
     model = small_config().build(device=device)
     with pytest.raises(ValueError, match="allowed: encoder, 0, 1, 2"):
@@ -332,6 +380,9 @@ def test_a_few_steps_lower_the_loss(device):
         ({"level_weights": LevelWeightsConfig(weights=(0.0, 0.0, 0.0))}, "nothing would be learned"),
         ({"targets": "emma"}, "did you mean 'ema'"),
         ({"masked_every": 0}, "masked_every=0"),
+        ({"pyramid": {"fpn": "add", "projection": False}}, "projection=False: leaves widths .16, 16, 16. inside"),
+        ({"pyramid": {"attention_heads": 3}}, "attention_heads=3: does not divide the width 32"),
+        ({"target_patch_size": 4}, "target_patch_size=4: no sequence"),
     ],
 )
 def test_bad_configs(fields, message):
@@ -365,6 +416,15 @@ def test_centred_targets_are_the_tokens_less_their_mean_over_the_batch(device):
             token = tokens[image, place] - tokens[:, place].mean(0)
             expected = (token - token.mean()) / (token.var(unbiased=False) + 1e-5).sqrt()
             torch.testing.assert_close(wanted[image, number].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_centred_targets_need_two_images(device):
+    """The mean of one is itself: what is left would be 0 everywhere, a target that says nothing."""
+    model = small_config("ema", center_targets=True).build(device=device)
+    views, context, target = batch(device)
+    assert model(views, context[:2], target[:2], step=0).loss.isfinite()
+    with pytest.raises(ValueError, match="center_targets=True: one masked image less its own mean is 0"):
+        model(views, context[:1], target[:1], step=0)
 
 
 def test_centred_targets_need_tokens_of_whole_images():

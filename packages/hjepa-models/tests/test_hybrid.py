@@ -1,5 +1,7 @@
 """Hybrid patch size: blocks see coarse patches, the loss scores fine ones."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,6 +15,7 @@ from hjepa_models import (
     PredictorConfig,
     PyramidConfig,
     dense_canvas,
+    patch_discrimination,
     scatter_to_canvas,
     smooth_l1,
     upsample_canvas,
@@ -146,6 +149,33 @@ def test_the_target_encoder_sees_its_own_patch_size(device, target_patch, count)
     views, context, target = batch(device)
     assert model(views, context, target, step=0).loss.isfinite()
     assert sizes == [count]
+
+
+@pytest.mark.parametrize("scope", ["image", "batch"])
+def test_patches_are_told_apart_on_the_hidden_places_alone(device, scope):
+    """What the whole output grid would give, blocks that overlap included, without comparing all its places."""
+    fields = {"objective": "patch_discrimination", "contrast": scope, "output_tokens": 8}
+    model = small_config(levels=1, **fields).build(device=device)
+    index = torch.randint(384, (4, 40), device=device)
+    index[:, :5] = index[:, 5:10]
+    guess, wanted = (scatter_to_canvas(torch.randn(4, 40, 32, device=device), index, (16, 24)) for _ in range(2))
+    loss = model.level_loss(guess, wanted, index)
+    torch.testing.assert_close(loss, patch_discrimination(guess.values, wanted.values, 0.1, scope, wanted.weight))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):
+        model(*batch(device), step=0)
+    assert max(kept) < 384 * 384
+
+
+@pytest.mark.parametrize("targets", ["projection", "pooled"])
+def test_bins_of_a_model_in_half_precision(device, targets):
+    """Tokens of an output grid come back as float32, the head is bfloat16 like all other weights."""
+    config = small_config(targets, objective="two_hot", output_tokens=4)
+    model = dataclasses.replace(config, pyramid=PyramidConfig(levels=4)).build(device=device).to(torch.bfloat16)
+    views, context, target = batch(device)
+    loss = model([view.to(torch.bfloat16) for view in views], context, target, step=0).loss
+    loss.backward()
+    assert loss.isfinite()
 
 
 def test_levels_go_below_the_patch(device):

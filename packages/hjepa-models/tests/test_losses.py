@@ -236,6 +236,16 @@ def test_symlog_and_contrast_reach_the_levels(device):
         torch.testing.assert_close(model.level_loss(one, other), expected)
 
 
+def test_a_level_of_one_token_is_told_from_those_of_other_images_alone(device):
+    fields = {"objective": "patch_discrimination", "pyramid": {"levels": 4}}
+    views, context, target = batch(device)
+    for contrast in ("image", "batch"):
+        config = small_config(**fields, level_weights=LevelWeightsConfig(weights=(1, 1, 1, 1)), contrast=contrast)
+        losses = config.build(device=device)(views, context, target, step=0).level_losses
+        assert (losses["3"] > 0.1) == (contrast == "batch")
+        assert losses["2"] > 0.1
+
+
 def test_adaptive_weights_follow_the_average_loss_and_are_saved(device):
     model = small_config(level_weights=LevelWeightsConfig(kind="adaptive", momentum=0.5)).build(device=device)
     views, context, target = batch(device)
@@ -312,6 +322,12 @@ def test_projected_pixels_are_frozen_and_layer_normed(device):
             "instance_weight=0.1: with one masked view it needs target",
         ),
         ({"symlog": True, "objective": "two_hot"}, "symlog=True: objective=two_hot is no distance"),
+        (
+            {"vicreg_weight": 0.1, "vicreg_variance": 0.0, "vicreg_covariance": 0.0},
+            "vicreg_weight=0.1: the weights inside the term are all 0",
+        ),
+        ({"predictor": {"num_heads": 12}}, "predictor.embed_dim / num_heads=2: too narrow or odd for position=rope"),
+        ({"predictor": {"mlp_ratio": 0.01}}, "predictor.mlp_ratio=0.01: leaves no hidden unit"),
         ({"vicreg_levels": True}, "vicreg_levels=True: vicreg_weight=0 switches the term off"),
         ({"vicreg_invariance": 1.0}, "vicreg_invariance=1.0: vicreg_weight=0 switches the term off"),
         ({"temperature": float("nan")}, "temperature=nan: must be above 0"),

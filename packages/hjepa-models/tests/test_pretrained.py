@@ -314,7 +314,15 @@ def test_a_file_that_is_no_config_is_one_clear_line(folder, content):
     [
         (("encoder", "dept"), 3, "config.encoder.dept: no field.*did you mean 'depth'"),
         (("encoder",), 3, "config.encoder=3: not a mapping"),
-        (("encoder", "depth"), "3", "config.encoder: .*correct the values"),
+        (("encoder", "depth"), "3", r"config\.json: config\.encoder\.depth='3': of another type; allowed: int"),
+        (("encoder", "depth"), 1.0, r"config\.encoder\.depth=1\.0: of another type"),
+        (("encoder", "depth"), True, r"config\.encoder\.depth=True: of another type"),
+        (("encoder", "depth"), -1, r"config\.json: config\.encoder: depth=-1: must be above 0"),
+        (("encoder", "image_size"), "88", r"image_size='88': of another type; allowed: tuple\[int, \.\.\.\]"),
+        (("encoder", "image_size"), [8, "8"], r"image_size=\[8, '8'\]: of another type"),
+        (("encoder",), None, "config.encoder=None: of another type; allowed: EncoderConfig"),
+        (("symlog",), "false", "config.symlog='false': of another type; allowed: bool"),
+        (("targets",), 3, "targets=3: unknown choice; allowed: ema"),
         (("predictor", "num_heads"), 5, "predictor.num_heads=5"),
     ],
 )
@@ -327,6 +335,30 @@ def test_a_config_that_does_not_fit_is_refused(folder, path, value, message):
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         load_pretrained(folder)
+
+
+def test_a_config_that_is_missing_is_not_the_default_one(folder):
+    (folder / "config.json").write_text('{"model": "HJEPA"}')
+    with pytest.raises(ValueError, match=r"config\.json: config=None: not a mapping"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("save", [save_pretrained, lambda model, folder: model.save_pretrained(folder)])
+def test_what_cannot_be_saved_is_one_line_and_writes_nothing(tmp_path, save):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file: is a file; allowed: a folder"):
+        save(small().build(), tmp_path / "file")
+    with pytest.raises(ValueError, match=r"a tensor without storage, like \d+ weights of the model"):
+        save(small().build(device="meta"), tmp_path / "meta")
+    with pytest.raises(ValueError, match="model=Linear: has no config"):
+        save_pretrained(nn.Linear(2, 2), tmp_path / "linear")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_loaded_model_is_float32(tmp_path):
+    save_pretrained(small().build(seed=4).to(torch.bfloat16), tmp_path)
+    assert {value.dtype for value in load_pretrained(tmp_path).state_dict().values()} == {torch.float32}
 
 
 def test_the_mixin_goes_through_the_hub_library_with_the_same_files(tmp_path, device):

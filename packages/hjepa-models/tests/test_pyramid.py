@@ -208,6 +208,9 @@ def test_other_numbers_of_levels(device, levels):
         ({"attention_heads": 3}, "attention_heads=3: does not divide the width 16"),
         ({"attention_heads": 8}, "attention_heads=8: does not divide the width 16 into even heads of 4"),
         ({"attention_heads": 2, "levels": 1}, "no coarser one to attend to"),
+        ({"level_dims": 8}, "level_dims=8: no sequence"),
+        ({"position_grid": (4, 4)}, "position_grid=.4, 4.: attention_heads=0 looks at no place"),
+        ({"position_grid": (4,), "attention_heads": 2}, "position_grid=.4,.: has other axes than the grid .4, 4."),
     ],
 )
 def test_bad_configs(fields, message):

@@ -111,7 +111,7 @@ def test_what_cannot_be_quantized_is_one_line(tmp_path, monkeypatch):
     quantized = quantize_int8(small())
     with pytest.raises(ValueError, match=r"module=HJEPA: has no linear map in floating point.*quantise the original"):
         quantize_int8(quantized)
-    with pytest.raises(ValueError, match="save the model before it is quantised"):
+    with pytest.raises(ValueError, match="take the model before it is quantised"):
         save_pretrained(quantized, tmp_path / "model")
     assert not (tmp_path / "model").exists()
     found = importlib.util.find_spec

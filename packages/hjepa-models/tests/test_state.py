@@ -223,6 +223,16 @@ def test_the_start_follows_a_context_and_sequences_can_be_cut(device):
         build(device).initial(3, context)
 
 
+@pytest.mark.parametrize(
+    ("actions", "embeddings"),
+    [((3, 2, 4), (3, 5, 5)), ((3, 5, 4), (3, 2, 5)), ((3, 5, 4), (1, 5, 5)), ((3, 0, 4), (3, 0, 5))],
+)
+def test_actions_and_embeddings_that_are_not_one_sequence_are_refused(device, actions, embeddings):
+    model = StateConfig(recurrent_dim=8, hidden_dim=8, num_groups=2, num_classes=3).build(4, 5, device=device)
+    with pytest.raises(ValueError, match="do not belong to one sequence; allowed"):
+        model.observe(torch.randn(actions, device=device), torch.randn(embeddings, device=device), 0)
+
+
 def test_gradients_reach_every_parameter_and_every_input(device):
     model = build(device, context_dim=7, overshooting=3, free_bits=0.0)
     actions, embeddings = sequence(device)

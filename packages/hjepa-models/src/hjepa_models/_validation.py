@@ -1,15 +1,18 @@
 """Small helpers with which configs check themselves and speak in one line."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import TypeVar
 
 E = TypeVar("E", bound=StrEnum)
+T = TypeVar("T")
 
 
 def coerce_choice(enum: type[E], field: str, value: str) -> E:
     """Return the member of `enum` named by `value`, or refuse with the allowed names."""
+    if isinstance(value, enum):
+        return value  # torch 2.11 cannot trace the call of an enum in a compiled step
     try:
         return enum(value)
     except ValueError:
@@ -44,12 +47,19 @@ def check_drop_path(owner: str, drop_path: float) -> None:
         raise ValueError(f"{owner}={drop_path}: no rate of what is dropped; allowed: 0 to below 1; use e.g. 0.1")
 
 
-def check_axes(field: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return `sizes` as a tuple after checking that it names at least one axis and every size is positive."""
-    sizes = tuple(sizes)
-    if not sizes or any(size <= 0 for size in sizes):
+def as_tuple(field: str, values: Iterable[T]) -> tuple[T, ...]:
+    """Return what a sequence holds as a tuple, or refuse a single value."""
+    if isinstance(values, Iterable) and not isinstance(values, str):
+        return tuple(values)
+    raise ValueError(f"{field}={values!r}: no sequence; allowed: e.g. ({values}, {values}); give one value per entry")
+
+
+def check_axes(field: str, sizes: Iterable[int]) -> tuple[int, ...]:
+    """Return `sizes` as a tuple after checking that it names at least one axis and every size is a positive integer."""
+    sizes = as_tuple(field, sizes)
+    if not sizes or any(not isinstance(size, int) or size <= 0 for size in sizes):
         raise ValueError(
-            f"{field}={sizes}: needs one positive size per axis; allowed: e.g. (14, 14); correct the sizes"
+            f"{field}={sizes}: needs one positive size per axis, an integer; allowed: e.g. (14, 14); correct the sizes"
         )
     return sizes
 
@@ -57,7 +67,7 @@ def check_axes(field: str, sizes: Sequence[int]) -> tuple[int, ...]:
 def check_heads(owner: str, embed_dim: int, num_heads: int) -> None:
     """Refuse a width that the heads do not divide evenly."""
     if embed_dim % num_heads:
-        allowed = [heads for heads in range(1, embed_dim + 1) if embed_dim % heads == 0 and embed_dim // heads >= 8]
+        allowed = [1, *(heads for heads in range(2, embed_dim // 8 + 1) if embed_dim % heads == 0)]
         raise ValueError(
             f"{owner}.num_heads={num_heads}: does not divide embed_dim={embed_dim}; "
             f"allowed: {', '.join(map(str, allowed[:16]))}; change num_heads or embed_dim"

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hjepa_models._validation import check_not_negative, check_positive, coerce_choice
+from hjepa_models._validation import as_tuple, check_not_negative, check_positive, coerce_choice
 from hjepa_models.aggregate import AggregateConfig
-from hjepa_models.encoder import EncoderConfig, check_image_size, tokens_per_axis
+from hjepa_models.encoder import EncoderConfig, check_image_size, check_position, tokens_per_axis
 from hjepa_models.global_level import GlobalConfig
 from hjepa_models.grid import Grid
 from hjepa_models.initialization import construct
+from hjepa_models.layers.block import check_mlp
 from hjepa_models.layers.patch import Stem, StemNorm
 from hjepa_models.objectives import DISTANCES, ContrastScope, LevelWeightsConfig, Objective, TwoHotConfig
 from hjepa_models.patch_schedule import PatchScheduleConfig
-from hjepa_models.pooling import check_levels
 from hjepa_models.predictor import PredictorConfig
 from hjepa_models.pyramid import PyramidConfig
 
@@ -87,7 +87,7 @@ class HJEPAConfig:
         two_hot: the bins of `objective=two_hot`.
         temperature: of `objective=patch_discrimination` and of the instance term.
         contrast: which other targets `patch_discrimination` tells apart: those of the `image` or of the `batch`, which
-            spans all processes.
+            spans all processes. A level of one token has no other in its image: its loss is 0 then.
         level_weights: weight of each level over the steps; one weight per level.
         global_level: the level above all grids, over several views; None leaves it out.
         masked_views: how many of the views carry masked prediction, the first ones.
@@ -156,6 +156,14 @@ class HJEPAConfig:
             vicreg_variance=self.vicreg_variance,
             vicreg_covariance=self.vicreg_covariance,
         )
+        check_position(
+            "predictor",
+            self.encoder.position,
+            self.predictor.embed_dim,
+            self.predictor.num_heads,
+            len(self.encoder.patch_size),
+        )
+        check_mlp("predictor", self.encoder.mlp, self.predictor.embed_dim, self.predictor.mlp_ratio)
         self._check_levels()
         self._check_patch_sizes()
         self._check_collapse()
@@ -172,8 +180,7 @@ class HJEPAConfig:
     def _check_levels(self) -> None:
         levels, weights = self.pyramid.levels, self.level_weights.weights
         for patch in self.output_patches:
-            grid = tokens_per_axis(self.encoder.image_size, patch)
-            check_levels(grid, levels, self.pyramid.pooling, self.pyramid.pad)
+            self.pyramid.check(tokens_per_axis(self.encoder.image_size, patch), self.encoder.embed_dim)
         if len(weights) != levels:
             raise ValueError(
                 f"level_weights.weights={weights}: has {len(weights)} entries for pyramid.levels={levels}; "
@@ -192,7 +199,7 @@ class HJEPAConfig:
 
     def _check_patch_sizes(self) -> None:
         encoder = self.encoder
-        self.target_patch_size = tuple(self.target_patch_size)
+        self.target_patch_size = as_tuple("target_patch_size", self.target_patch_size)
         if not encoder.output_patch_size:
             sizes = None if self.patch_schedule is None else self.patch_schedule.sizes
             given = {
@@ -297,6 +304,16 @@ class HJEPAConfig:
                 f"center_targets=True: with targets={self.targets} and encoder.output_patch_size="
                 f"{self.encoder.output_patch_size} there are no target tokens of whole images to average; allowed: "
                 "with ema, pooled, detached, online and no output patch; leave it out"
+            )
+        if self.masked_every > 1 and not (self.global_level is not None and self.global_level.weight):
+            raise ValueError(
+                f"masked_every={self.masked_every}: without a global level nothing is learned at the steps between; "
+                "allowed: 1, or with a global level of weight above 0; change one of them"
+            )
+        if self.vicreg_weight and not (self.vicreg_invariance or self.vicreg_variance or self.vicreg_covariance):
+            raise ValueError(
+                f"vicreg_weight={self.vicreg_weight}: the weights inside the term are all 0; "
+                "allowed: with vicreg_invariance, vicreg_variance or vicreg_covariance above 0; raise one"
             )
         if self.symlog and self.objective not in DISTANCES:
             raise ValueError(

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hjepa_models._validation import (
+    as_tuple,
     check_axes,
     check_drop_path,
     check_heads,
@@ -18,7 +19,7 @@ from hjepa_models.canvas import Canvas, dense_canvas, scatter_to_canvas
 from hjepa_models.grid import Grid, gather_tokens, num_tokens
 from hjepa_models.initialization import construct, initialize, truncated_normal_
 from hjepa_models.layers.attention import AttentionBackend
-from hjepa_models.layers.block import DropPathSchedule, MlpKind, Transformer
+from hjepa_models.layers.block import DropPathSchedule, MlpKind, Transformer, check_mlp
 from hjepa_models.layers.flexi import FlexiPatchEmbed
 from hjepa_models.layers.patch import CONVOLUTIONS, ConvStem, LinearStem, OverlapStem, Stem, StemNorm, patchify
 from hjepa_models.layers.positions import ROTARY, GridPositions, Place, Position
@@ -54,15 +55,16 @@ class EncoderConfig:
         rope_legacy: rotate as the released V-JEPA 2 does, which is not relative: for its weights only.
         qk_norm: layer-norm queries and keys of each head.
         layer_scale: first value of the learned scale of each residual; None leaves it out.
-        drop_path: rate at which the residuals of the last block are dropped in training.
+        drop_path: rate at which the residuals of the last block are dropped in training, by PyTorch's global generator.
         drop_path_schedule: `linear` (earlier blocks less) or `constant` (all alike).
         registers: learned tokens without a place, prepended and stripped again.
         stem: `linear`, `flexi` (linear at any patch size, its weights resized), `conv` (convolutions inside each patch,
             never across its border) or `overlap` (convolutions over the whole image, in which hidden patches are
             blanked first).
         stem_channels: channels after each strided stage of a convolutional stem.
-        stem_norm: `none`, or `batch` after each of its convolutions, over all processes; its running statistics follow
-            whole images, so that training has to encode some (a global level or `detached` targets do).
+        stem_norm: `none`, or `batch` after each of its convolutions, over all processes. Its running statistics follow
+            all patches that are encoded (`conv`) or whole images alone (`overlap`), so that training has to encode some
+            (a global level or `detached` targets do).
         activation_checkpointing: recompute blocks in the backward pass to save memory.
         attention: `auto` (the faster of the next two), `sdpa`, `explicit` (plain softmax) or `flex` (biases
             and groups inside a fused kernel on a GPU).
@@ -102,7 +104,7 @@ class EncoderConfig:
         self.image_size = check_axes("image_size", self.image_size)
         self.patch_size = check_axes("patch_size", self.patch_size)
         for field in ("processing_patch_size", "output_patch_size", "position_grid"):
-            value = tuple(getattr(self, field))
+            value = as_tuple(field, getattr(self, field))
             setattr(self, field, check_axes(field, value) if value else ())
         self.stem_channels = check_axes("stem_channels", self.stem_channels)
         self.mlp = coerce_choice(MlpKind, "mlp", self.mlp)
@@ -144,6 +146,7 @@ class EncoderConfig:
                 "change one of them"
             )
         check_heads("encoder", self.embed_dim, self.num_heads)
+        check_mlp("encoder", self.mlp, self.embed_dim, self.mlp_ratio)
         check_position("encoder", self.position, self.embed_dim, self.num_heads, len(self.patch_size))
         plain = self.stem in (Stem.linear, Stem.flexi)
         if plain and self.stem_norm is not StemNorm.none:
@@ -391,11 +394,7 @@ class Encoder(nn.Module, PretrainedMixin):
         """Return the tokens that enter the first block and their places."""
         grid = self.grid_of(images, processing_patch_size)
         tokens = self._embed(images, index, grid, processing_patch_size or self.config.processing_patch)
-        embedding = self.positions.embedding(grid, index, tokens.device)
-        if embedding is not None:
-            # Under autocast the sum stays float32, as the residual stream does; a model in bfloat16 stays in bfloat16.
-            cast = torch.is_autocast_enabled(tokens.device.type)
-            tokens = tokens + (embedding if cast else embedding.to(tokens.dtype))
+        tokens = self.positions.add(tokens, grid, index)
         if self.registers is not None:
             tokens = torch.cat([self.registers.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         return tokens, self.positions.places(grid, index, tokens.device, self.config.registers)

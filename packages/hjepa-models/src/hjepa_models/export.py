@@ -1,7 +1,7 @@
 """The features of a model as a graph that runs without this package: a torch.export program or an ONNX file."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,7 +108,8 @@ def export_onnx(
         opset: version of the ONNX operators; None takes the one that torch recommends.
 
     Raises:
-        ValueError: as `export_features`, or where onnx or onnxscript is not installed.
+        ValueError: as `export_features`, for a folder that does not exist or an opset that the graph cannot be
+            converted to, or where onnx or onnxscript is not installed.
     """
     for package in ("onnx", "onnxscript"):
         if find_spec(package) is None:
@@ -116,6 +117,9 @@ def export_onnx(
                 f"package={package!r}: not installed, ONNX export needs it; allowed: the extra `onnx`; "
                 "pip install 'hjepa-models[onnx]'"
             )
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"path={path}: its folder does not exist; allowed: a file in one that does; make the folder")
     names = output_names(model, level)
     program = export_features(model, level, pool, branch, image_size=image_size, mean=mean, std=std)
     with warnings.catch_warnings():
@@ -132,6 +136,12 @@ def export_onnx(
             verbose=False,
         )
     assert exported is not None
+    written = exported.model.opset_imports[""]
+    if opset is not None and written != opset:
+        raise ValueError(
+            f"opset={opset}: the graph could not be converted from {written}; allowed: e.g. {written}; "
+            "leave opset out, or give one nearer to it"
+        )
     exported.model.producer_name = "hjepa-models"
     exported.model.metadata_props.update(
         {
@@ -181,11 +191,11 @@ def _statistics(
         return None
     channels, axes = model.config.encoder.in_channels, len(model.config.encoder.patch_size)
     for name, values in (("mean", mean), ("std", std)):
-        if values is None or len(values) != channels:
+        if not isinstance(values, Sized) or len(values) != channels:
             raise ValueError(f"{name}={values}: does not fit; allowed: {channels} numbers, one per channel; give both")
     assert mean is not None
     assert std is not None
-    if any(value <= 0 for value in std):
+    if not all(value > 0 for value in std):
         raise ValueError(f"std={tuple(std)}: divides by 0 or less; allowed: > 0; correct it")
     like = next(model.parameters())
     shape = (1, channels, *(1,) * axes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hjepa_models._validation import coerce_choice
 from hjepa_models.canvas import Canvas, dense_canvas, scatter_to_canvas
 from hjepa_models.config import ONLINE_TARGETS, WITHOUT_EMA, Branch, FeaturePool, HJEPAConfig, Targets
-from hjepa_models.distributed import all_reduce_mean
+from hjepa_models.distributed import all_reduce_mean, world_size
 from hjepa_models.encoder import Encoder, tokens_per_axis
 from hjepa_models.global_level import GlobalLevel
 from hjepa_models.grid import Grid, gather_tokens, num_tokens
@@ -37,8 +37,8 @@ class HJEPAOutput:
             is 0 at this step has no key.
         embeddings: detached mean features, one row per image: "encoder" (all tokens of the first view: of the online
             encoder where there is a global level, else of the target's; the visible tokens where whole images are not
-            encoded), each masked level ("0", ...: its hidden tokens on the target side, at steps with a masked term)
-            and "global" (the projected first view).
+            encoded), each masked level ("0", ...: its hidden tokens on the target side, at steps with a masked term,
+            one row for each image of each masked view) and "global" (the projected first view).
     """
 
     loss: Float[Tensor, ""]
@@ -172,9 +172,10 @@ class HJEPA(nn.Module, PretrainedMixin):
             Loss, unweighted losses and embeddings.
 
         Raises:
-            ValueError: for too few views, or masks that do not fit the batch.
+            ValueError: for too few views, views that do not fit one another, or masks that do not fit the batch.
         """
         self._check_views(views)
+        self._check_masks(views, context_index, target_index)
         device = views[0].device
         # Filled on the device: a tensor made of a list would be copied there.
         weights = [torch.full((), weight, device=device) for weight in self.config.level_weights.level_weights(step)]
@@ -210,6 +211,30 @@ class HJEPA(nn.Module, PretrainedMixin):
                 f"views: {len(views)} given; allowed: {needed} or more with masked_views={self.config.masked_views} "
                 f"and {'a' if self.global_level is not None else 'no'} global level; give more or change the model"
             )
+        shapes = [tuple(view.shape) for view in views]
+        masked = shapes[: self.config.masked_views]
+        if len({len(view) for view in views}) > 1 or len(set(masked)) > 1:
+            raise ValueError(
+                f"views of shapes {', '.join(map(str, shapes))}: do not fit one another; allowed: as many images in "
+                f"each, and one shape for the first masked_views={len(masked)}; give views of the same images"
+            )
+
+    def _check_masks(self, views: Sequence[Tensor], context_index: Tensor, target_index: Tensor) -> None:
+        """Refuse masks of other axes, without tokens, or off the grid; their rows are checked where they are spread."""
+        if context_index.ndim != 2 or target_index.ndim != 3 or 0 in target_index.shape[1:]:
+            raise ValueError(
+                f"masks of shapes {tuple(context_index.shape)} and {tuple(target_index.shape)}: no places to predict; "
+                "allowed: context [rows, tokens] and target [rows, blocks, tokens], 1 or more of each; check the masks"
+            )
+        if torch.compiler.is_compiling() or type(context_index) is not Tensor or not context_index.is_cpu:
+            return  # Nothing is read from another device, whose own assertion meets places off the grid.
+        count = num_tokens(self.encoder.grid_of(views[0]))
+        for name, index in (("context", context_index), ("target", target_index)):
+            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
+                raise ValueError(
+                    f"{name} masks name places {int(index.min())} to {int(index.max())}: not all on the grid "
+                    f"{self.encoder.grid_of(views[0])}; allowed: 0 to {count - 1}; draw masks for this grid"
+                )
 
     def _encode_full(self, views: Sequence[Tensor]) -> list[Float[Tensor, "B N D"]]:
         """Encode all views with gradient: in one batch where they have one shape, else one by one."""
@@ -300,6 +325,11 @@ class HJEPA(nn.Module, PretrainedMixin):
     def _wanted(self, whole: Float[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
         """Return the layer-normed tokens at `index`, without what those of a place have in common if it is so set."""
         if self.config.center_targets:
+            if len(whole) * world_size() < 2:
+                raise ValueError(
+                    "center_targets=True: one masked image less its own mean is 0 everywhere; "
+                    "allowed: two or more, over all processes; give more images, or leave center_targets out"
+                )
             whole = whole - all_reduce_mean(whole.detach().mean(0, keepdim=True))
         return normalize(gather_tokens(whole, index))
 
@@ -405,9 +435,11 @@ class HJEPA(nn.Module, PretrainedMixin):
             ValueError: for a level that the model does not have.
         """
         pool, branch = coerce_choice(FeaturePool, "pool", pool), coerce_choice(Branch, "branch", branch)
-        if isinstance(level, bool) or level not in self.feature_levels:
+        if isinstance(level, bool | float) or level not in self.feature_levels:
             allowed = ", ".join(map(str, self.feature_levels))
             raise ValueError(f"level={level!r}: the model has no such level; allowed: {allowed}; choose one of them")
+        # Integers of other libraries are equal to ours and no `int`.
+        level = self.feature_levels[self.feature_levels.index(level)]
         encoder, pyramid, head = self._branch(branch)
         tokens: Tensor = encoder(images)
         if level == "global" and head is not None:

@@ -41,14 +41,17 @@ class MaskedLosses(nn.Module):
     def level(self, prediction: Canvas, target: Canvas, index: Int[Tensor, "B K"] | None = None) -> Float[Tensor, ""]:
         """Return the loss of one level: on the weighted canvas, or on the tokens at `index` where one is given."""
         config = self.config
-        if config.objective is Objective.patch_discrimination:
+        contrast = config.objective is Objective.patch_discrimination
+        if contrast and not config.encoder.output_patch_size:
             # On the canvas each place stands once: blocks that overlap would have targets that none can tell apart.
-            return patch_discrimination(
-                prediction.values, target.values, config.temperature, config.contrast, target.weight
-            )
+            index = None
         guess, wanted, weight = prediction.values, target.values, target.weight if index is None else None
         if index is not None:
             guess, wanted = gather_tokens(guess, index), gather_tokens(wanted, index)
+        if contrast:
+            # On an output grid, which is never compared as a whole, a place stands where it is named first.
+            weight = first_named(index) if index is not None else weight
+            return patch_discrimination(guess, wanted, config.temperature, config.contrast, weight)
         if self.two_hot is not None:
             return self.two_hot.loss(self.two_hot(guess), wanted, weight)
         return prediction_loss(config.objective, guess, wanted, weight, config.beta, config.symlog)
@@ -103,3 +106,14 @@ class MaskedLosses(nn.Module):
     def _spread(self, mean_tokens: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
         terms = vicreg_terms(mean_tokens)
         return self.config.vicreg_variance * terms.variance + self.config.vicreg_covariance * terms.covariance
+
+
+def first_named(index: Int[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+    """Return 1 where a position stands for the first time in its row, else 0.
+
+    >>> first_named(torch.tensor([[5, 2, 5, 7, 2]]))
+    tensor([[1., 1., 0., 1., 0.]])
+    """
+    order = index.sort(dim=1, stable=True)
+    again = torch.nn.functional.pad(order.values[:, 1:] == order.values[:, :-1], (1, 0))
+    return (~torch.zeros_like(again).scatter(1, order.indices, again)).float()

@@ -3,7 +3,7 @@
 import itertools
 from dataclasses import dataclass
 
-from hjepa_models._validation import check_axes, check_positive
+from hjepa_models._validation import as_tuple, check_axes, check_positive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class PatchScheduleConfig:
     def __post_init__(self) -> None:
         """Coerce lists and refuse what makes no sense."""
         self.sizes = check_axes("sizes", self.sizes)
-        self.boundaries = tuple(self.boundaries)
+        self.boundaries = as_tuple("boundaries", self.boundaries)
         check_positive(total_steps=self.total_steps)
         for before, after in itertools.pairwise(self.sizes):
             if after >= before or before % after:

@@ -160,10 +160,7 @@ class Predictor(nn.Module):
         index = torch.cat([context_index, target_index], dim=1)
         projected = self.input(context)
         tokens = torch.cat([projected, mask.to(projected.dtype)], dim=1)
-        embedding = self.positions.embedding(grid, index, tokens.device)
-        if embedding is not None:
-            cast = torch.is_autocast_enabled(tokens.device.type)
-            tokens = tokens + (embedding if cast else embedding.to(tokens.dtype))
+        tokens = self.positions.add(tokens, grid, index)
         places = self.positions.places(grid, index, tokens.device)
         tokens = self.transformer(tokens, [place._replace(group=group) for place in places])
         out: Tensor = self.output(tokens[:, visible:])

@@ -6,17 +6,18 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hjepa_models._validation import suggestion
+from hjepa_models._validation import coerce_choice, suggestion
 from hjepa_models.initialization import construct
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
 
-def config_from_dict(cls: type[C], data: dict[str, Any], where: str = "config") -> C:
+def config_from_dict(cls: type[C], data: object, where: str = "config") -> C:
     """Build a config dataclass, nested ones included, from plain values; fields that are missing take their defaults.
 
     Args:
@@ -45,7 +46,8 @@ def config_from_dict(cls: type[C], data: dict[str, Any], where: str = "config") 
         The validated config.
 
     Raises:
-        ValueError: for a field that the dataclass does not have, or values that it refuses.
+        ValueError: for a field that the dataclass does not have, a value of another type than its field's, or values
+            that the dataclass refuses.
     """
     assert dataclasses.is_dataclass(cls)
     if not isinstance(data, dict):
@@ -58,11 +60,30 @@ def config_from_dict(cls: type[C], data: dict[str, Any], where: str = "config") 
                 f"{where}.{key}: no field of {cls.__name__}; allowed: {', '.join(hints)}{suggestion(key, hints)}"
             )
         nested = _nested(hints[key])
-        values[key] = value if nested is None or value is None else config_from_dict(nested, value, f"{where}.{key}")
+        if nested is not None and value is not None:
+            values[key] = config_from_dict(nested, value, f"{where}.{key}")
+        elif _fits(hints[key], value):
+            values[key] = value
+        else:
+            kind = hints[key].__name__ if isinstance(hints[key], type) else hints[key]
+            raise ValueError(f"{where}.{key}={value!r}: of another type; allowed: {kind}; correct the value")
     try:
         return cls(**values)
     except TypeError as error:
         raise ValueError(f"{where}: {error}; allowed: the fields of {cls.__name__}; correct the values") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _fits(hint: Any, value: Any) -> bool:  # noqa: ANN401
+    """Whether a plain value may stand in a field; choices by name and types that are no plain ones the class checks."""
+    if isinstance(hint, UnionType):
+        return any(_fits(option, value) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(get_args(hint)[0], entry) for entry in value)
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return not isinstance(hint, type) or issubclass(hint, StrEnum) or isinstance(value, hint)
 
 
 def _nested(hint: Any) -> type | None:  # noqa: ANN401
@@ -80,21 +101,43 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         folder: receives `model.safetensors` and `config.json`, which names the class.
 
     Raises:
-        ValueError: for weights that are no plain tensors, as those of a quantised or sharded model.
+        ValueError: for weights that are no plain tensors, as those of a quantised or sharded model, or have no storage,
+            a module without a config, or a folder that is a file.
     """
-    folder = Path(folder)
-    state = {key: value.detach() for key, value in model.state_dict().items()}
-    special = [key for key, value in state.items() if type(value) is not Tensor]
-    if special:
+    folder, state = _writable(folder), plain_state(model)
+    described = getattr(model, "config", None)
+    if not dataclasses.is_dataclass(described):
         raise ValueError(
-            f"{special[0]}: a {type(state[special[0]]).__name__}, like {len(special)} weights of the model; "
-            "allowed: plain tensors; save the model before it is quantised, or gather it first"
+            f"model={type(model).__name__}: has no config to build it anew from; allowed: HJEPA, Encoder, or a module "
+            "whose config is a dataclass; save its state_dict instead"
         )
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.cpu().contiguous() for key, value in state.items()}
     save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    config = {"model": type(model).__name__, "config": dataclasses.asdict(cast(Any, model.config))}
+    config = {"model": type(model).__name__, "config": dataclasses.asdict(cast(Any, described))}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a model, without gradient, or refuse those that are no plain tensors with storage."""
+    state: dict[str, Tensor] = {key: value.detach() for key, value in model.state_dict().items()}
+    special = [key for key, value in state.items() if type(value) is not Tensor or value.is_meta]
+    if special:
+        first = state[special[0]]
+        kind = "tensor without storage" if first.is_meta else type(first).__name__
+        raise ValueError(
+            f"{special[0]}: a {kind}, like {len(special)} weights of the model; allowed: plain tensors; "
+            "take the model before it is quantised, or gather or fill it first"
+        )
+    return state
+
+
+def _writable(folder: str | Path) -> Path:
+    """Return a folder that can be made where it is missing, or refuse."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; allowed: a folder, made where it is missing; give another path")
+    return folder
 
 
 def load_pretrained(
@@ -105,25 +148,31 @@ def load_pretrained(
     image_size: tuple[int, ...] | None = None,
     positions: str = "interpolate",
 ) -> "HJEPA":
-    """Read an HJEPA that `save_pretrained` wrote, in evaluation mode.
+    """Read an HJEPA that `save_pretrained` wrote, in evaluation mode and float32, in whatever dtype it was saved.
 
     Args:
         folder: holds `model.safetensors` and `config.json`.
         device: where the model goes; None means the CPU.
         allow: patterns (`fnmatch`: `predictor.*`) of keys that may differ, see `load_state`.
         image_size: pixels per axis that the model is made for; None means the size that it was saved with.
-        positions: what positions do at another size, `interpolate` or `extend`, see `at_resolution`.
+        positions: what positions do at another size, `interpolate` or `extend`, see `at_resolution`; `extend` needs an
+            `image_size`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: for a file that is missing or damaged, weights that do not fit the config (keys are listed), or a
-            size that the patches cannot tile.
+        ValueError: for a file that is missing or damaged, weights that do not fit the config (keys are listed), a size
+            that the patches cannot tile, or positions that would change nothing.
     """
     from hjepa_models.hjepa import HJEPA
-    from hjepa_models.resolution import at_resolution
+    from hjepa_models.resolution import PositionResize, at_resolution
 
+    if coerce_choice(PositionResize, "positions", positions) is PositionResize.extend and image_size is None:
+        raise ValueError(
+            "positions=extend: image_size=None keeps the size, and with it all positions; allowed: with an image_size; "
+            "give one, or leave positions out"
+        )
     model = load_model(HJEPA, folder, device, allow=allow)
     return model if image_size is None else at_resolution(model, image_size, positions)
 
@@ -172,7 +221,8 @@ def read_config(cls: type[nn.Module], folder: Path) -> Any:  # noqa: ANN401
             f"{folder / CONFIG_NAME}: model={content.get('model')!r}: not a config of {name}; allowed: model={name!r}; "
             "check the path, or load it with the class that it names"
         )
-    return config_from_dict(get_type_hints(cls.__init__)["config"], content.get("config", {}))
+    hint = get_type_hints(cls.__init__)["config"]
+    return config_from_dict(hint, content.get("config"), f"{folder / CONFIG_NAME}: config")
 
 
 def _read(folder: Path, name: str, read: Callable[[Path], C]) -> C:
@@ -283,9 +333,9 @@ class PretrainedMixin:
             save_directory: is made where it is missing.
 
         Raises:
-            ValueError: for weights that are no plain tensors.
+            ValueError: as the function `save_pretrained`.
         """
-        _hub()(self).save_pretrained(save_directory)
+        _hub()(self).save_pretrained(_writable(save_directory))
 
     def push_to_hub(
         self,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hjepa_models._validation import check_axes, check_not_negative, check_positive, coerce_choice
+from hjepa_models._validation import as_tuple, check_axes, check_not_negative, check_positive, coerce_choice
 from hjepa_models.canvas import Canvas, scatter_to_canvas
 from hjepa_models.grid import Grid, gather_tokens
 from hjepa_models.initialization import construct, initialize
@@ -41,6 +41,8 @@ class PyramidConfig:
         output_norm: layer-norm each level's output over its channels, without parameters. Learned maps on both branches
             could otherwise lower the loss by shrinking together.
         pad: allow `sequence` on a length that 2^l does not divide.
+        position_grid: tokens of the finest level per axis (`sequence` has one) that attention between levels counts
+            places on; empty means the pyramid's own grid.
     """
 
     levels: int = 3
@@ -52,6 +54,7 @@ class PyramidConfig:
     projection: bool = True
     output_norm: bool = True
     pad: bool = False
+    position_grid: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Coerce names and refuse what cannot be built."""
@@ -59,7 +62,7 @@ class PyramidConfig:
         self.fpn = coerce_choice(Fpn, "fpn", self.fpn)
         check_positive(levels=self.levels, fpn_dim=self.fpn_dim)
         check_not_negative(attention_heads=self.attention_heads)
-        self.level_dims = tuple(self.level_dims)
+        self.level_dims = as_tuple("level_dims", self.level_dims)
         if self.level_dims and len(check_axes("level_dims", self.level_dims)) != self.levels:
             raise ValueError(
                 f"level_dims={self.level_dims}: has {len(self.level_dims)} entries for levels={self.levels}; "
@@ -69,6 +72,29 @@ class PyramidConfig:
             raise ValueError(
                 f"attention_heads={self.attention_heads}: one level has no coarser one to attend to; "
                 "allowed: 0 with levels=1; change one of them"
+            )
+        self.position_grid = as_tuple("position_grid", self.position_grid)
+        if self.position_grid and not self.attention_heads:
+            raise ValueError(
+                f"position_grid={self.position_grid}: attention_heads=0 looks at no place; "
+                "allowed: with attention_heads above 0; set them, or leave it out"
+            )
+
+    def check(self, grid: Grid, embed_dim: int) -> None:
+        """Refuse what cannot be built over `grid` for tokens of width `embed_dim`."""
+        check_levels(grid, self.levels, self.pooling, self.pad)
+        widths, axes = self.widths(embed_dim), len(pooling_grid(grid, self.pooling))
+        if any(width != embed_dim for width in widths) and not self.projection:
+            raise ValueError(
+                f"projection=False: leaves widths {widths} inside the pyramid, not embed_dim={embed_dim}; "
+                f"allowed: projection=True or widths of {embed_dim}; change one of them"
+            )
+        if self.attention_heads:
+            _check_attention(self.attention_heads, widths[:-1], axes)
+        if self.position_grid and len(check_axes("position_grid", self.position_grid)) != axes:
+            raise ValueError(
+                f"position_grid={self.position_grid}: has other axes than the grid "
+                f"{pooling_grid(grid, self.pooling)}; allowed: one size per axis, or empty; correct it"
             )
 
     def widths(self, embed_dim: int) -> tuple[int, ...]:
@@ -94,18 +120,12 @@ class Pyramid(nn.Module):
 
     def __init__(self, config: PyramidConfig, grid: Grid, embed_dim: int) -> None:
         super().__init__()
-        check_levels(grid, config.levels, config.pooling, config.pad)
-        widths, axes = config.widths(embed_dim), len(pooling_grid(grid, config.pooling))
-        if any(width != embed_dim for width in widths) and not config.projection:
-            raise ValueError(
-                f"projection=False: leaves widths {widths} inside the pyramid, not embed_dim={embed_dim}; "
-                f"allowed: projection=True or widths of {embed_dim}; change one of them"
-            )
-        if config.attention_heads:
-            _check_attention(config.attention_heads, widths[:-1], axes)
+        config.check(grid, embed_dim)
         self.config = config
         self.embed_dim = embed_dim
         self.grid = pooling_grid(grid, config.pooling)
+        self.reference = config.position_grid or self.grid
+        widths, axes = config.widths(embed_dim), len(self.grid)
         levels = config.levels
         learned = levels - 1 if config.pooling is Pooling.learned else 0
         self.cell_logits = nn.ParameterList(
@@ -145,7 +165,7 @@ class Pyramid(nn.Module):
             coarse = [self._finish(self._narrow(one, i), i) for i, one in enumerate(levels[1:], start=1)]
             return [scatter_to_canvas(finest, index, levels[0].grid), *coarse]
         levels = [self._narrow(one, level) for level, one in enumerate(levels)]
-        scale = tuple(size / now for size, now in zip(self.grid, levels[0].grid, strict=True))
+        scale = tuple(size / now for size, now in zip(self.reference, levels[0].grid, strict=True))
         for level in reversed(range(len(levels) - 1)):
             if len(self.top_down):
                 levels[level] = self._fuse(levels[level], levels[level + 1], level)

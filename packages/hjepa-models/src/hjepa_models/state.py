@@ -310,7 +310,16 @@ class HybridState(nn.Module):
 
         Returns:
             The states and both laws of every step.
+
+        Raises:
+            ValueError: for no step, or not one action for each embedding.
         """
+        if actions.shape[:2] != embeddings.shape[:2] or not actions.shape[1]:
+            raise ValueError(
+                f"actions and embeddings of shapes {tuple(actions.shape)} and {tuple(embeddings.shape)}: do not belong "
+                "to one sequence; allowed: [rows, steps, width], rows and steps alike, 1 step or more; give one action "
+                "for each embedding"
+            )
         start = self.initial(len(actions)) if state is None else state
         keys = self._keys(seed, _Stream.observe, len(actions), actions.device)
         h, z, posterior_logits = self._follow(start, actions, keys, self.training, embeddings)

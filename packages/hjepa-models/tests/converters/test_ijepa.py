@@ -214,6 +214,9 @@ def test_grids_that_are_not_square_need_their_size():
     images = torch.randn(1, 3, 8, 12, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"has no 6 patches of 4 x 4 pixels as encoder\.pos_embed"):
         from_ijepa(naive.checkpoint(), **KNOWN)
+    for size, message in ((8, "image_size=8: no sequence"), ((8,), "has 1 axes"), ((8, 13), "axis 1 has 13 pixels")):
+        with pytest.raises(ValueError, match=message):
+            from_ijepa(naive.checkpoint(), image_size=size, **KNOWN)
     model = from_ijepa(naive.checkpoint(), image_size=(8, 12), **KNOWN)
     torch.testing.assert_close(model.encoder(images), naive.encoder(images), atol=1e-10, rtol=1e-10)
 

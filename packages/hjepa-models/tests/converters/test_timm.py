@@ -152,11 +152,14 @@ def test_our_encoders_leave_with_their_tokens(device, class_token, mlp, position
         activation_checkpointing=True,
     )
     encoder = scatter(config.build()).to(device)
+    if position == "learned":
+        encoder.positions.table.requires_grad_(not class_token)  # a table that is fixed leaves, and comes back, fixed
     model = to_timm(encoder, class_token=class_token)
     assert model.has_class_token is class_token
     assert model.num_prefix_tokens == 3
     assert model.blocks[0].drop_path1.drop_prob == pytest.approx(0.2)
-    assert model.pos_embed.requires_grad is (position == "learned")
+    assert model.pos_embed.requires_grad is (position == "learned" and not class_token)
+    assert from_timm(model).positions.table.requires_grad is model.pos_embed.requires_grad
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if name != "pos_embed")
     images = torch.randn(2, 3, 12, 20, device=device)
     assert_same_tokens(encoder, model, images)

@@ -36,6 +36,8 @@ def test_drop_path_follows_its_schedule(schedule, expected):
     rates = [block.drop1.drop_prob if isinstance(block.drop1, DropPath) else 0.0 for block in stack.blocks]
     assert rates == pytest.approx(expected)
     assert [block.drop2.drop_prob for block in stack.blocks[1:]] == pytest.approx(expected[1:])
+    single = Transformer(16, 1, 2, **options, **OPTIONS)  # the only block is the last one
+    assert single.blocks[0].drop1.drop_prob == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("position", ["rope", "rope_mixed", "relative"])

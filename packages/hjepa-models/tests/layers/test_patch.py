@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -43,6 +44,19 @@ def test_overlap_stem_gives_one_token_a_patch(device, patch):
     grid = (3,) * len(patch)
     images = torch.randn(2, 3, *(3 * side for side in patch), device=device)
     assert stem(images, None, grid).shape == (2, 3 ** len(patch), 16)
+
+
+@pytest.mark.parametrize(("patch", "channels"), [(3, (4, 8)), (6, (4, 8)), (12, (4, 8)), (12, (4,)), (16, (4, 8))])
+def test_overlap_stem_sees_all_of_its_patch(device, patch, channels):
+    """Each pixel of a patch reaches its token, and no more of other patches than stages with a kernel of 3 can see."""
+    stem = OverlapStem(1, (patch,), 8, channels).to(device)
+    images = torch.randn(1, 1, 5 * patch, device=device, requires_grad=True)
+    stem(images, None, (5,))[0, 2].sum().backward()
+    seen = images.grad[0, 0].nonzero().flatten()
+    strides = [stride for (stride,) in stage_strides((patch,), len(channels))]
+    reach = sum(math.prod(strides[:stage]) for stage in range(len(channels)))
+    assert 2 * patch - reach <= seen.min() <= 2 * patch
+    assert 3 * patch - 1 <= seen.max() <= 3 * patch - 1 + reach
 
 
 def test_overlap_stem_sees_visible_neighbours_and_nothing_hidden(device):

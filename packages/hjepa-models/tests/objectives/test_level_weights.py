@@ -48,6 +48,8 @@ def test_ramps_in_steps_and_without_length():
         ({"momentum": -0.1}, "allowed: 0 <= momentum < 1"),
         ({"weights": (1.0, -1.0)}, "must not be negative"),
         ({"ramp_start": (0.0,)}, "one per level"),
+        ({"ramp_start": 0.1}, "ramp_start=0.1: no sequence"),
+        ({"weights": 1.0}, "weights=1.0: no sequence"),
         ({"ramp_start": (3, 3, 3), "ramp_end": (2, 4, 4)}, "a ramp ends before"),
         ({"kind": "curriculum"}, "set ramp_steps"),
     ],

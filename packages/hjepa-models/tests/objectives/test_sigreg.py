@@ -26,6 +26,12 @@ def naive(z, directions, knots, t_max):
     return total / directions.shape[1]
 
 
+@pytest.mark.parametrize("fields", [{"knots": 1}, {"num_directions": 0}, {"t_max": 0.0}])
+def test_nothing_to_integrate_is_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        sigreg(torch.randn(8, 4), 0, **fields)
+
+
 @pytest.mark.parametrize(("knots", "t_max"), [(17, 3.0), (9, 2.0)])
 def test_equals_a_naive_float64_loop(device, knots, t_max):
     z = 1.5 * torch.randn(7, 6, device=device) + 0.3

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hjepa_models._validation import coerce_choice
+from hjepa_models._validation import check_axes, coerce_choice
 from hjepa_models.config import Branch, HJEPAConfig, Targets
 from hjepa_models.converters._mapping import Slot, check_names, load_slots
 from hjepa_models.converters._released import (
@@ -20,7 +20,8 @@ from hjepa_models.converters._released import (
     read_parts,
     shape_of,
 )
-from hjepa_models.encoder import Encoder, EncoderConfig
+from hjepa_models.encoder import Encoder, EncoderConfig, check_image_size, tokens_per_axis
+from hjepa_models.grid import num_tokens
 from hjepa_models.hjepa import HJEPA
 from hjepa_models.layers.positions import Position
 from hjepa_models.objectives import LevelWeightsConfig, Objective
@@ -51,7 +52,8 @@ def from_ijepa(
 
     The model has one level and predicts each target block on its own; a token in several blocks is scored on the mean
     of its predictions, where the released code scores each. Position tables come from the checkpoint, whatever the
-    order of their axes, and stay fixed as they were: `requires_grad` is off. Left out is the state of the run: `opt`,
+    order of their axes, and stay fixed as they were: `requires_grad` is off (no file keeps that: a model that was saved
+    and loaded has it on). Left out is the state of the run: `opt`,
     `scaler`, `epoch`, `loss`, `batch_size`, `world_size`, `lr`.
 
     Args:
@@ -150,7 +152,8 @@ def _encoder_config(
     side = math.isqrt(count)
     if image_size is None:
         image_size = (side * patch[0], side * patch[1])
-    if image_size[0] // patch[0] * (image_size[1] // patch[1]) != count:
+    check_image_size("image_size", check_axes("image_size", image_size), tuple(patch))
+    if num_tokens(tokens_per_axis(image_size, tuple(patch))) != count:
         raise ValueError(
             f"image_size={image_size}: has no {count} patches of {patch[0]} x {patch[1]} pixels as {part}pos_embed; "
             f"allowed: H * W = {count * patch[0] * patch[1]}; give image_size"

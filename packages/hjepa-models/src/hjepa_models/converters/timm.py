@@ -36,8 +36,9 @@ def from_timm(model: nn.Module | str, *, pretrained: bool = True, drop: Collecti
 
     `forward` gives the patch tokens of `forward_features`, `encode` the prefix tokens as well. The class token becomes
     the first register, with its position added to it; register tokens follow. The position table becomes
-    `position=learned`; at other image sizes it is interpolated linearly, where timm may do so bicubically. LayerScale,
-    normalised queries and keys, DropPath, GELU and SwiGLU layers map as they are; maps without a bias get one of 0.
+    `position=learned`, without gradient where it had none; at other image sizes it is interpolated linearly, where timm
+    may do so bicubically. LayerScale, normalised queries and keys, DropPath, GELU and SwiGLU layers map as they are;
+    maps without a bias get one of 0.
 
     The classifier (`head`, `fc_norm`) is always left out: take it from the timm model where it is wanted. Attention
     pooling and dropout are refused unless `drop` names them.
@@ -80,6 +81,7 @@ def from_timm(model: nn.Module | str, *, pretrained: bool = True, drop: Collecti
     slots = _slots(config)
     check_names(source, state, slots, "use another model")
     load_slots(encoder, state, slots, source)
+    encoder.positions.table.requires_grad_(vit.pos_embed.requires_grad)
     return encoder.train(vit.training)
 
 
@@ -87,7 +89,7 @@ def to_timm(encoder: Encoder, *, class_token: bool = False) -> nn.Module:
     """Return an encoder as a `timm.models.VisionTransformer` whose tokens are the same, without a classifier.
 
     Register tokens come before the patches in both; they have no positions, which timm calls `no_embed_class`. Fixed
-    sin-cos positions leave as a table without gradient.
+    positions, sin-cos ones or a table without gradient, leave as a table without gradient.
 
     Args:
         encoder: with a linear stem, and learned or sin-cos positions, on images of two axes.
@@ -138,8 +140,7 @@ def to_timm(encoder: Encoder, *, class_token: bool = False) -> nn.Module:
             block.attn.q_norm.eps, block.attn.k_norm.eps = own.attn.query_norm.eps, own.attn.key_norm.eps
     model.set_grad_checkpointing(config.activation_checkpointing)
     model.load_state_dict(_write(encoder, class_token), assign=True)
-    if config.position is Position.sincos:
-        model.pos_embed.requires_grad_(False)
+    model.pos_embed.requires_grad_(config.position is Position.learned and encoder.positions.table.requires_grad)
     exported: nn.Module = model.train(encoder.training)
     return exported
 

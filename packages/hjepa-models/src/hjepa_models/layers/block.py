@@ -26,25 +26,39 @@ class DropPathSchedule(StrEnum):
 
 
 def drop_path_rates(rate: float, depth: int, schedule: DropPathSchedule) -> list[float]:
-    """Return the rate of each block: rising linearly from 0 to `rate`, or `rate` throughout.
+    """Return the rate of each block: rising linearly from 0 to `rate`, the last block's, or `rate` throughout.
 
     >>> drop_path_rates(0.2, 3, DropPathSchedule.linear)
     [0.0, 0.1, 0.2]
 
     Source: Huang et al., "Deep networks with stochastic depth", arXiv 1603.09382, section 3.
     """
-    if schedule is DropPathSchedule.constant:
+    if schedule is DropPathSchedule.constant or depth == 1:
         return [rate] * depth
-    return [rate * layer / max(depth - 1, 1) for layer in range(depth)]
+    return [rate * layer / (depth - 1) for layer in range(depth)]
+
+
+def hidden_width(kind: MlpKind, dim: int, ratio: float) -> int:
+    """Return the hidden units of a feed-forward layer; SwiGLU has 2/3 of them, so that both have as many parameters."""
+    hidden = int(dim * ratio)
+    return hidden * 2 // 3 if kind is MlpKind.swiglu else hidden
+
+
+def check_mlp(owner: str, kind: MlpKind, dim: int, ratio: float) -> None:
+    """Refuse a ratio that leaves a feed-forward layer without a hidden unit."""
+    if hidden_width(kind, dim, ratio) < 1:
+        raise ValueError(
+            f"{owner}.mlp_ratio={ratio}: leaves no hidden unit of {kind} at embed_dim={dim}; allowed: e.g. 4; raise it"
+        )
 
 
 def build_mlp(kind: MlpKind, dim: int, ratio: float) -> nn.Module:
-    """Return a feed-forward layer; SwiGLU takes 2/3 of the hidden width, so that both have as many parameters."""
+    """Return a feed-forward layer; hidden units of SwiGLU are rounded up to a multiple of 8."""
     from timm.layers import Mlp, SwiGLU  # takes seconds to import, and only a model that is built needs it
 
-    hidden = int(dim * ratio)
+    hidden = hidden_width(kind, dim, ratio)
     if kind is MlpKind.swiglu:
-        swiglu: nn.Module = SwiGLU(dim, hidden * 2 // 3, align_to=8)
+        swiglu: nn.Module = SwiGLU(dim, hidden, align_to=8)
         return swiglu
     mlp: nn.Module = Mlp(dim, hidden)
     return mlp

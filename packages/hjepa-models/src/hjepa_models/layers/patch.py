@@ -144,8 +144,8 @@ class OverlapStem(nn.Module):
         self.patch_size = patch_size
         self.stages, size = halving_stages(in_channels, patch_size, channels, norm)
         # What is left of a patch becomes one place: by a kernel of 3 where it is small, else by one that tiles it.
-        kernel = tuple(3 if n <= 2 else n for n in size)
-        self.stages.append(Stage((in_channels, *channels)[-1], embed_dim, kernel, size, norm, nn.Identity()))
+        kernel, padding = tuple(3 if n <= 2 else n for n in size), tuple(1 if n <= 2 else 0 for n in size)
+        self.stages.append(Stage((in_channels, *channels)[-1], embed_dim, kernel, size, padding, norm, nn.Identity()))
 
     def forward(
         self, images: Float[Tensor, "B C *S"], index: Int[Tensor, "B K"] | None, grid: Grid
@@ -164,9 +164,17 @@ class OverlapStem(nn.Module):
 class Stage(nn.Module):
     """A convolution, a norm and an activation."""
 
-    def __init__(self, width: int, out: int, kernel: Grid, stride: Grid, norm: StemNorm, activation: nn.Module) -> None:
+    def __init__(
+        self,
+        width: int,
+        out: int,
+        kernel: Grid,
+        stride: Grid,
+        padding: Grid,
+        norm: StemNorm,
+        activation: nn.Module,
+    ) -> None:
         super().__init__()
-        padding = tuple(n // 2 if n == 3 else 0 for n in kernel)
         convolution = CONVOLUTIONS[len(kernel)]
         self.conv = convolution(width, out, kernel, stride, padding, bias=norm is StemNorm.none)  # type: ignore[arg-type]
         self.norm = GlobalBatchNorm(out) if norm is StemNorm.batch else None
@@ -185,9 +193,9 @@ def halving_stages(
     in_channels: int, patch_size: Grid, channels: tuple[int, ...], norm: StemNorm
 ) -> tuple[nn.ModuleList, Grid]:
     """Return one stage per entry of `channels`, and the places per axis that they leave of a patch."""
-    stages, size, width = nn.ModuleList(), patch_size, in_channels
+    stages, size, width, axes = nn.ModuleList(), patch_size, in_channels, len(patch_size)
     for stride, out in zip(stage_strides(patch_size, len(channels)), channels, strict=True):
-        stages.append(Stage(width, out, (3,) * len(patch_size), stride, norm, nn.GELU()))
+        stages.append(Stage(width, out, (3,) * axes, stride, (1,) * axes, norm, nn.GELU()))
         size = tuple(n // s for n, s in zip(size, stride, strict=True))
         width = out
     return stages, size

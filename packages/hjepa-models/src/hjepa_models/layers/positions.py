@@ -161,15 +161,21 @@ class GridPositions(nn.Module):
     ) -> Float[Tensor, "#B K D"] | None:
         """Return what is added to the tokens at `index`, all of the grid for None; None for the other kinds."""
         if self.kind is Position.learned:
-            table: Tensor = self.table
-            if grid != self.reference:
-                with torch.autocast(device.type, enabled=False):
-                    table = resampling_matrix(grid, self.reference, device).to(table.dtype) @ table
+            table = self._table_on(grid, device)
         elif self.kind is Position.sincos:
             table = sincos_positions(grid_coordinates(grid, self.reference, device), self.embed_dim)
         else:
             return None
         return table.unsqueeze(0) if index is None else table[index]
+
+    def add(self, tokens: Float[Tensor, "B K D"], grid: Grid, index: Int[Tensor, "B K"] | None) -> Tensor:
+        """Return the tokens at `index`, all of the grid for None, with what is added to them."""
+        embedding = self.embedding(grid, index, tokens.device)
+        if embedding is None:
+            return tokens
+        # Under autocast the sum stays float32, as the residual stream does; a model in bfloat16 stays in bfloat16.
+        cast = torch.is_autocast_enabled(tokens.device.type)
+        return tokens + (embedding if cast else embedding.to(tokens.dtype))
 
     def places(
         self, grid: Grid, index: Int[Tensor, "B K"] | None, device: torch.device, prefix: int = 0
@@ -188,6 +194,15 @@ class GridPositions(nn.Module):
         angle = (legacy_angles if self.legacy else rotation_angles)(coordinates, self.head_dim, self.theta)
         return [Place(self._rotation(angle.unsqueeze(0), index, prefix))] * self.depth
 
+    def _table_on(self, grid: Grid, device: torch.device) -> Tensor:
+        """Return the table of a grid, interpolated where it is not the one that the weights are for."""
+        table: Tensor = self.table
+        if grid == self.reference:
+            return table
+        with torch.autocast(device.type, enabled=False):
+            resampled: Tensor = table_resampling(self.kind, grid, self.reference, device).to(table.dtype) @ table
+        return resampled
+
     def _rotation(self, angle: Float[Tensor, "H N F"], index: Int[Tensor, "B K"] | None, prefix: int) -> Rotation:
         cos, sin = angle.cos(), angle.sin()
         # The index picks tokens, [H, B, K, F] -> [B, H, K, F].
@@ -202,10 +217,7 @@ class GridPositions(nn.Module):
     ) -> Float[Tensor, "#B H K K"]:
         """Return the bias of each pair of tokens; tokens without a place have none."""
         offsets = offset_grid(grid)
-        table: Tensor = self.table
-        if grid != self.reference:
-            with torch.autocast(device.type, enabled=False):
-                table = offset_resampling(grid, self.reference, device).to(table.dtype) @ table
+        table = self._table_on(grid, device)
         # The flat number of a difference of positions is a difference of flat numbers on the grid of offsets.
         columns = grid_coordinates(grid, device=device).long().unbind(-1)
         flat = torch.stack([column * num_tokens(offsets[axis + 1 :]) for axis, column in enumerate(columns)]).sum(0)
@@ -218,6 +230,12 @@ class GridPositions(nn.Module):
 def offset_grid(grid: Grid) -> Grid:
     """Return how many differences of positions each axis has."""
     return tuple(2 * size - 1 for size in grid)
+
+
+def table_resampling(kind: Position, grid: Grid, reference: Grid, device: torch.device) -> Float[Tensor, "M N"]:
+    """Return the linear interpolation of a table of one of the `TABLES` from `reference` to `grid`."""
+    resampling = offset_resampling if kind is Position.relative else resampling_matrix
+    return resampling(grid, reference, device)
 
 
 def offset_resampling(grid: Grid, reference: Grid, device: torch.device) -> Float[Tensor, "M N"]:

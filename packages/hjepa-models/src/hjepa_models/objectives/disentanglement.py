@@ -39,7 +39,8 @@ def disentanglement(levels: Sequence[Canvas], eps: float = 1e-4) -> Float[Tensor
     """
     if len(levels) < 2:
         raise ValueError(f"levels: {len(levels)} given, nothing to compare; allowed: 2 or more; give more levels")
-    coarsest = min(levels, key=lambda level: num_tokens(level.grid))
+    sizes = [num_tokens(level.grid) for level in levels]
+    coarsest = levels[sizes.index(min(sizes))]
     pooled = [_pool_to(level, coarsest.grid) for level in levels]
     with torch.autocast(coarsest.values.device.type, enabled=False):
         weight = coarsest.weight.to(pooled[0].values.dtype).flatten()

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hjepa_models._validation import check_not_negative, check_positive, coerce_choice
+from hjepa_models._validation import as_tuple, check_not_negative, check_positive, coerce_choice
 from hjepa_models.distributed import all_reduce_mean
 
 
@@ -45,7 +45,7 @@ class LevelWeightsConfig:
     def __post_init__(self) -> None:
         """Coerce lists and names, and refuse what makes no sense."""
         self.kind = coerce_choice(LevelWeighting, "kind", self.kind)
-        self.weights = tuple(self.weights)
+        self.weights = as_tuple("weights", self.weights)
         check_positive(ramp_steps=self.ramp_steps)
         for weight in self.weights:
             check_not_negative(weights=weight)
@@ -60,7 +60,7 @@ class LevelWeightsConfig:
                 "ramp_steps=1: the default ramps of kind=curriculum are fractions of a run and would end at step 1; "
                 "allowed: the steps of the run; set ramp_steps, or ramp_start and ramp_end in steps"
             )
-        self.ramp_start, self.ramp_end = tuple(self.ramp_start), tuple(self.ramp_end)
+        self.ramp_start, self.ramp_end = (as_tuple(name, getattr(self, name)) for name in ("ramp_start", "ramp_end"))
         for name, ramp in (("ramp_start", self.ramp_start), ("ramp_end", self.ramp_end)):
             if ramp and len(ramp) != count:
                 raise ValueError(

@@ -8,8 +8,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hjepa_models._validation import check_positive
 from hjepa_models.distributed import all_reduce_mean, world_size
 from hjepa_models.random import uniform
+
+
+def check_knots(knots: int) -> None:
+    """Refuse a quadrature without an interval."""
+    if knots < 2:
+        raise ValueError(f"knots={knots}: no quadrature; allowed: 2 and more; use e.g. 17")
 
 
 def random_directions(
@@ -98,9 +105,14 @@ def sigreg(
     Returns:
         The statistic, about 1 for a standard normal sample of any size.
 
+    Raises:
+        ValueError: for no direction, fewer than 2 knots, or an end that is not above 0.
+
     Source:
         Balestriero and LeCun 2025 (LeJEPA, arXiv 2511.08544), section 4 (SIGReg with the Epps-Pulley test).
     """
+    check_positive(num_directions=num_directions, t_max=t_max)
+    check_knots(knots)
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         directions = random_directions(seed, z.shape[-1], num_directions, z.device).to(z.dtype)

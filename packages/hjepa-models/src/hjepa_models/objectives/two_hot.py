@@ -149,7 +149,8 @@ class TwoHotHead(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D n"]:
         """Return the logits of each channel's bins."""
-        out: Tensor = self.proj(tokens)
+        # Tokens of a canvas are float32, a model may be bfloat16.
+        out: Tensor = self.proj(tokens.to(self.proj.weight.dtype))
         return out.view(*tokens.shape, self.config.num_bins)
 
     def mean(self, logits: Float[Tensor, "B N D n"]) -> Float[Tensor, "B N D"]:
@@ -180,7 +181,7 @@ def _place(values: Tensor, bins: Tensor) -> tuple[Int[Tensor, "..."], Float[Tens
 
 
 def _check_bins(limit_field: str, limit: float, count_field: str, count: int) -> None:
-    if limit <= 0:
+    if not limit > 0:
         raise ValueError(f"{limit_field}={limit}: bins without width; allowed: > 0; use e.g. 3.0")
     if count < 3 or count % 2 == 0:
         raise ValueError(
