@@ -27,11 +27,20 @@ def test_sigreg_loss_is_the_published_sum(device):
     torch.testing.assert_close(level.loss(z, 7), 0.8 * spread + 0.2 * keep)
 
 
-def test_vicreg_loss_is_the_mean_over_pairs(device):
+@pytest.mark.parametrize("objective", list(GlobalObjective))
+def test_one_view_agrees_with_itself(device, objective):
+    level = GlobalConfig(**SMALL, objective=objective).build(16, device=device)
+    z = torch.randn(1, 20, 8, device=device)
+    terms = vicreg_loss(z[0], z[0]) if objective is GlobalObjective.vicreg else 0.05 * sigreg(z[0], 7, 32)
+    torch.testing.assert_close(level.loss(z, 7), terms)
+
+
+def test_vicreg_takes_invariance_from_pairs_and_the_rest_from_all_views(device):
     level = GlobalConfig(**SMALL, objective="vicreg").build(16, device=device)
-    z = torch.randn(3, 20, 8, device=device)
-    pairs = [vicreg_loss(z[a], z[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
-    torch.testing.assert_close(level.loss(z, 0), torch.stack(pairs).mean())
+    z = 0.5 * torch.randn(3, 20, 8, device=device)
+    pairs = torch.stack([(z[a] - z[b]).square().mean() for a, b in ((0, 1), (0, 2), (1, 2))])
+    rest = vicreg_loss(z.flatten(0, 1), z.flatten(0, 1))
+    torch.testing.assert_close(level.loss(z, 0), 25 * pairs.mean() + rest)
 
 
 def test_equal_collapsed_views_agree_but_are_punished(device):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hjepa_models._validation import check_not_negative, check_positive, coerce_choice
 from hjepa_models.initialization import construct, initialize
 from hjepa_models.layers.norm import GlobalBatchNorm
-from hjepa_models.objectives.sigreg import sigreg
+from hjepa_models.objectives.sigreg import check_knots, sigreg
 from hjepa_models.objectives.vicreg import vicreg_terms
 
 
@@ -76,8 +76,7 @@ class GlobalConfig:
         )
         if not 0 <= self.sigreg_lambda <= 1:
             raise ValueError(f"sigreg_lambda={self.sigreg_lambda}: not a share; allowed: 0 to 1; use e.g. 0.05")
-        if self.knots < 2:
-            raise ValueError(f"knots={self.knots}: no quadrature; allowed: 2 and more; use e.g. 17")
+        check_knots(self.knots)
 
     def build(self, embed_dim: int, *, seed: int = 0, device: torch.device | str | None = None) -> "GlobalLevel":
         """Return the level for encoder tokens of width `embed_dim`, its weights drawn from `seed`."""
@@ -116,7 +115,8 @@ class GlobalLevel(nn.Module):
         r"""Return the global term.
 
         SIGReg: $(1-\lambda)\,\frac1V\sum_v \|z_v - \bar z\|^2 / P + \lambda\,\frac1V\sum_v \mathrm{SIGReg}(z_v)$.
-        VICReg: the loss of each pair of views, averaged over pairs.
+        VICReg: the invariance of each pair of views, averaged over pairs; variance and covariance of all views' rows
+        together, which are draws of one law: more rows than one view has say more about its covariance.
 
         Args:
             z: projected embeddings of each view.
@@ -136,12 +136,10 @@ class GlobalLevel(nn.Module):
             keep = sigreg(z, step, config.num_directions, config.knots)
             return (1 - config.sigreg_lambda) * spread + config.sigreg_lambda * keep
         views = len(z)
-        pair_difference = spread * (2 * views / (views - 1))
-        terms = [vicreg_terms(view) for view in z]
-        variance = torch.stack([term.variance for term in terms]).mean()
-        covariance = torch.stack([term.covariance for term in terms]).mean()
+        pair_difference = spread * (2 * views / max(views - 1, 1))  # 0 for one view, which has no pair
+        terms = vicreg_terms(z.flatten(0, 1))
         return (
             config.vicreg_invariance * pair_difference
-            + 2 * config.vicreg_variance * variance
-            + 2 * config.vicreg_covariance * covariance
+            + 2 * config.vicreg_variance * terms.variance
+            + 2 * config.vicreg_covariance * terms.covariance
         )

@@ -64,6 +64,7 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "patches_batch_weighted": lambda a, b, weight: patch_discrimination(a, b, 0.5, "batch", weight),
     "disentanglement": levels,
     "vicreg": lambda a, b, weight: vicreg_loss(0.3 * a.mean(1), 0.3 * b.mean(1)),
+    "vicreg_wide": lambda a, b, weight: vicreg_loss(0.3 * a.flatten(1), 0.3 * b.flatten(1)),
     "vicreg_weighted": weighted_vicreg,
     "cjepa": lambda a, b, weight: cjepa_loss(a, b, weight, vicreg_weight=0.5),
     "sigreg": lambda a, b, weight: sigreg(torch.stack([a.mean(1), b.mean(1)]), 7, 32),

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hjepa_models._validation import coerce_choice
-from hjepa_models.distributed import all_reduce_mean, world_size
+from hjepa_models.distributed import all_gather_rows, all_reduce_mean, world_size
 
 
 class VICRegTerms(NamedTuple):
@@ -54,11 +54,13 @@ def vicreg_terms(
     """
     with torch.autocast(z.device.type, enabled=False):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        covariance = _covariance(z) if weight is None else _weighted_covariance(z, weight.to(z.dtype))
-        diagonal = covariance.diagonal()
+        if weight is None:
+            diagonal, squares = _covariance(z)
+        else:
+            covariance = _weighted_covariance(z, weight.to(z.dtype))
+            diagonal, squares = covariance.diagonal(), covariance.square().sum()
         variance = torch.relu(gamma - (diagonal + eps).sqrt()).mean()
-        width = z.shape[1]
-        return VICRegTerms(variance, (covariance.square().sum() - diagonal.square().sum()) / width)
+        return VICRegTerms(variance, (squares - diagonal.square().sum()) / z.shape[1])
 
 
 def vicreg_loss(
@@ -110,11 +112,18 @@ def vicreg_loss(
     )
 
 
-def _covariance(z: Float[Tensor, "n D"]) -> Float[Tensor, "D D"]:
+def _covariance(z: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:
+    """Return the diagonal of the covariance and the sum of the squares of all its entries."""
     rows = len(z) * world_size()
     centred = z - all_reduce_mean(z.mean(0))
     # One row has no covariance: 0 and no division by it.
-    return all_reduce_mean(centred.T @ centred / len(z)) * (rows / max(rows - 1, 1))
+    degrees = max(rows - 1, 1)
+    if rows < z.shape[1]:
+        # Z^T Z and Z Z^T have the same sum of squares, and the second is the smaller one.
+        everyone = all_gather_rows(centred)
+        return everyone.square().sum(0) / degrees, (everyone @ everyone.T / degrees).square().sum()
+    covariance = all_reduce_mean(centred.T @ centred / len(z)) * (rows / degrees)
+    return covariance.diagonal(), covariance.square().sum()
 
 
 def _weighted_covariance(z: Float[Tensor, "n D"], weight: Float[Tensor, " n"]) -> Float[Tensor, "D D"]:
