@@ -1,5 +1,6 @@
 """A machine that breaks is one line, and no bug is taken for it."""
 
+import re
 import socket
 from datetime import timedelta
 
@@ -27,6 +28,18 @@ def test_a_rank_that_is_gone_is_one_line():
     said = broken_machine(caught.value)
     assert "another process of the run is gone" in said
     assert "\n" not in said
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_is_one_line(tmp_path, monkeypatch):
+    from torch._inductor import config, exc
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with config.patch({"cpp.cxx": (None, "/nowhere/g++")}), pytest.raises(exc.InductorError) as caught:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
+    failure = judge(caught.value)
+    assert failure.code == 1
+    assert re.fullmatch(r"trainer.compile=true: No working C\+\+ compiler found; install one .*", failure.line)
 
 
 def test_an_error_of_the_program_is_none_of_these():

@@ -99,3 +99,22 @@ def test_the_seed_is_that_of_dropped_paths_too(pretrain, tiny, tmp_path, capsys,
     for name in "ab":
         assert pretrain.here(capsys, f"run.dir={tmp_path}/{name}", *tiny, *words).code == 0
     assert read_losses(tmp_path / "a") == read_losses(tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_again_go_back_to_their_folder(
+    pretrain, tiny, tmp_path, capsys, monkeypatch, read_losses
+):
+    agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "RANK": "0", "WORLD_SIZE": "1"}
+    monkeypatch.chdir(tmp_path)
+    for life, steps in enumerate((1, 3)):
+        environment = {**place, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(life)}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("hjepa_pretrain.run.time.time", lambda life=life: 1.8e9 + 60 * life)
+        words = ("recipe=hjepa", "eval.at_end=false", f"run.steps={steps}")
+        done = pretrain.here(capsys, *tiny, *words)
+        assert done.code == 0, done.err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert [step for step, _ in read_losses(folder)] == [1, 2, 3]

@@ -1,11 +1,13 @@
 """Blocks that run again in the backward pass, and compiled steps, train like plain ones."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
 
 from hjepa_train import ParallelConfig, Trainer, TrainerConfig
-from hjepa_train.graph import compile_module, recompute_activations
+from hjepa_train.graph import CompileMode, compile_module, multiply_in_fp8, recompute_activations
 from hjepa_train.testing import ArithmeticStream, ToyBlock, ToyModule
 
 
@@ -19,10 +21,10 @@ class CompiledToy(ToyModule):
         self.online.compile(**options)
 
 
-def weights(device, module, **fields):
+def weights(device, module, width=8, **fields):
     parallel = ParallelConfig(device=device.type)
     config = TrainerConfig(steps=4, precision="fp32", parallel=parallel, **fields)
-    trainer = Trainer(module, ArithmeticStream(), config, blocks=[ToyBlock])
+    trainer = Trainer(module, ArithmeticStream(width=width), config, blocks=[ToyBlock])
     trainer.fit()
     return {name.replace("._orig_mod", ""): value for name, value in trainer.module.state_dict().items()}
 
@@ -77,3 +79,59 @@ def test_a_module_compiles_its_own_step_and_fsdp_its_blocks():
     plain = nn.Linear(2, 2)
     compile_module(plain, [], whole=True, backend="eager")
     assert plain._compiled_call_impl is not None
+
+
+def test_an_unknown_backend_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^compile_backend=inducto: .*allowed: .*inductor.*aot_eager") as caught:
+        compile_module(CompiledToy(), [], whole=True, backend="inducto")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cpu_says_that_it_compiles_for_minutes(caplog):
+    with caplog.at_level(logging.INFO):
+        for backend in ("inductor", "aot_eager"):
+            parallel = ParallelConfig(device="cpu")
+            config = TrainerConfig(steps=1, compile=True, compile_backend=backend, parallel=parallel)
+            Trainer(ToyModule(), ArithmeticStream(), config)
+    assert len([record for record in caplog.records if "C++ compiler" in record.message]) == 1
+
+
+def test_a_mode_reaches_the_compiler_and_graphs_want_one_pass():
+    module = CompiledToy()
+    compile_module(module, [], whole=True, backend="inductor", mode=CompileMode.reduce_overhead)
+    assert module.options == {"backend": "inductor", "mode": "reduce-overhead"}
+    for fields in ({"accumulate": 2}, {"parallel": ParallelConfig(kind="ddp", device="cpu")}):
+        with pytest.raises(ValueError, match=r"compile_mode=reduce_overhead: .*accumulate=1 and parallel=single"):
+            TrainerConfig(steps=1, compile_mode="reduce_overhead", **fields)
+
+
+@pytest.mark.slow
+def test_products_of_8_bits_train_nearly_alike_and_leave_the_state_as_it_is():
+    pytest.importorskip("torchao")
+    cpu = torch.device("cpu")
+    start = ToyModule(width=16).state_dict()
+    plain, rough = (weights(cpu, ToyModule(width=16), width=16, fp8=fp8) for fp8 in (False, True))
+    assert plain.keys() == rough.keys()
+    apart = torch.cat([(rough[name] - plain[name]).flatten() for name in plain]).norm()
+    moved = torch.cat([(plain[name] - start[name]).flatten() for name in plain]).norm()
+    assert 0 < apart < 0.5 * moved
+
+
+@pytest.mark.slow
+def test_products_of_8_bits_have_the_error_of_their_format():
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    module, x = ToyModule(width=32), torch.randn(64, 32)
+    exact = module.online[0].expand(x)
+    multiply_in_fp8(module, [ToyBlock])
+    error = (module.online[0].expand(x) - exact).norm() / exact.norm()
+    assert 0.005 < error < 0.05  # 3 bits of mantissa, twice: 2 ** -4 at most, a quarter of it on average
+    assert type(module.target[0].expand) is type(module.online[0].expand) is not nn.Linear
+    with pytest.raises(ValueError, match=r"fp8=true: .*16 divides"):
+        multiply_in_fp8(ToyModule(width=6), [ToyBlock])
+
+
+def test_products_of_8_bits_need_a_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"fp8=true: .*pip install 'hjepa-train\[fp8\]'"):
+        multiply_in_fp8(ToyModule(), [ToyBlock])

@@ -106,6 +106,23 @@ def test_accumulation_averages_gradients_once_a_step(kind, name, runs):
 
 
 @pytest.mark.distributed
+def test_weights_that_stay_gathered_are_sent_less_often(runs):
+    root, _, outcomes = runs
+    assert_same_weights(root / "fsdp" / "kept", root / "single" / "plain")
+    assert 0 < outcomes["kept gathers"] < outcomes["freed gathers"]
+
+
+@pytest.mark.distributed
+def test_what_is_sent_in_half_precision_is_rounded_and_what_is_kept_is_not(runs):
+    root, *_ = runs
+    half, plain = weights(root / "fsdp" / "half"), weights(root / "single" / "plain")
+    assert {name: tensor.dtype for name, tensor in half.items()} == {name: t.dtype for name, t in plain.items()}
+    assert_same_weights(root / "fsdp" / "half", root / "single" / "plain", tolerance=0.03)
+    apart = max(float((half[name] - plain[name]).abs().max()) for name in plain if name.startswith("model/"))
+    assert apart > 1e-4, "nothing was rounded"
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_and_the_run_resumes(kind, runs):
     root, _, outcomes = runs
@@ -151,6 +168,17 @@ def test_one_process_needs_no_group(device, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="parallel=single: torchrun started 2 processes; use parallel=ddp"):
         init_world(ParallelConfig(device=device.type))
+
+
+def test_what_torchrun_starts_again_remembers_what_was_first(monkeypatch):
+    assert [World().first("run", value) for value in (1, 2)] == [1, 2]
+    agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert [World().first("run", value) for value in (3, 4)] == [3, 3]
+    assert World().first("other", 5) == 5
 
 
 def test_a_world_is_a_cpu_by_default():

@@ -67,22 +67,25 @@ def step_cost_of(config: PretrainConfig) -> StepCost:
 def table(plans: dict[str, Plan], config: PretrainConfig) -> Table:
     """Return a row for each figure, a column for each model."""
     limit = config.plan.machine.memory_gib
-    grid = Table("per rank", *plans, box=SIMPLE_HEAD, title=f"{config.parallel} on {config.plan.world_size} ranks")
-    for column in grid.columns[1:]:
-        column.justify = "right"
+    title = f"{config.parallel} on {config.plan.world_size} ranks"
+    grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for number, name in enumerate(("per rank", *plans)):
+        grid.add_column(name, justify="right" if number else "left", no_wrap=True)
     each = list(plans.values())
-    grid.add_row("parameters, trained", *(f"{p.parameters / 1e6:,.0f} M, {p.trained / 1e6:,.0f} M" for p in each))
+    grid.add_row("parameters", *(f"{p.parameters / 1e6:,.0f} M" for p in each))
+    grid.add_row("of them trained", *(f"{p.trained / 1e6:,.0f} M" for p in each))
     for label, name in (
-        ("parameters", "parameter_bytes"), ("gradients", "gradient_bytes"), ("optimizer", "optimizer_bytes"),
-        ("activations", "activation_bytes"), ("activations at the peak", "working_bytes"),
+        ("weights", "parameter_bytes"), ("gradients", "gradient_bytes"), ("optimizer", "optimizer_bytes"),
+        ("activations", "activation_bytes"), ("at the peak", "working_bytes"),
         ("gathered blocks", "gathered_bytes"), ("memory", "memory_bytes"),
     ):  # fmt: skip
         grid.add_row(label, *(f"{getattr(p, name) / 2**30:,.2f} GiB" for p in each))
     grid.add_row(f"of {limit:g} GiB", *(f"{p.memory_bytes / 2**30 / limit:.0%}" for p in each))
     grid.add_row("sent a step", *(f"{p.sent_bytes / 1e9:,.3f} GB" for p in each))
     grid.add_row("arithmetic a step", *(f"{p.flops / 1e12:,.2f} TFLOP" for p in each))
-    parts = (f"{p.seconds * 1e3:,.1f} ms = {p.compute_seconds * 1e3:,.1f} + {p.send_seconds * 1e3:,.1f}" for p in each)
-    grid.add_row("step = compute + send", *parts)
+    grid.add_row("step", *(f"{p.seconds * 1e3:,.1f} ms" for p in each))
+    grid.add_row("  compute", *(f"{p.compute_seconds * 1e3:,.1f} ms" for p in each))
+    grid.add_row("  send", *(f"{p.send_seconds * 1e3:,.1f} ms" for p in each))
     grid.add_row("images/s, all ranks", *(f"{config.data.batch_size / p.seconds:,.0f}" for p in each))
     return grid
 

@@ -1,5 +1,6 @@
 """What ended a run, as an exit code and one line: wrong input, training that went wrong, machines that broke."""
 
+import re
 import traceback
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from hjepa_data import WorkerError
 from hjepa_pretrain.run import OtherRankError
 from hjepa_train import EXIT_ERROR, EXIT_UNSTABLE, EXIT_WRONG_INPUT, TrainingError, UnstableError
 
+# What torch's CPU back end and Triton say.
+_NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")
 _AGAIN = "start the same command again: it goes on from the last checkpoint"
 
 
@@ -68,6 +71,9 @@ def broken_machine(error: BaseException) -> str | None:
         return f"out of memory ({said}); lower the model, data.batch_size, data.workers or data.cache_mib"
     if isinstance(error, torch.AcceleratorError):
         return f"the accelerator failed ({said}); {_AGAIN}, on another machine if it fails again"
+    missing = _NO_COMPILER.search(str(error))
+    if isinstance(error, RuntimeError) and missing:
+        return f"trainer.compile=true: {missing[0]}; install one (CXX or CC name it), or trainer.compile=false"
     if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         return f"another process of the run is gone ({said}); its own lines say why, if it had time to; {_AGAIN}"
     return None

@@ -206,7 +206,8 @@ def _prepare(
     torch.manual_seed(config.run.seed * world.size + world.rank)
     task = build_task(config)
     stream = _stream(config, sources, world)
-    stamp = world.from_main(int(time.time()))
+    # Processes that torchrun starts again go back to the folder of the first ones.
+    stamp = world.first("run", int(time.time()))
     folder = _together(world, lambda: _folder(config, plain, stamp))
     callbacks = _together(world, lambda: _callbacks(config, plain, sources, folder, console, started))
     trainer = Trainer(

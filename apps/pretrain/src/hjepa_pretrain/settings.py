@@ -36,8 +36,8 @@ CHANGEABLE = (
     "data.cache_mib", "data.decode", "data.max_skipped_fraction", "data.unreadable", "checkpoint.",
     "eval.", "monitor.", "profile", "profiler.", "trainer.log_every",
     "trainer.learning_rate.", "trainer.weight_decay.", "trainer.precision", "trainer.guard.", "trainer.check_every",
-    "trainer.accumulate", "trainer.recompute", "trainer.compile", "trainer.parallel.fsdp.", "loggers", "logger.",
-    "early_stop", "plan.",
+    "trainer.accumulate", "trainer.recompute", "trainer.compile", "trainer.fp8", "trainer.parallel.fsdp.",
+    "loggers", "logger.", "early_stop", "plan.",
 )  # fmt: skip
 DERIVED = {
     "trainer.steps": "run.steps",

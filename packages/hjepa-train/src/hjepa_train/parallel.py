@@ -128,6 +128,16 @@ class World:
         dist.broadcast(shared, src=0, group=self.group)
         return int(shared.item())
 
+    def first(self, name: str, value: int) -> int:
+        """Return the integer that the main rank gave when it was asked first, before torchrun started it again.
+
+        Args:
+            name: Of what is remembered; by torchrun's agent, where there is one, as long as that lives.
+            value: The main rank's.
+        """
+        store = _agent_store() if self.is_main else None
+        return self.from_main(value if store is None else int(store.compare_set(f"first/{name}", "", str(value))))
+
     def gather(self, tensor: Tensor) -> Tensor:
         """Concatenate tensors of equal shape over ranks along their first axis."""
         if self.size == 1:
@@ -174,17 +184,24 @@ def init_world(config: ParallelConfig | None = None, *, init_method: str | None 
 
 
 def _join(backend: str, init_method: str | None, rank: int, size: int) -> None:
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if init_method is not None or life is None:
+    shared = None if init_method is not None else _agent_store()
+    if shared is None:
         dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
         return
-    # The agent's store outlives its workers: without names of their own, workers that torchrun starts again find the
-    # addresses of those that died, and wait for them.
+    # Without names of their own, workers that torchrun starts again find the addresses of those that died, and wait
+    # for them.
+    store = dist.PrefixStore(f"life-{os.environ['TORCHELASTIC_RESTART_COUNT']}", shared)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
+def _agent_store() -> dist.Store | None:
+    """Return the store of torchrun's agent, which outlives the workers that it starts; None without an agent."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
     from torch.distributed.rendezvous import rendezvous
 
-    shared, rank, size = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"life-{life}", shared)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    store: dist.Store = next(rendezvous("env://"))[0]
+    return store
 
 
 def leave_world() -> None:

@@ -18,7 +18,7 @@ from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
 from hjepa_train.checkpoint.state import generator_states, model_shapes, restore, run_tensors
 from hjepa_train.ema import EMA
 from hjepa_train.errors import CheckpointError, TrainingError, choice, one_line
-from hjepa_train.graph import compile_module, recompute_activations
+from hjepa_train.graph import CompileMode, compile_module, multiply_in_fp8, recompute_activations
 from hjepa_train.guard import Guard, GuardConfig, step_unless
 from hjepa_train.optim import OptimizerConfig, OptimizerKind, set_rates
 from hjepa_train.outcome import Outcome
@@ -31,6 +31,11 @@ from hjepa_train.signals import StopSignals
 from hjepa_train.throughput import Throughput
 
 logger = logging.getLogger(__name__)
+
+_CPU_COMPILES = (
+    "compile=true on a CPU: the first step of each kind (with or without masks, another level, ...) waits for the C++ "
+    "compiler, some minutes on two cores; later runs of the same model find its work in a cache"
+)
 
 
 def _cosine_rate() -> ScheduleConfig:
@@ -70,9 +75,13 @@ class TrainerConfig:
     recompute: tuple[str, ...] = ()
     """Classes of blocks that run again in the backward pass instead of keeping their activations, e.g. `[Block]`."""
     compile: bool = False
-    """Compile the step, or under FSDP each block; the first step then takes up to a minute."""
+    """Compile the step, or under FSDP each block; the first step then takes up to a minute, on a few CPU cores more."""
     compile_backend: str = "inductor"
     """Of `torch.compile`; `aot_eager` compiles without generating code."""
+    compile_mode: CompileMode = CompileMode.default
+    """`reduce_overhead` replays CUDA graphs (one process, no accumulation); `max_autotune` also tries more kernels."""
+    fp8: bool = False
+    """Linear maps of blocks multiply in 8-bit floats, by torchao; Ada, Hopper and newer GPUs, to be compiled."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -87,11 +96,18 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         self.precision = choice(Precision, "precision", self.precision)
+        self.compile_mode = choice(CompileMode, "compile_mode", self.compile_mode)
         self.recompute = tuple(self.recompute)
         for name in ("steps", "accumulate", "log_every", "check_every", "samples_per_step", "samples_per_epoch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: too small; allowed: 1 and more")
+        graphs = self.compile_mode is not CompileMode.default
+        if graphs and (self.accumulate > 1 or self.parallel.kind is not ParallelKind.single):
+            raise ValueError(
+                f"compile_mode={self.compile_mode}: CUDA graphs write each gradient to one place; allowed: "
+                "default, or accumulate=1 and parallel=single"
+            )
         whole_matrices = (OptimizerKind.muon, OptimizerKind.lars)
         if self.optimizer.kind in whole_matrices and self.parallel.kind is ParallelKind.fsdp:
             raise ValueError(
@@ -160,9 +176,14 @@ class Trainer:
         self.stream = stream
         self.module = module.to(self.world.device)
         recompute_activations(self.module, config.recompute)
+        if config.fp8:
+            multiply_in_fp8(self.module, blocks)
         if config.compile:
             one_graph = config.parallel.kind is not ParallelKind.fsdp
-            compile_module(self.module, blocks, whole=one_graph, backend=config.compile_backend)
+            mode = config.compile_mode
+            compile_module(self.module, blocks, whole=one_graph, backend=config.compile_backend, mode=mode)
+            if self.world.is_main and self.world.device.type == "cpu" and config.compile_backend == "inductor":
+                logger.info(_CPU_COMPILES)
         self.model = wrap(self.module, config.parallel, self.world, blocks)
         self.optimizer = config.optimizer.build(self.module)
         self.ema = EMA(self.module.ema_pairs()) if isinstance(self.module, HasEMA) else None

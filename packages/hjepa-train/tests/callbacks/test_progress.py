@@ -6,9 +6,8 @@ import threading
 
 from rich.console import Console
 
-from hjepa_train import (
-    ProgressBar,
-)
+from hjepa_train import Callback, ProgressBar
+from hjepa_train.callbacks import progress
 
 
 def test_plain_lines_where_there_is_no_terminal(train):
@@ -19,6 +18,27 @@ def test_plain_lines_where_there_is_no_terminal(train):
     assert lines[-1].startswith("step 6/6  loss ")
     assert "images/s" in lines[-1]
     assert lines[-1].endswith("0:00 left")
+
+
+class Clock(Callback):
+    """Lets the first step take 100 seconds and the others one."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def on_step_end(self, trainer, result):
+        self.now += 100.0 if trainer.step == 1 else 1.0
+
+    def monotonic(self):
+        return self.now
+
+
+def test_the_time_left_is_not_that_of_first_steps(train, monkeypatch):
+    clock, output = Clock(), io.StringIO()
+    monkeypatch.setattr(progress, "time", clock)
+    train([clock, ProgressBar(every_seconds=0.0, console=Console(file=output))])
+    left = [line.split()[-2] for line in output.getvalue().splitlines()]
+    assert left == ["8:20", "0:04", "0:02", "0:00"]
 
 
 def test_a_bar_on_a_terminal(train):

@@ -13,6 +13,7 @@ from hjepa_train import (
     Callback,
     CheckpointConfig,
     CollapseMonitor,
+    FSDPConfig,
     MetricsLog,
     MonitorConfig,
     OptimizerConfig,
@@ -31,6 +32,12 @@ CASES = {
     "late": {"late_step": 3},
     "skipped": {"bad_step": 2},
     "undone": {"bad_step": 2, "deferred": True},
+}
+
+FSDP_CASES = {
+    "freed": {},
+    "kept": {"reshard_after_forward": False},
+    "half": {"param_dtype": "bf16", "reduce_dtype": "bf16"},
 }
 
 
@@ -83,15 +90,15 @@ def train(case, parallel, world, folder, callbacks=(), steps=5):
     return trainer.fit()
 
 
-def reductions(parallel, world, accumulate):
-    """Count what is sent to average gradients (and flags) in two steps."""
+def sent(parallel, world, kind, accumulate=1):
+    """Count what is sent in two steps: to average gradients (and flags), `reduce`, or to gather weights, `gather`."""
     config = TrainerConfig(steps=2, accumulate=accumulate, precision="fp32", parallel=parallel)
     stream = ArithmeticStream(rank=world.rank, size=world.size)
     trainer = Trainer(ToyModule(), stream, config, world=world, blocks=[ToyBlock])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         trainer.fit()
     counts = {event.key: event.count for event in profile.key_averages() if event.key.startswith("c10d::")}
-    return {name: count for name, count in counts.items() if "reduce" in name}
+    return {name: count for name, count in counts.items() if kind in name}
 
 
 def main():
@@ -105,7 +112,11 @@ def main():
         stopped = train({}, parallel, world, root / kind / "stopped", [StopRankOne()])
         resumed = train({}, parallel, world, root / kind / "stopped")
         outcomes[kind] = [stopped, resumed]
-        outcomes[f"{kind} reductions"] = [reductions(parallel, world, accumulate) for accumulate in (1, 4)]
+        outcomes[f"{kind} reductions"] = [sent(parallel, world, "reduce", count) for count in (1, 4)]
+    for name, fields in FSDP_CASES.items():
+        parallel = ParallelConfig(kind="fsdp", device="cpu", fsdp=FSDPConfig(**fields))
+        train({}, parallel, world, root / "fsdp" / name)
+        outcomes[f"{name} gathers"] = sum(sent(parallel, world, "gather").values())
     if world.is_main:
         print(json.dumps(outcomes))
     leave_world()

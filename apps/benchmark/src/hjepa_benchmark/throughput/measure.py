@@ -216,6 +216,8 @@ def _about(config: PretrainConfig) -> dict[str, object]:
         "image_size": list(config.data.image_size),
         "precision": str(config.trainer.precision),
         "compiled": config.trainer.compile,
+        "compile_mode": str(config.trainer.compile_mode),
+        "fp8": config.trainer.fp8,
         "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from hjepa_benchmark.throughput.clock import milliseconds
 from hjepa_data import Batch, normalize
-from hjepa_models import HJEPA
+from hjepa_models import HJEPA, Block
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.task import build_task
 from hjepa_train import EMA
-from hjepa_train.graph import recompute_activations
+from hjepa_train.graph import compile_module, multiply_in_fp8, recompute_activations
 from hjepa_train.precision import autocast
 
 REST, UPDATE, EMA_PART = "predictor, pyramid, losses", "optimizer", "EMA"
@@ -42,9 +42,12 @@ class TrainingStep:
         recompute_activations(self.task, self.config.trainer.recompute)
 
     def compile(self) -> None:
-        """Compile as the trainer does, where the run says so."""
-        if self.config.trainer.compile:
-            self.task.compile_step(backend=self.config.trainer.compile_backend)
+        """Multiply in 8 bits and compile as the trainer does, where the run says so."""
+        trainer = self.config.trainer
+        if trainer.fp8:
+            multiply_in_fp8(self.task, (Block,))
+        if trainer.compile:
+            compile_module(self.task, (Block,), whole=True, backend=trainer.compile_backend, mode=trainer.compile_mode)
 
     def __call__(self, number: int) -> None:
         """Do one step; of `every` steps in turn, one has the masked term."""

@@ -28,13 +28,13 @@ class ProgressBar(Callback):
         self.every_seconds = every_seconds
         self.console = Console(stderr=True) if console is None else console
         self._bar: tuple[Progress, TaskID] | None = None
-        self._began = (0.0, 0)
+        self._began = self._warm = (0.0, 0)
         self._written = 0.0
         self._facts = ""
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Start the clock and the bar."""
-        self._began = (time.monotonic(), trainer.step)
+        self._began = self._warm = (time.monotonic(), trainer.step)
         self._written = self._began[0]
         if trainer.world.is_main and self.console.is_terminal:
             columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
@@ -56,6 +56,9 @@ class ProgressBar(Callback):
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Move the bar."""
+        if trainer.step == self._began[1] + 1:
+            # The first step also starts loaders and compilers: it tells little of those to come.
+            self._warm = (time.monotonic(), trainer.step)
         if self._bar is not None:
             bar, task = self._bar
             bar.update(task, completed=trainer.step, description=self._facts)
@@ -69,7 +72,7 @@ class ProgressBar(Callback):
             self._bar = None
 
     def _left(self, trainer: Trainer) -> str:
-        began, first = self._began
+        began, first = self._warm if trainer.step > self._warm[1] else self._began
         seconds = (time.monotonic() - began) / max(1, trainer.step - first) * (trainer.config.steps - trainer.step)
         return duration(seconds)
 
