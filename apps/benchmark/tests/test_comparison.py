@@ -1,10 +1,13 @@
 """Runs side by side."""
 
 import json
+from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
+from hjepa_benchmark import charts
 from hjepa_benchmark.cli import main
 from hjepa_benchmark.comparison.compare import (
     Candidate,
@@ -17,25 +20,28 @@ from hjepa_benchmark.comparison.compare import (
 )
 from hjepa_benchmark.comparison.run import _missing, _notes
 from hjepa_benchmark.comparison.sweep import combinations
+from hjepa_benchmark.suite.report import error_panels
 from hjepa_eval import FeatureName, Measurement, Results
 from hjepa_pretrain.cli import main as pretrain
 
 NAME = FeatureName(branch="target", level="encoder", pooling="mean")
 
 
-def candidate(name, right, *, samples="same", rows=(), **settings):
+def candidate(name, right, *, samples="same", rows=(), branch="target", **settings):
     right = torch.tensor(right)
-    one = Measurement(metric="linear", name=NAME, value=float(right.double().mean()), n=len(right))
+    features = replace(NAME, branch=branch)
+    one = Measurement(metric="linear", name=features, value=float(right.double().mean()), n=len(right))
     results = Results(model=name, data="d", measurements=[one], about={"test_samples": samples})
     return Candidate(
-        name=name, folder=None, results=results, right={"linear|target|encoder|mean": right},
+        name=name, folder=None, results=results, right={f"linear|{branch}|encoder|mean": right},
         settings={"data.batch_size": 4, "run.dir": name, **settings}, rows=list(rows),
     )  # fmt: skip
 
 
 def test_differences_are_paired():
     first = candidate("a", [True] * 50 + [False] * 50)
-    better = candidate("b", [True] * 60 + [False] * 40)
+    # Of a run without a moving average, whose encoder is another branch.
+    better = candidate("b", [True] * 60 + [False] * 40, branch="online")
     (one,) = paired_differences([first, better], ["linear"])
     assert one.interval.value == pytest.approx(0.1)
     # Ten of a hundred changed, all for the better: unpaired intervals of 0.5 and 0.6 would overlap.
@@ -47,6 +53,34 @@ def test_differences_are_paired():
     ]
     assert "another seed" in _notes([first, better], [one])[0]
     assert "mCE is over the untrained encoder" in _notes([first, candidate("d", [True], **{"run.seed": 1})], [])[-1]
+
+
+def test_mce_of_another_suite_is_noted():
+    runs = [candidate(name, [True]) for name in "abc"]
+    for run, corruptions in zip(runs, (5, 15, 5), strict=True):
+        details = {"corruptions": corruptions, "severities": 3}
+        run.results.measurements.append(Measurement(metric="mce", name=NAME, value=0.9, n=50, details=details))
+    (note,) = _notes(runs, [])
+    assert note.startswith("b: mCE is over other corruptions")
+    assert _notes([runs[0], runs[2]], []) == []
+
+
+def test_a_run_has_one_colour_in_all_pictures_and_corruptions_come_first(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts, "vectors", lambda figure, _: drawn.append(figure) or plt.close(figure) or "")
+    one = Measurement(metric="error/x", name=NAME, value=0.5, n=9)
+    labelled = [
+        (run, replace(one, metric=f"error/{change}"))
+        for run, change in (("b", "occlusion/0.1"), ("b", "fog/1"), ("a", "fog/3"), ("b", "gaussian_noise/5"))
+    ]
+    panels = error_panels(labelled)
+    assert list(panels) == ["gaussian noise", "fog", "occlusion"]
+    charts.progress({"a": [(0, 1)], "b": [(0, 2)]}, "", "")
+    charts.lines(panels, "", "", order=["a", "b"])
+    colours = [
+        {line.get_label(): line.get_color() for axis in figure.axes for line in axis.get_lines()} for figure in drawn
+    ]
+    assert colours[0] == colours[1] == {"a": charts.COLORS[0], "b": charts.COLORS[1]}
 
 
 def test_groups_are_runs_that_differ_in_the_seed_alone():

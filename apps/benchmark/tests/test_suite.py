@@ -10,15 +10,16 @@ import torch
 
 from hjepa_benchmark import charts
 from hjepa_benchmark.cli import main
-from hjepa_benchmark.runs import open_run, read_rows
+from hjepa_benchmark.runs import load_checkpoint, open_run, read_rows
+from hjepa_benchmark.suite import probes
 from hjepa_benchmark.suite.composites import compose
 from hjepa_benchmark.suite.findings import Findings, find, read_right
 from hjepa_benchmark.suite.plan import FULL, QUICK
-from hjepa_benchmark.suite.probes import random_crop, rank_levels
+from hjepa_benchmark.suite.probes import match_views, random_boxes, random_crop, rank_levels
 from hjepa_benchmark.suite.report import _confusion, numbers_table, write_page
 from hjepa_benchmark.suite.robustness import _mean_errors, _ratio
 from hjepa_benchmark.suite.run import measure
-from hjepa_benchmark.suite.subjects import TRAINED, UNTRAINED, subjects
+from hjepa_benchmark.suite.subjects import TRAINED, level_grids, subjects
 from hjepa_benchmark.suite.summary import latex, markdown
 from hjepa_data import ShardSource
 from hjepa_eval import (
@@ -29,12 +30,14 @@ from hjepa_eval import (
     HeadOptimizer,
     HeadTraining,
     Results,
+    open_encoder,
     read_results,
 )
 from hjepa_eval.robustness.error import mean_corruption_error, relative_corruption_error
 from hjepa_eval.robustness.severity import Corruption
 from hjepa_pretrain.demo import CLASS_NAMES
 from hjepa_pretrain.evaluation import Images
+from hjepa_pretrain.model import load_run
 
 
 def test_the_results_follow_the_schema_and_leave_the_runs_own_alone(measured):
@@ -44,10 +47,10 @@ def test_the_results_follow_the_schema_and_leave_the_runs_own_alone(measured):
     assert found.about["images_seen"] == 32
     k = own["eval"]["k"]
     for row in own["rows"]:
-        branch = {"trained": "target", "untrained": "untrained target", "pixels": "-"}[row["features"]]
         for metric, key in ((f"knn_{k}", f"knn_{k}"), ("linear", "linear")):
-            one = find(found.measurements, metric, branch=branch, level=row["level"])
-            assert one.value == pytest.approx(row[key]), (metric, branch, row["level"])
+            one = find(found.measurements, metric, subject=row["features"], level=row["level"])
+            assert one.value == pytest.approx(row[key]), (metric, row["features"], row["level"])
+            assert one.name.branch.endswith(row["branch"])
             assert one.low <= one.value <= one.high
             assert (one.n, one.n_train) == (row["n_test"], row["n_train"])
 
@@ -56,9 +59,9 @@ def test_every_level_has_its_measures(measured):
     found = read_results(measured / "benchmark" / "results.json").measurements
     metrics = {one.metric for one in found if one.name.branch == "target" and one.name.level == "0"}
     assert {"linear", "few_shot_5-shot", "rankme", "alpha_req", "mce", "error/clean", "error/fog/5"} <= metrics
-    reference = find(found, "mce", branch="untrained target", level="encoder")
+    reference = find(found, "mce", subject="untrained", level="encoder")
     assert (reference.value, reference.low, reference.high) == (1, 1, 1)
-    clean, linear = (find(found, metric, branch="target", level="encoder") for metric in ("error/clean", "linear"))
+    clean, linear = (find(found, metric, subject="trained", level="encoder") for metric in ("error/clean", "linear"))
     right = read_right(measured / "benchmark")["linear|target|encoder|mean"]
     assert float(right.double().mean()) == pytest.approx(linear.value)
     assert clean.n == 40
@@ -68,7 +71,16 @@ def test_the_page_stands_alone(measured):
     text = (measured / "benchmark" / "report.html").read_text()
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert "https://" not in text
-    for title in ("Summary", "Corruptions", "Confusion", "Features", "Attention", "Nearest neighbours", "Every number"):
+    for title in (
+        "Summary",
+        "Without labels",
+        "Corruptions",
+        "Confusion",
+        "Features",
+        "Attention",
+        "Nearest neighbours",
+        "Every number",
+    ):
         assert f"<h2>{title}</h2>" in text
     assert text.count("data:image/png") >= 3
     assert text.count("data:image/svg+xml") >= 4
@@ -86,9 +98,12 @@ def test_the_full_suite(measured, tmp_path):
     run = open_run(measured)
     findings, pictures = measure(run, plan, {}, [])
     names = {one.metric for one in findings.measurements if one.name.branch == "target"}
-    assert {"attentive_2", "map", "lidar", "alignment", "cka", "miou", "factor/place"} <= names
+    assert {"attentive_2", "map", "lidar", "alignment", "correspondence", "cka", "miou", "factor/place"} <= names
     assert {"factor/background", "dci_disentanglement", "width/2", "error/rotation/90", "error/occlusion/0.5"} <= names
     for one in findings.measurements:
+        if one.metric != "relative_mce":
+            assert one.low <= one.value <= one.high, one.metric
+            assert one.method != "none", one.metric
         if one.metric in ("miou", "factor/class"):
             assert one.details["data"] == "composites"
     results = Results(model="m", data="d", measurements=findings.measurements, about={"suite": "full", "k": 20})
@@ -117,7 +132,7 @@ def test_a_folder_of_other_images_is_classified(measured, tmp_path):
     plan = replace(FULL, few_shot=FewShotConfig(shots=(1,), shares=(), draws=2), retrieval=False)
     probes = probe_levels(subject, train, test, run, plan, findings)
     measure_folders({"other": tmp_path / "other"}, list(CLASS_NAMES), subject, probes, run, findings)
-    one = find(findings.measurements, "folder/other", branch="target", level="encoder")
+    one = find(findings.measurements, "folder/other", subject="trained", level="encoder")
     assert one.n == 6
     assert one.details["classes"] == 2
     # Of two classes only: far above one in ten, whatever was learned.
@@ -141,10 +156,11 @@ def test_mean_errors_by_hand():
 
     for reference, defined in (((2, 4, 6, 5, 8), True), ((2, 4, 6, 2, 2), False)):
         findings = Findings()
-        pair = {(UNTRAINED, "encoder"): wrong(*reference), (TRAINED, "0"): wrong(1, 2, 4, 3, 5)}
-        _mean_errors(pair, plan, findings)
+        names = [FeatureName(branch=branch, level=level, pooling="mean")
+                 for branch, level in (("untrained online", "encoder"), ("online", "0"))]  # fmt: skip
+        _mean_errors(dict(zip(names, (wrong(*reference), wrong(1, 2, 4, 3, 5)), strict=True)), plan, findings)
         found = {
-            metric: find(findings.measurements, metric, branch="target", level="0")
+            metric: find(findings.measurements, metric, subject="trained", level="0")
             for metric in ("mce", "relative_mce", "added_error")
         }
         own, base = ({"fog": row[1:3], "snow": row[3:]} for row in ((1, 2, 4, 3, 5), reference))
@@ -186,7 +202,7 @@ def test_ranks_of_a_sorted_set_are_of_all_its_classes():
     name = FeatureName(branch="target", level="0", pooling="mean")
     findings = Findings()
     rank_levels({"0": FeatureSet(values=values, labels=torch.arange(5).repeat_interleave(1_000), name=name)}, findings)
-    assert find(findings.measurements, "rankme", branch="target", level="0").value > 4.9
+    assert find(findings.measurements, "rankme", subject="trained", level="0").value > 4.9
 
 
 @pytest.mark.slow
@@ -209,6 +225,7 @@ def test_a_run_without_labels_is_measured_by_what_needs_none(train, shards, tmp_
     assert "rankme" in metrics
     assert "linear" not in metrics
     assert found.about["target_encoder"] is False
+    assert {one.name.branch for one in found.measurements} == {"online", "untrained online"}
     text = (run / "benchmark" / "report.html").read_text()
     for title in ("Summary", "Features", "Attention", "Nearest neighbours"):
         assert f"<h2>{title}</h2>" in text
@@ -239,6 +256,25 @@ def test_the_steps_are_those_of_the_weights(run, tmp_path):
         open_run(longer)
 
 
+def test_a_checkpoint_is_an_encoder_that_can_be_measured(run, tmp_path):
+    (step,) = (run / "checkpoints").glob("step_*")
+    kept, ended = open_encoder(step, load_folder=load_checkpoint), load_run(run, open_run(run).config)
+    assert kept.state_dict().keys() == ended.state_dict().keys()
+    for name, value in ended.state_dict().items():
+        assert torch.equal(kept.state_dict()[name], value), name
+    assert not kept.training
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "checkpoints" / step.name / "rank_00000.safetensors").write_bytes(b"damaged")
+    for path, message in (
+        (other / "checkpoints" / step.name, "no whole checkpoint"),
+        (other / "checkpoints" / "step_9", "no whole checkpoint"),
+        (tmp_path, "config.yaml"),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
+            load_checkpoint(path)
+        assert "\n" not in str(raised.value)
+
+
 def test_crops_are_parts_of_the_image():
     ramp = torch.arange(32, dtype=torch.uint8).expand(5, 3, 32, 32)
     crops = random_crop(ramp, 0)
@@ -252,11 +288,52 @@ def test_crops_are_parts_of_the_image():
     assert torch.equal(random_crop(ramp[:2], 0), crops[:2])
 
 
+def test_boxes_say_where_crops_come_from():
+    """Of images that hold their own coordinates."""
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(48), indexing="ij")
+    places = torch.stack((y, x, torch.zeros_like(x))).to(torch.uint8).expand(40, -1, -1, -1)
+    crops, (boxes, mirrored) = random_crop(places, 1).double(), random_boxes(places.shape, 1)
+    assert 0 < int(mirrored.sum()) < 40
+    assert bool((boxes[:, 2] * boxes[:, 3] >= 0.399 * 32 * 48).all())
+    for crop, (top, left, height, width), flipped in zip(crops, boxes.double(), mirrored, strict=True):
+        rows = (top + height * (torch.arange(32) + 0.5) / 32 - 0.5).clamp(0, 31)
+        columns = (left + width * (torch.arange(48) + 0.5) / 48 - 0.5).clamp(0, 47)
+        assert (crop[0] - rows[:, None]).abs().max() < 0.51
+        assert (crop[1] - (columns.flip(0) if flipped else columns)).abs().max() < 0.51
+
+
+def test_corresponding_patches_are_found_by_what_tells_places(run):
+    """Tokens of pictures whose colours are their coordinates, beside those of pictures without any."""
+    opened, found = open_run(run), {}
+    subject = subjects(opened)[0]
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    told = 7 * torch.stack((y, x, 31 - x)).to(torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        # The mean of each patch stands for its token.
+        patch.setattr(probes, "tokens_of", lambda _run, _model, images, levels: {
+            level: torch.nn.functional.adaptive_avg_pool2d(
+                images.pixels.float() - 110, level_grids(opened, subject.model)[level]
+            ).flatten(2).transpose(1, 2) for level in levels
+        })  # fmt: skip
+        for name, picture in (("told", told), ("plain", torch.full_like(told, 7))):
+            opened.test = Images(pixels=picture.expand(60, -1, -1, -1), labels=torch.zeros(60).long())
+            findings = Findings()
+            match_views(subject, opened, findings)
+            found[name] = find(findings.measurements, "correspondence", subject="trained", level="encoder")
+    # The cosine of two colours is not quite their distance; what ignores that crops are mirrored finds a third.
+    assert found["told"].value > 0.5
+    assert found["plain"].value < 0.15
+    assert found["told"].low < found["told"].value < found["told"].high
+    assert found["told"].n == 60
+    assert found["told"].details["chance"] == 1 / 16
+
+
 def test_tables_can_be_pasted():
     header, rows = ["run", "level", "linear"], [["a_b", "0", "0.5 [0.4, 0.6]"], ["c|d", "1", "-"]]
     assert markdown(header, rows, 2).splitlines() == [
         "| run | level | linear |", "| --- | --- | ---: |", "| a_b | 0 | 0.5 [0.4, 0.6] |", "| c\\|d | 1 | - |",
     ]  # fmt: skip
+    assert latex(["α-ReQ"], [["1"]], 0).splitlines()[2] == "$\\alpha$-ReQ \\\\"
     text = latex(header, rows, 2)
     assert "a\\_b & 0 & 0.5 {\\scriptsize [0.4, 0.6]} \\\\" in text
     assert text.count("{") == text.count("}")

@@ -21,7 +21,8 @@ def test_scores_hold_the_numbers_of_the_parts_and_their_counts(device):
     assert (scores.n_train, scores.n_test, scores.n_rank, scores.width) == (200, 100, 150, 6)
     expected = knn_accuracy(train.values, train.labels, test.values, test.labels, ks=(5, 20))
     assert scores.knn == pytest.approx(expected, abs=1e-6)
-    knn, linear = scores.measurements()[1:3]
+    # Every number of a results file has its interval: those of the ranks are measure_unlabelled's.
+    _, knn, linear = scores.measurements()
     assert (knn.metric, knn.value, knn.n, knn.n_train) == ("knn_20", scores.knn[20], 100, 200)
     assert knn.low < knn.value < knn.high
     assert (linear.metric, linear.method) == ("linear", "bootstrap")
@@ -32,6 +33,15 @@ def test_scores_hold_the_numbers_of_the_parts_and_their_counts(device):
     row = scores.as_dict()
     assert (row["branch"], row["level"], row["pooling"]) == ("target", "1", "mean")
     assert json.loads(json.dumps(row))["knn_20"] == scores.knn[20]
+
+
+def test_votes_have_the_temperature_that_is_asked_for(device):
+    train, test = blobs(200, 0), blobs(300, 1)
+    found = {t: evaluate(train, test, ks=(50,), temperature=t, device=device).knn[50] for t in (0.02, 10.0)}
+    for temperature, value in found.items():
+        expected = knn_accuracy(train.values, train.labels, test.values, test.labels, ks=(50,), temperature=temperature)
+        assert value == pytest.approx(expected[50])
+    assert found[0.02] != found[10.0]
 
 
 def test_unlabelled_samples_count_for_ranks_only(device):

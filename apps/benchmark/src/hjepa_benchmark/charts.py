@@ -61,13 +61,23 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[Measurement | None
         axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor="#1f2328", elinewidth=0.9, capsize=2)
     axes.set_xticks(range(len(shown)), [groups[at] for at in shown], fontsize=9)
     axes.set(xlabel=across, ylabel=title)
+    # Student's interval of an accuracy may reach below 0, where nothing is.
+    axes.set_ylim(bottom=min(0.0, *(one.value for values in series.values() for one in values if one is not None)))
     _plain(axes)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8, ncols=len(series), loc="lower center", bbox_to_anchor=(0.5, 1))
     return vectors(figure, title)
 
 
-def lines(panels: Mapping[str, Mapping[str, Points]], across: str, up: str, *, columns: int = 5) -> str:
+def lines(
+    panels: Mapping[str, Mapping[str, Points]],
+    across: str,
+    up: str,
+    *,
+    columns: int = 5,
+    doubling: bool = False,
+    order: Sequence[str] = (),
+) -> str:
     """Draw panels that share their axes, a line with its interval for each series.
 
     Args:
@@ -75,12 +85,14 @@ def lines(panels: Mapping[str, Mapping[str, Points]], across: str, up: str, *, c
         across: title of the axis of places.
         up: title of the axis of numbers.
         columns: panels side by side.
+        doubling: places lie on a logarithmic axis.
+        order: series whose colours are those of other pictures, in the order of those; none: as they come.
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     shape = (2.05 * columns + 0.6, 2.0 * rows + 0.5) if columns > 1 else (5.2, 3.2)
     figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, sharey=True)
-    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    names = list(dict.fromkeys([*order, *(name for series in panels.values() for name in series)]))
     for axis, (title, series) in zip(axes.reshape(-1), panels.items(), strict=False):
         for name, points in series.items():
             color = COLORS[names.index(name) % len(COLORS)]
@@ -93,6 +105,10 @@ def lines(panels: Mapping[str, Mapping[str, Points]], across: str, up: str, *, c
             axis.fill_between(places, *spread, color=color, alpha=0.07, linewidth=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(across, fontsize=8)
+        if doubling:
+            ticks = sorted({place for points in series.values() for place, _ in points})
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks, [f"{place:g}" for place in ticks])
         axis.tick_params(labelsize=8)
         _plain(axis)
     for axis in axes[:, 0]:
@@ -104,6 +120,7 @@ def lines(panels: Mapping[str, Mapping[str, Points]], across: str, up: str, *, c
         for axis in axes.reshape(-1)
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
+    handles = {name: handles[name] for name in names if name in handles}
     figure.tight_layout()
     deep = -(-len(handles) // (2 * columns))
     figure.legend(
@@ -127,6 +144,7 @@ def progress(series: Mapping[str, Sequence[tuple[float, float]]], across: str, u
         places, values = zip(*points, strict=True)
         axes.plot(places, values, style, color=COLORS[number % len(COLORS)], linewidth=1.5, label=name)
     axes.set(xlabel=across, ylabel=up)
+    axes.locator_params(axis="x", nbins=5)
     _plain(axes)
     axes.legend(frameon=False, fontsize=8)
     return vectors(figure, up)

@@ -105,7 +105,7 @@ def _table(rows: list[LevelAccuracy], size: tuple[int, int], k: int) -> Table:
     )
     table.caption_justify = "left"
     table.caption = (
-        f"kNN: k={k}, cosine, top-1, mean of the target branch; weights of the whole model: "
+        f"kNN: k={k}, cosine, top-1, mean-pooled; weights of the whole model: "
         f"{size[0]:,} -> {size[1]:,} bytes, {size[0] / size[1]:.2f} times fewer"
     )
     for column in ("level", "kNN floats", "kNN int8", "drop, points"):

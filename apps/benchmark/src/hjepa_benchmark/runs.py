@@ -12,6 +12,9 @@ from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.demo import CLASS_NAMES
 from hjepa_pretrain.evaluation import RESULTS_FILE, Images, load_pair, open_sources
+from hjepa_pretrain.model import Model, build_model
+from hjepa_train import Checkpoint
+from hjepa_train.checkpoint.files import DamagedError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,6 +102,30 @@ def open_run(folder: Path, *, train: str | None = None, held_out: str | None = N
         raise ValueError(f"{folder}: the run has no data.eval; give held-out shards with --eval")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Run(folder=folder, config=config, steps=steps, train=images[0], test=images[1], device=device)
+
+
+def load_checkpoint(path: Path) -> Model:
+    """Read the model of a checkpoint of a run that may not have ended: a `load_folder` for `hjepa_eval.open_encoder`.
+
+    Args:
+        path: `RUN/checkpoints/step_...`; the configuration is that of the run.
+
+    Raises:
+        ValueError: there is no run around it, or it is no whole checkpoint of its model.
+    """
+    config = read_config(path.parent.parent)
+    model = build_model(config)
+    try:
+        checkpoint = Checkpoint.open(path)
+        saved = checkpoint.tensors()
+    except (DamagedError, OSError) as error:
+        raise ValueError(f"{path}: no whole checkpoint ({error}); give RUN/checkpoints/step_...") from error
+    kept = checkpoint.model.items()
+    shapes = {name.removeprefix("model."): shape for name, shape in kept if name.startswith("model.")}
+    if shapes != {name: list(tensor.shape) for name, tensor in model.state_dict().items()}:
+        raise ValueError(f"{path}: its weights are not those of the model of {path.parent.parent}; take its own run")
+    model.load_state_dict({name: saved[f"model/model.{name}"] for name in shapes})
+    return model.eval()
 
 
 def training_seconds(rows: Iterable[Mapping[str, float]]) -> Iterator[tuple[Mapping[str, float], float]]:

@@ -8,7 +8,7 @@ from hjepa_eval.extraction.sources import level_features, open_encoder
 from hjepa_eval.factors.bottleneck import BottleneckScore, bottleneck_sweep
 from hjepa_eval.factors.dci import DCI, dci
 from hjepa_eval.factors.probes import FactorScore, factor_probe
-from hjepa_eval.measures.cka import cka_matrix, linear_cka
+from hjepa_eval.measures.cka import cka_interval, cka_matrix, linear_cka
 from hjepa_eval.measures.collapse import CollapseConfig, CollapseReport, Verdict, judge_collapse, judge_levels
 from hjepa_eval.measures.lidar import lidar
 from hjepa_eval.measures.report import measure_unlabelled
@@ -66,6 +66,7 @@ __all__ = [
     "average_precision",
     "bootstrap",
     "bottleneck_sweep",
+    "cka_interval",
     "cka_matrix",
     "classify",
     "concatenate",

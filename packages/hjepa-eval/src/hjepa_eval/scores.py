@@ -48,8 +48,8 @@ class Scores:
     intervals: dict[str, Interval] = field(default_factory=dict)
 
     def measurements(self) -> list[Measurement]:
-        """The accuracies with their intervals and the ranks, for a results file."""
-        found = [
+        """The accuracies with their intervals, for a results file; measure_unlabelled gives the ranks with theirs."""
+        return [
             Measurement.of(
                 metric,
                 self.name,
@@ -58,10 +58,6 @@ class Scores:
                 details={"l2": self.linear_l2} if metric == "linear" else {},
             )
             for metric, interval in self.intervals.items()
-        ]
-        ranks = {"rankme": self.rankme, "effective_rank": self.effective_rank, "spread": self.spread.mean}
-        return found + [
-            Measurement(metric=metric, name=self.name, value=value, n=self.n_rank) for metric, value in ranks.items()
         ]
 
     def as_dict(self) -> dict[str, str | int | float | None]:

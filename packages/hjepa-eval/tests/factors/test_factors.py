@@ -4,6 +4,7 @@ import torch
 from sklearn.linear_model import Lasso, Ridge
 
 from hjepa_eval import LogisticProbeConfig, bottleneck_sweep, dci, factor_probe
+from hjepa_eval.factors import dci as module
 from hjepa_eval.factors.dci import lasso
 from hjepa_eval.factors.probes import _ridge
 
@@ -121,12 +122,47 @@ def test_scores_follow_their_definition():
     assert found.completeness["class"] == pytest.approx(1 - entropy)
 
 
+def test_intervals_of_dci_leave_out_groups_of_training_samples(monkeypatch):
+    """By scikit-learn's lasso without each of ten groups, at the penalties of the whole."""
+    monkeypatch.setattr(module, "PENALTIES", (0.05,))
+    train, test = world(203, 0), world(100, 1)
+    factors, test_factors = ({n: separate(w)[n] for n in ("y", "x", "scale")} for w in (train, test))
+    noise = torch.randn(303, 7, generator=torch.Generator().manual_seed(1))
+    x, test_x = code(train) + noise[:203], code(test) + noise[203:]
+    found = dci(x, factors, test_x, test_factors)
+    z = ((x - x.mean(0)) / x.std(0, correction=0)).double().numpy()
+    columns = [values.double().numpy() for values in factors.values()]
+    penalties = [0.05 * abs(z.T @ (y - y.mean()) / len(z)).max() for y in columns]
+
+    def disentanglement(kept):
+        fits = (Lasso(alpha=p, tol=1e-12).fit(z[kept], y[kept]) for p, y in zip(penalties, columns, strict=True))
+        importance = np.stack([abs(one.coef_) for one in fits], axis=1)
+        p = importance / importance.sum(1, keepdims=True).clip(1e-300)
+        entropy = -(p * np.log(p.clip(1e-300))).sum(1) / np.log(3)
+        return float((importance.sum(1) / importance.sum() * (1 - entropy)).sum())
+
+    parts = [disentanglement(np.arange(203) % 10 != group) for group in range(10)]
+    half = 2.262 * (9 / 10 * sum((part - np.mean(parts)) ** 2 for part in parts)) ** 0.5
+    interval = found.intervals["disentanglement"]
+    assert interval.value == found.disentanglement == pytest.approx(disentanglement(np.arange(203) >= 0), abs=1e-6)
+    assert interval.high - interval.value == pytest.approx(half, abs=1e-5)
+    assert half > 0.01
+    assert (interval.n, interval.method) == (203, "jackknife")
+    assert found.intervals["mean_completeness"].value == found.mean_completeness
+    error = found.intervals["mean_informativeness"]
+    assert error.value == pytest.approx(sum(found.informativeness.values()) / 3)
+    assert error.low < error.value < error.high
+    assert (error.n, error.method) == (100, "bootstrap")
+
+
 def test_what_has_no_dci_is_refused():
     x, factors = torch.zeros(10, 3), {"a": torch.arange(10.0), "b": torch.ones(10)}
     with pytest.raises(ValueError, match="two factors"):
         dci(x, {"a": factors["a"]}, x, factors)
     with pytest.raises(ValueError, match="does not vary"):
         dci(torch.eye(10), factors, torch.eye(10), factors)
+    with pytest.raises(ValueError, match="groups=1"):
+        dci(x, factors, x, factors, groups=1)
     with pytest.raises(ValueError, match="factor 'b'"):
         dci(torch.eye(10), factors, torch.eye(10), {"a": factors["a"]})
 

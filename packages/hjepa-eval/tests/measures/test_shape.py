@@ -12,8 +12,10 @@ from hjepa_eval import (
     FeatureSet,
     alignment,
     alpha_req,
+    cka_interval,
     cka_matrix,
     isotropy,
+    jackknife,
     linear_cka,
     mean_cosine,
     uniformity,
@@ -107,6 +109,23 @@ def test_cka_equals_its_kernel_form_and_ignores_rotation_and_scale(device, monke
     )
     assert names == ["a", "b"]
     assert torch.allclose(matrix, torch.tensor([[1, expected], [expected, 1]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("elements", [1, 2**24])
+def test_the_interval_of_cka_is_that_of_the_jackknife(device, monkeypatch, elements):
+    """Of the samples, leaving out a group at a time; the features lie far from 0, and 33 samples fill ten groups."""
+    monkeypatch.setattr(cka, "ELEMENTS", elements)
+    x, y = 50 + features(3, 33, 7).double(), features(4, 33, 4).double() - 90
+    y[:, 0] = x[:, 0]
+    expected = jackknife(torch.arange(33), lambda chosen: linear_cka(x[chosen], y[chosen]))
+    found = cka_interval(x.to(device), y.to(device))
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (expected.value, expected.low, expected.high), rel=1e-9
+    )
+    assert (found.n, found.method) == (33, "jackknife")
+    assert found.high - found.low > 0.01
+    with pytest.raises(ValueError, match="groups=17"):
+        cka_interval(x, y, groups=17)
 
 
 def test_wrong_shapes_are_refused_in_one_line():

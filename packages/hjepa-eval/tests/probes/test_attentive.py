@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from hjepa_eval import AttentiveProbe, AttentiveProbeConfig, HeadTraining
+from hjepa_eval.probes.accuracy import split
 from hjepa_eval.probes.attentive import AttentiveHead
 
 TRAINING = HeadTraining(
@@ -67,6 +68,26 @@ def test_wrong_input_is_refused_in_one_line():
         AttentiveProbe().fit(torch.zeros(3, 2, 4), torch.arange(2))
     with pytest.raises(RuntimeError, match="fit"):
         AttentiveProbe().predict(torch.zeros(3, 2, 4))
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_the_chosen_head_is_trained_again_on_all_samples(refit):
+    """Two samples of a class that the first round never sees, as they are held out."""
+    held = split(40, 0.05, 0)[1]
+    tokens, labels = 0.1 * marked(40, 0)[0], torch.arange(40) % 2
+    tokens[:, :, 5], labels[held] = 0.0, 2
+    tokens[held, :, 5] = 9.0
+    quick = HeadTraining(
+        learning_rates=(1e-2,),
+        weight_decays=(0.0,),
+        epochs=20,
+        batch_size=40,
+        optimizer="adamw",
+        held_out=0.05,
+        refit=refit,
+    )
+    probe = AttentiveProbe(AttentiveProbeConfig(num_heads=2, mlp_ratio=1.0, training=quick)).fit(tokens, labels)
+    assert (probe.predict(tokens[held]) == 2).all() == refit
 
 
 def test_a_second_fit_forgets_the_first():

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from hjepa_eval import SegmentationProbe, bootstrap, correspondence_accuracy, crop_matches, mean_iou
+from hjepa_eval.probes.accuracy import split
 from hjepa_eval.probes.heads import HeadTraining
 
 
@@ -121,6 +122,22 @@ def test_what_is_unknown_may_be_any_number_below_0_and_masks_of_any_type():
     assert again == SegmentationProbe(QUICK).fit(tokens, masks.flip(0), (4, 4)).candidates
     with pytest.raises(ValueError, match="no pixel is known"):
         SegmentationProbe(QUICK).fit(tokens, torch.full_like(masks, -1), (4, 4))
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_the_chosen_head_is_trained_again_on_all_images(refit):
+    """Two images of a class that the first round never sees, as they are held out."""
+    tokens, masks = scenes(40, 0)
+    held = split(40, 0.05, 0)[1]
+    masks = masks.clamp_max(1)
+    tokens[:, :, 7], masks[held] = 0.0, 2
+    tokens[held, :, 7] = 9.0
+    config = HeadTraining(
+        learning_rates=(1e-1,), weight_decays=(0.0,), epochs=20, batch_size=40, optimizer="adamw", held_out=0.05,
+        refit=refit,
+    )  # fmt: skip
+    probe = SegmentationProbe(config).fit(tokens, masks, (4, 4))
+    assert bool((probe.predict(tokens[held], (16, 16)) == 2).all()) == refit
 
 
 def test_mean_iou_leaves_out_classes_that_are_nowhere():

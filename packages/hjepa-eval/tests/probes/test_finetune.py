@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -94,6 +96,47 @@ def test_fine_tuning_learns_and_frozen_shallow_layers_move_less(device):
         name: float((value.detach().cpu() - before[name]).abs().mean()) for name, value in model.named_parameters()
     }
     assert moved["encoder.patch_embed.weight"] < moved["encoder.blocks.1.weight"] < moved["head.weight"]
+
+
+def test_steps_are_those_of_adamw_by_hand(device):
+    """Rates of layers that rise and fall, decay of weights alone, smoothed labels, gradients cut to their norm."""
+    images, labels = striped(200, 0)
+    model, plain = Classifier(encoder(), 6, 2).to(device), Classifier(encoder(), 6, 2).double()
+    config = FineTuneConfig(
+        learning_rate=0.1, layer_decay=0.5, weight_decay=0.5, epochs=2, warmup=0.5, label_smoothing=0.4, clip_norm=0.02
+    )
+    losses = finetune(model, lambda epoch: batches(images, labels), 4, config, device=device)
+    layer = {"patch_embed": 0, "pos_embed": 0, "blocks.0": 1, "blocks.1": 2}
+    rate, decay, first, second = {}, {}, {}, {}
+    for name, value in plain.named_parameters():
+        rate[name] = 0.1 * 0.5 ** (3 - next((at for part, at in layer.items() if f"encoder.{part}" in name), 3))
+        decay[name] = 0.5 if name.endswith("weight") and value.ndim > 1 else 0.0
+        first[name] = second[name] = torch.zeros_like(value)
+    by_hand = []
+    for step, (x, y) in enumerate(batches(images, labels) * 2):
+        log_p = plain(x.double()).log_softmax(1)
+        loss = -(0.6 * log_p[torch.arange(50), y] + 0.4 * log_p.mean(1)).mean()
+        by_hand.append(loss.item())
+        found = dict(zip(rate, torch.autograd.grad(loss, list(plain.parameters())), strict=True))
+        norm = sum(float(value.square().sum()) for value in found.values()) ** 0.5
+        assert norm > 0.02
+        factor = (step + 1) / 5 if step < 4 else 0.5 * (1 + math.cos(math.pi * (step - 4) / 4))
+        for name, value in plain.named_parameters():
+            gradient = found[name] * 0.02 / norm
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            move = first[name] / (1 - 0.9 ** (step + 1)) / ((second[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            value.data -= rate[name] * factor * (move + decay[name] * value.data)
+    assert losses == pytest.approx([sum(by_hand[:4]) / 4, sum(by_hand[4:]) / 4], rel=1e-4)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.detach().cpu().double(), theirs.detach(), rtol=2e-3, atol=2e-3, msg=name)
+
+
+def test_labels_that_no_class_has_are_refused(device):
+    images, labels = striped(50, 0)
+    for wrong, message in ((labels - 1, "unknown"), (labels + 1, "num_classes=2"), (labels.float(), "integers")):
+        with pytest.raises(ValueError, match=message):
+            finetune(Classifier(encoder(), 6, 2), lambda epoch, y=wrong: [(images, y)], 1, device=device)
 
 
 def test_epochs_read_their_own_batches_and_no_more_than_announced(device):

@@ -192,9 +192,18 @@ def test_features_that_are_not_finite_are_named(device, value):
             knn_predict(train.to(device), labels, test.to(device), ks=(5,))
 
 
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.bool])
+def test_classes_may_be_of_any_integer_type(device, kind):
+    rows, labels = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)).to(device), torch.arange(30) % 2
+    found = knn_predict(rows, labels.to(device, kind), rows, ks=(5,))[5]
+    assert torch.equal(found, knn_predict(rows, labels.to(device), rows, ks=(5,))[5])
+    with pytest.raises(ValueError, match="integers"):
+        knn_predict(rows, labels.float().to(device), rows, ks=(5,))
+
+
 def test_what_has_no_neighbours_is_refused():
     rows, labels = torch.eye(4), torch.arange(4)
-    for temperature in (0.0, -1.0):
+    for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature="):
             knn_predict(rows, labels, rows, ks=(2,), temperature=temperature)
     for k in (0, 5):

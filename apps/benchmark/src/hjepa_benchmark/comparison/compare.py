@@ -11,7 +11,7 @@ from torch import Tensor
 from hjepa_benchmark.runs import finished_steps, read_rows, training_seconds
 from hjepa_benchmark.suite.findings import read_right, sample_key
 from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE
-from hjepa_benchmark.suite.subjects import BRANCHES, TRAINED
+from hjepa_benchmark.suite.subjects import TRAINED, subject_of
 from hjepa_eval import Interval, Measurement, Results, bootstrap, interval_of_mean, read_results
 from hjepa_pretrain import settings
 
@@ -42,7 +42,7 @@ class Candidate:
 
     def trained(self) -> list[Measurement]:
         """The measurements of the trained model."""
-        return [one for one in self.results.measurements if one.name.branch == BRANCHES[TRAINED]]
+        return [one for one in self.results.measurements if subject_of(one.name.branch) == TRAINED]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -117,11 +117,14 @@ def paired_differences(runs: Sequence[Candidate], metrics: Sequence[str]) -> lis
     for run in runs[1:]:
         if run.results.about.get("test_samples") != first.results.about.get("test_samples"):
             continue
+        # A run without a moving average has the same levels of another branch.
+        own = {(one.metric, one.name.level, one.name.pooling): one.name for one in run.trained()}
         for metric, name in sorted(names, key=lambda pair: (metrics.index(pair[0]), pair[1].level)):
-            key = sample_key(metric, name)
-            if key in first.right and key in run.right:
-                gain = run.right[key].double() - first.right[key].double()
-                found.append(Difference(run=run.name, metric=metric, level=name.level, interval=bootstrap(gain)))
+            other = own.get((metric, name.level, name.pooling), name)
+            before, after = first.right.get(sample_key(metric, name)), run.right.get(sample_key(metric, other))
+            if before is not None and after is not None:
+                gain = bootstrap(after.double() - before.double())
+                found.append(Difference(run=run.name, metric=metric, level=name.level, interval=gain))
     return found
 
 

@@ -23,7 +23,7 @@ from hjepa_benchmark.runs import finished_steps, read_config
 from hjepa_benchmark.suite.findings import find
 from hjepa_benchmark.suite.report import changed, copyable, error_panels, numbers_table
 from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE, run_suite, weights_id
-from hjepa_benchmark.suite.subjects import BRANCHES, PIXELS, UNTRAINED
+from hjepa_benchmark.suite.subjects import PIXELS, TRAINED, UNTRAINED
 from hjepa_benchmark.suite.summary import TITLES, cell, markdown, title_of
 from hjepa_eval import read_results
 from hjepa_pretrain.model import load_run
@@ -120,16 +120,15 @@ def _results(runs: Sequence[Candidate], metrics: Sequence[str]) -> Table:
     for run in runs:
         names = [one.name for one in run.trained() if one.metric in ("linear", "rankme")]
         for name in dict.fromkeys(names):
-            rows.append([run.name, name.level, name.pooling, *_cells(run, name.branch, name.level, metrics)])
+            rows.append([run.name, name.level, name.pooling, *_cells(run, TRAINED, name.level, metrics)])
     for subject, level, pooling in ((UNTRAINED, "encoder", "mean"), (PIXELS, "pixels", "flatten")):
-        cells = _cells(runs[0], BRANCHES[subject], level, metrics)
+        cells = _cells(runs[0], subject, level, metrics)
         rows.append([f"{subject} ({runs[0].name})", level, pooling, *cells])
     return ["run", "level", "pooling", *map(title_of, metrics)], rows
 
 
-def _cells(run: Candidate, branch: str, level: str, metrics: Sequence[str]) -> list[str]:
-    measured = list(run.results.measurements)
-    return [cell(find(measured, metric, branch=branch, level=level)) for metric in metrics]
+def _cells(run: Candidate, subject: str, level: str, metrics: Sequence[str]) -> list[str]:
+    return [cell(find(run.results.measurements, metric, subject=subject, level=level)) for metric in metrics]
 
 
 def _groups(runs: Sequence[Candidate], metrics: Sequence[str]) -> Table:
@@ -168,9 +167,22 @@ def _notes(runs: Sequence[Candidate], differences: Sequence[Difference]) -> list
         if others:
             less = "; no paired difference" if not found.intersection(others) else ""
             notes.append(f"{', '.join(others)}: {of} than {runs[0].name}{less}. Do not compare the numbers.")
+    changes = {run.name: _changes_of_mce(run) for run in runs}
+    others = [name for name, change in changes.items() if change and change != changes[runs[0].name]]
+    if others and changes[runs[0].name]:
+        notes.append(
+            f"{', '.join(others)}: mCE is over other corruptions, severities or images than that of {runs[0].name}; "
+            "--suite full measures all alike."
+        )
     if len({(run.settings.get("model"), run.settings.get(SEED)) for run in runs}) > 1:
         notes.append("mCE is over the untrained encoder of each run, which another model or seed makes another one.")
     return notes
+
+
+def _changes_of_mce(run: Candidate) -> tuple[object, ...]:
+    """How many corruptions, severities and images the mCE of a run is over; nothing where it has none."""
+    one = next((one for one in run.trained() if one.metric == "mce"), None)
+    return () if one is None else (one.details.get("corruptions"), one.details.get("severities"), one.n)
 
 
 def _settings(runs: Sequence[Candidate]) -> Table:
@@ -227,7 +239,8 @@ def _figures(runs: Sequence[Candidate]) -> list[str]:
                 drawn.append(charts.progress(logged, across, f"kNN on the way, encoder, k={key.rpartition('_')[2]}"))
     labelled = [(run.name, one) for run in runs for one in changed(run.trained()) if one.name.level == "encoder"]
     if labelled:
-        drawn.append(charts.lines(error_panels(labelled), "strength", "error, encoder"))
+        names = [run.name for run in runs]
+        drawn.append(charts.lines(error_panels(labelled), "strength", "error, encoder", order=names))
     return drawn
 
 

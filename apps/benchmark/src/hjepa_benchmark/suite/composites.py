@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hjepa_benchmark.runs import Run
 from hjepa_benchmark.suite.findings import Details, Findings
-from hjepa_benchmark.suite.subjects import BRANCHES, PIXELS, Subject, level_grids, tokens_of
+from hjepa_benchmark.suite.subjects import PIXELS, Subject, level_grids, tokens_of
 from hjepa_eval import (
     FactorScore,
     FeatureName,
@@ -121,10 +121,12 @@ def _structure(
 ) -> None:
     factors, test_factors = (_columns(part.factors) for part in (train, test))
     found = dci(x, factors, test_x, test_factors)
-    for metric in ("disentanglement", "mean_completeness"):
-        findings.value(f"dci_{metric}", name, getattr(found, metric), found.n_test, {"data": DATA})
-    errors = list(found.informativeness.values())
-    findings.value("dci_error", name, sum(errors) / len(errors), found.n_test, {"data": DATA})
+    for metric, named in (
+        ("disentanglement", "dci_disentanglement"),
+        ("mean_completeness", "dci_mean_completeness"),
+        ("mean_informativeness", "dci_error"),
+    ):
+        findings.interval(named, name, found.intervals[metric], n_train=found.n_train, details={"data": DATA})
     for score in bottleneck_sweep(x, train.factors["class"], test_x, test.factors["class"]):
         details: Details = {"data": DATA, "variance": score.variance}
         findings.interval(f"width/{score.width}", name, score.interval, n_train=len(x), details=details)
@@ -149,5 +151,5 @@ def _segment(subject: Subject, run: Run, train: Composites, test: Composites, fi
             continue
         probe = SegmentationProbe().fit(tokens[level], masks, grid, device=run.device)
         confusion = probe.confusion(test_tokens[level], test_masks)
-        name = FeatureName(branch=BRANCHES[subject.name], level=level, pooling="none")
+        name = FeatureName(branch=subject.branch, level=level, pooling="none")
         findings.interval("miou", name, bootstrap(confusion, mean_iou), n_train=len(masks), details={"data": DATA})

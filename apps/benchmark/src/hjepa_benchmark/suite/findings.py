@@ -1,7 +1,7 @@
 """What a suite has found so far: measurements, and which test samples each classifier got right."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hjepa_benchmark.suite.subjects import subject_of
 from hjepa_eval import FeatureName, FeatureSet, Interval, Measurement, bootstrap
 from hjepa_pretrain.evaluation import Images
 
@@ -53,10 +54,10 @@ class Findings:
         self.measurements.append(Measurement(metric=metric, name=name, value=value, n=n, details=details))
 
 
-def find(measurements: Sequence[Measurement], metric: str, *, branch: str, level: str) -> Measurement | None:
-    """The first measurement of a metric of some features."""
+def find(measurements: Iterable[Measurement], metric: str, *, subject: str, level: str) -> Measurement | None:
+    """The first measurement of a metric at a level of a subject."""
     for one in measurements:
-        if one.metric == metric and one.name.branch == branch and one.name.level == level:
+        if one.metric == metric and subject_of(one.name.branch) == subject and one.name.level == level:
             return one
     return None
 

@@ -21,7 +21,7 @@ class Plan:
         retrieval: mean average precision.
         composites: pictures that are learned from and tested, of which all is known: factors, segmentation,
             disentanglement and bottlenecks; None leaves them out.
-        views: LiDAR and alignment, on crops of the same images.
+        views: LiDAR, alignment and corresponding patches, on crops of the same images.
     """
 
     ks: tuple[int, ...]

@@ -1,14 +1,15 @@
 """Probes and label-free measures of features, by level."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hjepa_benchmark.runs import Run
-from hjepa_benchmark.suite.findings import Findings, check_pair, spaced
+from hjepa_benchmark.suite.findings import Details, Findings, check_pair, spaced
 from hjepa_benchmark.suite.plan import Plan
-from hjepa_benchmark.suite.subjects import BRANCHES, Subject, normalized, tokens_of
+from hjepa_benchmark.suite.subjects import Subject, level_grids, normalized, tokens_of
 from hjepa_eval import (
     AttentiveProbe,
     AttentiveProbeConfig,
@@ -18,7 +19,9 @@ from hjepa_eval import (
     alignment,
     average_precision,
     bootstrap,
-    cka_matrix,
+    cka_interval,
+    correspondence_accuracy,
+    crop_matches,
     few_shot,
     jackknife,
     knn_predict,
@@ -27,6 +30,7 @@ from hjepa_eval import (
 )
 from hjepa_eval.robustness.draws import Draws
 from hjepa_eval.robustness.maps import read_between
+from hjepa_pretrain.evaluation import Images
 
 Features = dict[str, FeatureSet]
 _RANK_SAMPLES = 2_000
@@ -85,7 +89,7 @@ def probe_tokens(subject: Subject, run: Run, configs: Sequence[AttentiveProbeCon
               (("train", train), ("test", test))}  # fmt: skip
     x, y = tokens["train"][train.labels >= 0], train.labels[train.labels >= 0]
     test_x, test_y = tokens["test"][test.labels >= 0], test.labels[test.labels >= 0]
-    name = _name(subject, "encoder", "attentive")
+    name = FeatureName(branch=subject.branch, level="encoder", pooling="attentive")
     for config in configs:
         probe = AttentiveProbe(config).fit(x, y, device=run.device)
         findings.accuracy(f"attentive_{config.blocks}", name, probe.predict(test_x).cpu() == test_y, n_train=len(x))
@@ -93,11 +97,12 @@ def probe_tokens(subject: Subject, run: Run, configs: Sequence[AttentiveProbeCon
 
 def compare_levels(train: Features, findings: Findings) -> None:
     """CKA between every pair of levels."""
-    names, matrix = cka_matrix(train)
-    for i, first in enumerate(names):
-        for j in range(i):
-            name = FeatureName(branch=train[first].name.branch, level=f"{first} - {names[j]}", pooling="mean")
-            findings.value("cka", name, float(matrix[i, j]), len(train[first]))
+    if len(next(iter(train.values()))) < _RANK_LEAST:
+        return
+    for second, first in itertools.combinations(train, 2):
+        interval = cka_interval(train[first].values, train[second].values)
+        name = FeatureName(branch=train[first].name.branch, level=f"{first} - {second}", pooling="mean")
+        findings.interval("cka", name, interval)
 
 
 @torch.no_grad()
@@ -111,17 +116,50 @@ def compare_views(subject: Subject, run: Run, findings: Findings) -> None:
         findings.interval("alignment", name, jackknife(z[:, :2], lambda part: alignment(part[:, 0], part[:, 1])))
 
 
+def match_views(subject: Subject, run: Run, findings: Findings) -> None:
+    """How often the nearest patch of another crop of the image shows the same place, of every level on a grid."""
+    assert subject.model is not None
+    images, grids = run.test.head(_VIEW_IMAGES), level_grids(run, subject.model)
+    (box, mirrored), (other, other_mirrored) = (random_boxes(images.pixels.shape, number) for number in range(2))
+    crops = [Images(pixels=random_crop(images.pixels, number), labels=images.labels) for number in range(2)]
+    first, second = (tokens_of(run, subject.model, one, list(grids)) for one in crops)
+    for level, grid in grids.items():
+        if grid == (1, 1):
+            continue
+        matches = crop_matches(box, other, grid, first_flipped=mirrored, second_flipped=other_mirrored)
+        right = correspondence_accuracy(first[level], second[level], matches, grid)
+        name = FeatureName(branch=subject.branch, level=level, pooling="none")
+        chance: Details = {"chance": 1 / (grid[0] * grid[1])}
+        findings.interval("correspondence", name, bootstrap(right[right.isfinite()]), details=chance)
+
+
+def random_boxes(shape: Sequence[int], number: int) -> tuple[Tensor, Tensor]:
+    """Boxes of 40 to 100 % of the area of each image, and which of them are mirrored.
+
+    Args:
+        shape: of the images [n, 3, H, W].
+        number: of the draw.
+
+    Returns:
+        Top, left, height and width of each box, pixels; and booleans.
+    """
+    batch, _, height, width = shape
+    draws = Draws(0, torch.arange(batch), "crop", number, device="cpu")
+    side = draws.uniform(0.4, 1.0).sqrt()
+    top, left = (draws.uniform(0, 1) * (1 - side) for _ in range(2))
+    boxes = torch.stack((top * height, left * width, side * height, side * width), dim=1)
+    return boxes, draws.uniform(0, 1) < 0.5
+
+
 def random_crop(pixels: Tensor, number: int) -> Tensor:
-    """A square crop of 40 to 100 % of the area of each image, half of them mirrored, at the old size."""
+    """Crops of the boxes of this draw at the old size."""
     batch, _, height, width = pixels.shape
-    draws = Draws(0, torch.arange(batch), "crop", number, device=pixels.device)
-    side = draws.uniform(0.4, 1.0).sqrt()[:, None, None]
-    top, left = (draws.uniform(0, 1)[:, None, None] * (1 - side) for _ in range(2))
-    mirrored = (draws.uniform(0, 1) < 0.5)[:, None, None]
-    y, x = (torch.arange(n) + 0.5 for n in (height, width))
-    y_at = (top + side * y[:, None] / height) * height - 0.5
-    x_at = (left + side * x[None] / width) * width - 0.5
-    x_at = torch.where(mirrored, x_at.flip(2), x_at)
+    boxes, mirrored = random_boxes(pixels.shape, number)
+    top, left, down, right = (part[:, None, None] for part in boxes.unbind(1))
+    y, x = ((torch.arange(n) + 0.5) / n for n in (height, width))
+    y_at = top + down * y[:, None] - 0.5
+    x_at = left + right * x[None] - 0.5
+    x_at = torch.where(mirrored[:, None, None], x_at.flip(2), x_at)
     shape = (batch, height, width)
     crop = read_between(pixels.float(), y_at.expand(shape), x_at.expand(shape), border="nearest")
     return crop.round().to(torch.uint8)
@@ -136,7 +174,3 @@ def attention_of(subject: Subject, run: Run, pixels: Tensor) -> Tensor:
     rows, columns = run.config.hjepa.encoder.grid[-2:]
     received = maps.mean(2)[..., -rows * columns :]
     return received.reshape(*received.shape[:2], rows, columns)
-
-
-def _name(subject: Subject, level: str, pooling: str) -> FeatureName:
-    return FeatureName(branch=BRANCHES[subject.name], level=level, pooling=pooling)

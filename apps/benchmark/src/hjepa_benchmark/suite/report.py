@@ -1,7 +1,8 @@
 """The page of a suite: one HTML file that opens offline."""
 
 import re
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from hjepa_benchmark import charts
 from hjepa_benchmark.runs import Run, read_rows
 from hjepa_benchmark.suite.findings import Findings, find, known
-from hjepa_benchmark.suite.subjects import BRANCHES, PIXELS, TRAINED, UNTRAINED
+from hjepa_benchmark.suite.subjects import PIXELS, SUBJECTS, TRAINED, UNTRAINED, subject_of
 from hjepa_benchmark.suite.summary import NAMES, cell, latex, markdown, summarize
 from hjepa_eval import Measurement, Results
 from hjepa_eval.robustness.severity import Corruption
@@ -23,6 +24,14 @@ from hjepa_pretrain.report.page import Section, code, notice, page, table
 from hjepa_pretrain.report.write import feature_section, loss_section, neighbour_section, rank_section
 
 _CLASSES = 25
+_UNLABELLED = {
+    "rankme": "RankMe", "effective_rank": "eff. rank", "alpha_req": "α-ReQ", "isotropy": "isotropy", "spread": "spread",
+    "uniformity": "uniformity", "lidar": "LiDAR", "alignment": "alignment",
+}  # fmt: skip
+_DCI = {
+    "dci_disentanglement": "disentanglement", "dci_mean_completeness": "completeness",
+    "dci_error": "error (informativeness)",
+}  # fmt: skip
 _SHIFTS = {"rotation": "rotation, degrees", "occlusion": "occlusion, share", "resolution": "resolution, share"}
 
 
@@ -57,6 +66,7 @@ def write_page(path: Path, run: Run, results: Results, findings: Findings, pictu
     sections = [
         _summary(results),
         _accuracies(measured, results.about.get("k")),
+        _unlabelled(measured),
         _corruptions(measured),
         _shifts(measured),
         _confusion(run, findings),
@@ -98,7 +108,7 @@ def _summary(results: Results) -> Section:
     reasons = [
         f"{one.name.level}: {one.details['reasons']}"
         for one in results.measurements
-        if one.metric == "effective_rank" and one.name.branch == BRANCHES[TRAINED] and one.details.get("reasons")
+        if one.metric == "effective_rank" and _subject(one) == TRAINED and one.details.get("reasons")
     ]
     said, alarm = "No level has collapsed.", False
     if "collapsed" in verdicts:
@@ -117,33 +127,70 @@ def _accuracies(measured: list[Measurement], k: object) -> Section | None:
     for metric, title in ((f"knn_{k}", f"kNN accuracy, k={k}"), ("linear", "linear accuracy")):
         if metric in there:
             series = {
-                name: [find(measured, metric, branch=branch, level=level) for level in levels]
-                for name, branch in BRANCHES.items()
+                name: [find(measured, metric, subject=name, level=level) for level in levels] for name in SUBJECTS
             }
             drawn.append(charts.bars(levels, series, "level", title))
     shots = list(dict.fromkeys(one.metric for one in measured if one.metric.startswith("few_shot_")))
     if shots:
         rows = {TRAINED: "encoder", UNTRAINED: "encoder", PIXELS: "pixels"}
         series = {
-            name: [find(measured, metric, branch=BRANCHES[name], level=level) for metric in shots]
+            name: [find(measured, metric, subject=name, level=level) for metric in shots]
             for name, level in rows.items()
         }
         names = [metric.removeprefix("few_shot_") for metric in shots]
         drawn.append(charts.bars(names, series, "labels", "few-shot accuracy"))
+    dense = list(dict.fromkeys(one.name.level for one in measured if one.metric == "correspondence"))
+    if dense:
+        series = {
+            name: [find(measured, "correspondence", subject=name, level=level) for level in dense]
+            for name in (TRAINED, UNTRAINED)
+        }
+        drawn.append(charts.bars(dense, series, "level", "corresponding patches found"))
     if not drawn:
         return None
     note = "Whiskers are 95 % intervals: bootstrap over held-out images, Student's t over draws of the labels for "
     note += "few-shot accuracy, which is that of the encoder."
+    if dense:
+        note += " Corresponding patches: how often the nearest patch of another crop of an image shows the same place; "
+        note += "by chance one time in as many as a level has patches."
     return Section(title="Accuracy by level", note=note, body=charts.row(drawn))
 
 
+def _by_level(measured: list[Measurement], titles: Mapping[str, str]) -> str:
+    """A table of some metrics, a row for each level that has the first of them."""
+    shown = [metric for metric in titles if any(one.metric == metric and np.isfinite(one.value) for one in measured)]
+    names = dict.fromkeys(
+        (_subject(one), one.name.level, one.name.pooling) for one in measured if one.metric == shown[0]
+    )
+    rows = [
+        [*name, *(cell(find(measured, metric, subject=name[0], level=name[1])) for metric in shown)] for name in names
+    ]
+    header = [*NAMES, *(titles[metric] for metric in shown)]
+    return numbers_table(header, rows, own=[row[0] == TRAINED for row in rows]) + copyable(header, rows, len(NAMES))
+
+
+def _unlabelled(measured: list[Measurement]) -> Section | None:
+    first = next((one for one in measured if one.metric == "rankme"), None)
+    if first is None:
+        return None
+    note = (
+        f"What needs no label, of {first.n} training images; 95 % intervals of a jackknife. RankMe is uncentred, the "
+        "effective rank centred; α-ReQ near 1 is the mark of a good spectrum."
+    )
+    lidar = next((one for one in measured if one.metric == "lidar"), None)
+    if lidar is not None:
+        note += f" LiDAR and alignment: {lidar.n} held-out images, {lidar.details['views']} crops of each."
+    return Section(title="Without labels", note=note, body=_by_level(measured, _UNLABELLED))
+
+
 def error_panels(labelled: Iterable[tuple[str, Measurement]]) -> dict[str, dict[str, list[tuple[float, Measurement]]]]:
-    """Points (strength, error) by the label of a line, by the change that the images went through."""
+    """Points (strength, error) by the label of a line, by the change of the images, corruptions first."""
     panels: dict[str, dict[str, list[tuple[float, Measurement]]]] = {}
     for label, one in sorted(labelled, key=lambda pair: float(pair[1].metric.rpartition("/")[2])):
         name = one.metric.split("/")[1].replace("_", " ")
         panels.setdefault(name, {}).setdefault(label, []).append((float(one.metric.rpartition("/")[2]), one))
-    return panels
+    order = [*(name.replace("_", " ") for name in Corruption), *_SHIFTS]
+    return {name: panels[name] for name in order if name in panels}
 
 
 def changed(measured: Iterable[Measurement]) -> list[Measurement]:
@@ -158,15 +205,7 @@ def _corruptions(measured: list[Measurement]) -> Section | None:
         return None
     own = [one for one in measured if one.metric == "added_error"]
     titles = {"error/clean": "clean error", "added_error": "added error", "mce": "mCE", "relative_mce": "relative mCE"}
-    shown = [metric for metric in titles if any(one.metric == metric and np.isfinite(one.value) for one in measured)]
-    rows = [
-        [_subject(one), one.name.level, one.name.pooling]
-        + [cell(find(measured, metric, branch=one.name.branch, level=one.name.level)) for metric in shown]
-        for one in own
-    ]
-    header = [*NAMES, *(titles[metric] for metric in shown)]
-    body = charts.row([charts.lines(panels, "severity", "error")])
-    body += numbers_table(header, rows, own=[row[0] == TRAINED for row in rows]) + copyable(header, rows, len(NAMES))
+    body = charts.row([charts.lines(panels, "severity", "error")]) + _by_level(measured, titles)
     note = (
         f"Top-1 error of the logistic probes, which were fitted on clean images, on {own[0].n} held-out images. "
         "Added error: mean over corruptions and severities, less the error on clean images. mCE and relative mCE "
@@ -194,7 +233,7 @@ def _labelled(measured: list[Measurement]) -> list[tuple[str, Measurement]]:
 
 
 def _subject(one: Measurement) -> str:
-    return next((name for name, branch in BRANCHES.items() if branch == one.name.branch), one.name.branch)
+    return subject_of(one.name.branch)
 
 
 def _confusion(run: Run, findings: Findings) -> Section | None:
@@ -217,14 +256,13 @@ def _composites(measured: list[Measurement]) -> list[Section]:
     factors = list(dict.fromkeys(one.metric for one in measured if one.metric.startswith("factor/")))
     if not factors:
         return []
-    names = list(dict.fromkeys((one.name.branch, one.name.level) for one in measured if one.metric == factors[0]))
+    names = list(dict.fromkeys((_subject(one), one.name.level) for one in measured if one.metric == factors[0]))
     values = np.full((len(names), len(factors)), np.nan)
-    for row, (branch, level) in enumerate(names):
+    for row, (subject, level) in enumerate(names):
         for column, metric in enumerate(factors):
-            one = find(measured, metric, branch=branch, level=level)
+            one = find(measured, metric, subject=subject, level=level)
             values[row, column] = np.nan if one is None else max(0.0, one.value)
-    subjects = {branch: name for name, branch in BRANCHES.items()}
-    rows = [level if level == PIXELS else f"{subjects.get(branch, branch)} {level}" for branch, level in names]
+    rows = [level if level == PIXELS else f"{subject} {level}" for subject, level in names]
     columns = [metric.removeprefix("factor/") for metric in factors]
     note = (
         "Composites of garments on photographs, of which everything is known. Accuracy of a logistic probe for class "
@@ -234,23 +272,31 @@ def _composites(measured: list[Measurement]) -> list[Section]:
     pictures = [charts.matrix(values, rows, columns, "what can be read off")]
     widths: dict[str, list[tuple[float, Measurement]]] = {}
     for one in measured:
-        if one.metric.startswith("width/") and one.name.branch == BRANCHES[TRAINED]:
+        if one.metric.startswith("width/") and _subject(one) == TRAINED:
             widths.setdefault(f"level {one.name.level}", []).append((float(one.metric.removeprefix("width/")), one))
     if widths:
-        pictures.append(charts.lines({"class behind a bottleneck": widths}, "principal components", "accuracy"))
+        pictures.append(
+            charts.lines({"class behind a bottleneck": widths}, "principal components", "accuracy", doubling=True)
+        )
     iou = [one for one in measured if one.metric == "miou"]
     if iou:
         levels = list(dict.fromkeys(one.name.level for one in iou))
         series = {
-            name: [find(iou, "miou", branch=BRANCHES[name], level=level) for level in levels]
-            for name in (TRAINED, UNTRAINED)
+            name: [find(iou, "miou", subject=name, level=level) for level in levels] for name in (TRAINED, UNTRAINED)
         }
         pictures.append(charts.bars(levels, series, "level", "segmentation, mean IoU"))
-    return [Section(title="What each level keeps", note=note, body=charts.row(pictures))]
+    body = charts.row(pictures)
+    if any(one.metric in _DCI for one in measured):
+        note += (
+            " Below: disentanglement, completeness and informativeness of the dimensions (Eastwood and Williams 2018), "
+            "whose error is 0 where they tell the factors and 1 where they tell nothing."
+        )
+        body += _by_level(measured, _DCI)
+    return [Section(title="What each level keeps", note=note, body=body)]
 
 
 def _alike(measured: list[Measurement]) -> Section | None:
-    pairs = [one for one in measured if one.metric == "cka" and one.name.branch == BRANCHES[TRAINED]]
+    pairs = [one for one in measured if one.metric == "cka" and _subject(one) == TRAINED]
     if not pairs:
         return None
     names = list(dict.fromkeys(name for one in pairs for name in reversed(one.name.level.split(" - "))))
@@ -289,7 +335,11 @@ def _numbers(measured: list[Measurement]) -> Section:
 
 
 def _about(run: Run, results: Results) -> Section:
-    facts = "\n".join(f"{key}: {value}" for key, value in results.about.items())
+    # A long list of versions would run out of the page; a command must stay in one piece to be copied.
+    facts = "\n".join(
+        textwrap.fill(f"{key}: {value}", 100, subsequent_indent="  ") if key == "versions" else f"{key}: {value}"
+        for key, value in results.about.items()
+    )
     config = (run.folder / settings.CONFIG_FILE).read_text()
     body = code(facts) + f"<details><summary>{settings.CONFIG_FILE} of the run</summary>{code(config)}</details>"
     return Section(title="Command, versions, configuration", body=body)

@@ -12,7 +12,7 @@ from torch import Tensor
 from hjepa_benchmark.runs import Run
 from hjepa_benchmark.suite.findings import Details, Findings, known
 from hjepa_benchmark.suite.plan import Plan
-from hjepa_benchmark.suite.subjects import BRANCHES, PIXELS, UNTRAINED, Subject
+from hjepa_benchmark.suite.subjects import UNTRAINED, Subject, subject_of
 from hjepa_data import FolderSource
 from hjepa_eval import FeatureName, LogisticProbe, bootstrap
 from hjepa_eval.robustness.corrupt import corrupt
@@ -47,7 +47,7 @@ def measure_robustness(
         tell: says what is at work.
     """
     images = known(run.test).head(plan.corruption_images)
-    wrong: dict[tuple[str, str], dict[str, Tensor]] = {}
+    wrong: dict[FeatureName, dict[str, Tensor]] = {}
     for metric, change in _changes(plan).items():
         tell(metric)
         pixels = images.pixels if change is None else _changed(change, images.pixels)
@@ -55,9 +55,9 @@ def measure_robustness(
             wanted = {"encoder"} if subject.name == UNTRAINED else set(probes)
             predict = partial(_predict, subject, probes, wanted, run.device)
             for level, right in right_on_changed(predict, pixels, images.labels).items():
-                name = _name(subject.name, level)
+                name = subject.at(level)
                 findings.interval(metric, name, bootstrap(1 - right.double()))
-                wrong.setdefault((subject.name, level), {})[metric] = ~right
+                wrong.setdefault(name, {})[metric] = ~right
     _mean_errors(wrong, plan, findings)
 
 
@@ -132,10 +132,11 @@ def _predict(
     }
 
 
-def _mean_errors(wrong: Mapping[tuple[str, str], Mapping[str, Tensor]], plan: Plan, findings: Findings) -> None:
+def _mean_errors(wrong: Mapping[FeatureName, Mapping[str, Tensor]], plan: Plan, findings: Findings) -> None:
     """Added error, mCE and relative mCE of every level, the latter two over the untrained encoder's."""
     metrics = [[f"error/{name}/{severity}" for severity in plan.severities] for name in plan.corruptions]
-    base, base_added = _tables(wrong[UNTRAINED, "encoder"], metrics)
+    reference = next(name for name in wrong if subject_of(name.branch) == UNTRAINED and name.level == "encoder")
+    base, base_added = _tables(wrong[reference], metrics)
     # Where a weak reference loses nothing, what another loses relative to it is no number.
     lost = [bootstrap(base_added[:, number], lambda means: means.sum(dim=1)) for number in range(len(metrics))]
     unhurt = [name for name, one in zip(plan.corruptions, lost, strict=True) if one.low <= 0]
@@ -144,9 +145,8 @@ def _mean_errors(wrong: Mapping[tuple[str, str], Mapping[str, Tensor]], plan: Pl
         "corruptions": len(metrics),
         "severities": len(plan.severities),
     }
-    for (subject, level), found in wrong.items():
+    for name, found in wrong.items():
         own, added = _tables(found, metrics)
-        name = _name(subject, level)
         findings.interval("added_error", name, bootstrap(added.mean(dim=(1, 2))))
         findings.interval("mce", name, bootstrap(torch.stack((own, base), dim=1), _ratio), details=details)
         if unhurt:
@@ -167,7 +167,3 @@ def _ratio(means: Tensor) -> Tensor:
     """Mean over corruptions of the error's sum over severities over the reference's; means [r, 2, c, s]."""
     sums = means.sum(dim=3)
     return (sums[:, 0] / sums[:, 1]).mean(dim=1)
-
-
-def _name(subject: str, level: str) -> FeatureName:
-    return FeatureName(branch=BRANCHES[subject], level=level, pooling="flatten" if subject == PIXELS else "mean")

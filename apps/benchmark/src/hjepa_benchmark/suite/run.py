@@ -20,6 +20,7 @@ from hjepa_benchmark.suite.probes import (
     attention_of,
     compare_levels,
     compare_views,
+    match_views,
     probe_levels,
     probe_tokens,
     rank_levels,
@@ -112,10 +113,10 @@ def measure(run: Run, plan: Plan, folders: dict[str, Path], classes: list[str]) 
         train, test = (subject.extract(images, run.device) for images in (run.train, run.test))
         if subject.model is not None:
             rank_levels(train, findings)
-            if len(train) > 1:
-                compare_levels(train, findings)
+            compare_levels(train, findings)
             if plan.views:
                 compare_views(subject, run, findings)
+                match_views(subject, run, findings)
         if not labelled:
             continue
         pairs.append((subject, probe_levels(subject, train, test, run, plan, findings)))

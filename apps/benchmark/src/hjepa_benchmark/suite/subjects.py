@@ -17,7 +17,7 @@ from hjepa_pretrain.model import Model, build_model, load_run
 _BATCH = 256
 _SIDE = 32
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"
-BRANCHES = {TRAINED: "target", UNTRAINED: "untrained target", PIXELS: "-"}
+SUBJECTS = (TRAINED, UNTRAINED, PIXELS)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,13 +26,19 @@ class Subject:
 
     Attributes:
         name: trained, untrained or pixels.
+        branch: of the encoder, as results call it.
         model: the model; None for pixels.
         features: maps uint8 images to features by name, on the device of the images.
     """
 
     name: str
+    branch: str
     model: Model | None
     features: Callable[[Tensor], dict[FeatureName, Tensor]]
+
+    def at(self, level: str) -> FeatureName:
+        """Name of the features of a level."""
+        return FeatureName(branch=self.branch, level=level, pooling="flatten" if self.model is None else "mean")
 
     def extract(self, images: Images, device: torch.device) -> dict[str, FeatureSet]:
         """Features of all images by level, mean-pooled, in one pass."""
@@ -45,11 +51,18 @@ class Subject:
 def subjects(run: Run) -> list[Subject]:
     """The three subjects of a run; models are on its device, ready for evaluation."""
     models = {TRAINED: load_run(run.folder, run.config), UNTRAINED: build_model(run.config)}
-    found = [
-        Subject(name=name, model=model.to(run.device).eval(), features=_features_of(model, run, name))
-        for name, model in models.items()
-    ]
-    return [*found, Subject(name=PIXELS, model=None, features=_pixels_of(run))]
+    found = []
+    for name, model in models.items():
+        branch = "target" if model.ema_pairs() else "online"
+        branch = branch if name == TRAINED else f"{name} {branch}"
+        features = _features_of(model, run, branch)
+        found.append(Subject(name=name, branch=branch, model=model.to(run.device).eval(), features=features))
+    return [*found, Subject(name=PIXELS, branch="-", model=None, features=_pixels_of(run))]
+
+
+def subject_of(branch: str) -> str:
+    """Which subject features of a branch are of."""
+    return PIXELS if branch == "-" else UNTRAINED if branch.startswith(UNTRAINED) else TRAINED
 
 
 def level_grids(run: Run, model: Model) -> dict[str, tuple[int, int]]:
@@ -80,10 +93,10 @@ def normalized(run: Run, pixels: Tensor) -> Tensor:
     return normalize(pixels, run.config.data.mean, run.config.data.std)
 
 
-def _features_of(model: Model, run: Run, name: str) -> Callable[[Tensor], dict[FeatureName, Tensor]]:
+def _features_of(model: Model, run: Run, branch: str) -> Callable[[Tensor], dict[FeatureName, Tensor]]:
     def features(pixels: Tensor) -> dict[FeatureName, Tensor]:
         return {
-            FeatureName(branch=BRANCHES[name], level=str(level), pooling="mean"): values
+            FeatureName(branch=branch, level=str(level), pooling="mean"): values
             for level, values in model.all_features(normalized(run, pixels)).items()
         }
 

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hjepa_benchmark.suite.findings import find
-from hjepa_benchmark.suite.subjects import BRANCHES, TRAINED
+from hjepa_benchmark.suite.subjects import TRAINED, subject_of
 from hjepa_eval import Measurement, Results
 
 NAMES = ("features", "level", "pooling")
@@ -81,16 +81,15 @@ def summarize(
     there = {one.metric for one in measured}.difference(without)
     wanted = (f"knn_{results.about.get('k')}", *TITLES)
     columns = [(metric, title_of(metric)) for metric in wanted if metric in there]
-    by_branch = {branch: name for name, branch in BRANCHES.items()}
-    keys = dict.fromkeys((one.name.branch, one.name.level) for one in measured if one.metric in ("linear", "rankme"))
+    names = [one.name for one in measured if one.metric in ("linear", "rankme")]
+    poolings = {(subject_of(name.branch), name.level): name.pooling for name in names}
     rows, verdicts = [], []
-    for branch, level in keys:
-        found = [find(measured, metric, branch=branch, level=level) for metric, _ in columns]
-        pooling = next(one.name.pooling for one in measured if (one.name.branch, one.name.level) == (branch, level))
-        verdict = _verdict(measured, branch, level)
+    for (subject, level), pooling in poolings.items():
+        found = [find(measured, metric, subject=subject, level=level) for metric, _ in columns]
+        verdict = _verdict(measured, subject, level)
         verdicts.append(verdict)
         told = level if verdict in ("healthy", "-") else f"{level} ({verdict})"
-        rows.append([by_branch.get(branch, branch), told, pooling, *(cell(one) for one in found)])
+        rows.append([subject, told, pooling, *(cell(one) for one in found)])
     linear = next((one for one in measured if one.metric == "linear"), None)
     note = "target branch" if results.about.get("target_encoder", True) else "the encoder, which has no moving average"
     note += ", 95 % intervals in brackets"
@@ -147,7 +146,7 @@ def latex(header: Sequence[str], rows: Sequence[Sequence[str]], names: int = len
     def escaped(text: str) -> str:
         for sign in "&%_#":
             text = text.replace(sign, "\\" + sign)
-        value, bracket, rest = text.partition(" [")
+        value, bracket, rest = text.replace("α", "$\\alpha$").partition(" [")
         return f"{value} {{\\scriptsize [{rest}}}" if bracket else value
 
     columns = "l" * names + "r" * (len(header) - names)
@@ -156,6 +155,6 @@ def latex(header: Sequence[str], rows: Sequence[Sequence[str]], names: int = len
     return f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{head} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}"
 
 
-def _verdict(measured: Sequence[Measurement], branch: str, level: str) -> str:
-    one = find(measured, "effective_rank", branch=branch, level=level)
+def _verdict(measured: Sequence[Measurement], subject: str, level: str) -> str:
+    one = find(measured, "effective_rank", subject=subject, level=level)
     return "-" if one is None else str(one.details.get("verdict", "-"))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hjepa_eval.probes.accuracy import split
 from hjepa_eval.probes.logistic import moments
+from hjepa_eval.results.interval import Interval, bootstrap, of_parts
 
 PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # shares of the penalty that makes all weights 0
 
@@ -25,6 +26,8 @@ class DCI:
         mean_completeness: Mean over the factors.
         informativeness: Normalised root mean square error on the test samples, by factor: 0 is perfect, 1 is no better
             than the mean.
+        intervals: Of "disentanglement" and "mean_completeness" by a jackknife over the training samples, which they are
+            of, with the penalties of the whole; of "mean_informativeness" by bootstrap over the test samples.
         importance: |weights| of standardised dimensions for each factor [D, K].
         n_train: Training samples.
         n_test: Test samples.
@@ -34,6 +37,7 @@ class DCI:
     completeness: dict[str, float]
     mean_completeness: float
     informativeness: dict[str, float]
+    intervals: dict[str, Interval]
     importance: Float[Tensor, "D K"]
     n_train: int
     n_test: int
@@ -46,6 +50,7 @@ def dci(
     test_factors: Mapping[str, Tensor],
     *,
     seed: int = 0,
+    groups: int = 10,
 ) -> DCI:
     """Fit a lasso from the code to every factor, and measure how its weights are spread.
 
@@ -58,13 +63,15 @@ def dci(
         train_factors: At least two factors: integers [n] (classes) or floats [n].
         test: Codes of the test samples.
         test_factors: The same factors of the test samples.
-        seed: Of the split.
+        seed: Of the split, and of the bootstrap.
+        groups: Groups of the jackknife, at least two samples each; every factor is fitted once more for each.
 
     Returns:
         The scores.
 
     Raises:
-        ValueError: With fewer than two factors or dimensions, or where a factor lacks values or is constant.
+        ValueError: With fewer than two factors or dimensions, or where a factor lacks values or is constant;
+            with fewer than two groups or four training samples.
 
     Source:
         Eastwood and Williams 2018 (ICLR), "A framework for the quantitative evaluation of disentangled
@@ -74,9 +81,13 @@ def dci(
         raise ValueError(
             f"factors={sorted(train_factors)} code {tuple(train.shape)}: at least two factors and two dimensions"
         )
+    if groups < 2 or len(train) < 4:
+        raise ValueError(f"groups={groups}: of {len(train)} training samples; allowed: 2 and more, of 4 and more")
+    groups = min(groups, len(train) // 2)
     mean, scale = moments(train)
     x, test_x = ((part.double() - mean) / scale for part in (train, test))
-    importance, errors = [], {}
+    group = torch.arange(len(x), device=x.device) % groups
+    importance, left, errors = [], [], []
     for name, values in train_factors.items():
         if name not in test_factors or len(values) != len(train) or len(test_factors[name]) != len(test):
             raise ValueError(f"factor {name!r}: give a value for each training and each test sample")
@@ -86,19 +97,29 @@ def dci(
         if not bool((y.std(dim=0) > 0).any()):
             raise ValueError(f"factor {name!r}: it does not vary over the training samples; leave it out")
         offset = y.mean(dim=0)
-        weight = _chosen_lasso(x, y - offset, seed)
+        penalty = _chosen_penalty(x, y - offset, seed)
+        weight = lasso(x, y - offset, penalty)
         importance.append(weight.abs().sum(dim=1))
-        error = (test_y - offset - test_x @ weight).square().sum()
-        errors[name] = math.sqrt(float(error / (test_y - offset).square().sum()))
+        parts = [_without(x, y, group != number, penalty, weight) for number in range(groups)]
+        left.append(torch.stack(parts).abs().sum(dim=2))
+        error = (test_y - offset - test_x @ weight).square().sum(dim=1)
+        errors.append(torch.stack((error, (test_y - offset).square().sum(dim=1)), dim=1))
     found = torch.stack(importance, dim=1)
-    by_dimension, by_factor = _concentration(found), _concentration(found.T)
-    share = found.sum(dim=1) / found.sum().clamp_min(torch.finfo(found.dtype).tiny)
-    completeness = dict(zip(train_factors, by_factor.tolist(), strict=True))
+    disentanglement, completeness = _structure(found)
+    structures = [_structure(part) for part in torch.stack(left, dim=2)]
+    of = {
+        "disentanglement": (disentanglement, [one for one, _ in structures]),
+        "mean_completeness": (float(completeness.mean()), [float(one.mean()) for _, one in structures]),
+    }
+    rows = torch.stack(errors, dim=1)
+    intervals = {name: of_parts(value, parts, len(train)) for name, (value, parts) in of.items()}
+    intervals["mean_informativeness"] = bootstrap(rows, lambda means: _relative(means).mean(dim=1), seed=seed)
     return DCI(
-        disentanglement=float((share * by_dimension).sum()),
-        completeness=completeness,
-        mean_completeness=float(by_factor.mean()),
-        informativeness=errors,
+        disentanglement=disentanglement,
+        completeness=dict(zip(train_factors, completeness.tolist(), strict=True)),
+        mean_completeness=float(completeness.mean()),
+        informativeness=dict(zip(train_factors, _relative(rows.mean(dim=0)).tolist(), strict=True)),
+        intervals=intervals,
         importance=found,
         n_train=len(train),
         n_test=len(test),
@@ -106,7 +127,12 @@ def dci(
 
 
 def lasso(
-    x: Float[Tensor, "n D"], y: Float[Tensor, "n c"], penalty: Float[Tensor, " c"], *, iterations: int = 5000
+    x: Float[Tensor, "n D"],
+    y: Float[Tensor, "n c"],
+    penalty: Float[Tensor, " c"],
+    *,
+    iterations: int = 5000,
+    start: Float[Tensor, "D c"] | None = None,
 ) -> Float[Tensor, "D c"]:
     """Minimise |y - x w|^2 / (2 n) + penalty |w|_1 for each column by accelerated proximal gradients (FISTA).
 
@@ -115,6 +141,7 @@ def lasso(
         y: Centred targets.
         penalty: One for each column.
         iterations: Steps, at most; ends earlier where nothing moves by more than 1e-9.
+        start: Where to start; None: at 0.
 
     Returns:
         The weights.
@@ -124,7 +151,7 @@ def lasso(
     """
     gram, target = x.T @ x / len(x), x.T @ y / len(x)
     step = 1 / torch.linalg.eigvalsh(gram)[-1].clamp_min(1e-12)
-    weight = torch.zeros_like(target)
+    weight = torch.zeros_like(target) if start is None else start
     ahead, momentum = weight, 1.0
     for _ in range(iterations):
         moved = ahead - step * (gram @ ahead - target)
@@ -140,13 +167,30 @@ def lasso(
     return weight
 
 
-def _chosen_lasso(x: Tensor, y: Tensor, seed: int) -> Tensor:
+def _structure(importance: Float[Tensor, "D K"]) -> tuple[float, Float[Tensor, " K"]]:
+    """Disentanglement, and the completeness of each factor."""
+    share = importance.sum(dim=1) / importance.sum().clamp_min(torch.finfo(importance.dtype).tiny)
+    return float((share * _concentration(importance)).sum()), _concentration(importance.T)
+
+
+def _relative(means: Float[Tensor, "*r 2"]) -> Float[Tensor, "*r"]:
+    """Root mean square error over the root mean square of the target, of means of both squares."""
+    return (means[..., 0] / means[..., 1]).sqrt()
+
+
+def _without(x: Tensor, y: Tensor, kept: Tensor, penalty: Tensor, start: Tensor) -> Tensor:
+    """Weights without one group of samples."""
+    x, y = x[kept], y[kept]
+    return lasso(x - x.mean(dim=0), y - y.mean(dim=0), penalty, start=start)
+
+
+def _chosen_penalty(x: Tensor, y: Tensor, seed: int) -> Tensor:
     kept, held = (part.to(x.device) for part in split(len(x), 0.2, seed))
     errors = []
     for share in PENALTIES:
         weight = lasso(x[kept], y[kept], share * _largest(x[kept], y[kept]))
         errors.append(float((y[held] - x[held] @ weight).square().sum()))
-    return lasso(x, y, PENALTIES[errors.index(min(errors))] * _largest(x, y))
+    return PENALTIES[errors.index(min(errors))] * _largest(x, y)
 
 
 def _largest(x: Tensor, y: Tensor) -> Tensor:

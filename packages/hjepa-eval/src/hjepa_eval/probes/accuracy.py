@@ -27,9 +27,23 @@ def top1(predicted: Int[Tensor, " m"], labels: Int[Tensor, " m"], num_classes: i
 
 
 def check_known(labels: Int[Tensor, " n"], name: str = "labels") -> None:
-    """Raise a ValueError where there is no label or one is unknown; ``name`` is what to call them."""
+    """Raise a ValueError where there is no label, one is unknown or they are no integers; ``name`` is what they are."""
+    if labels.is_floating_point():
+        raise ValueError(f"{name} of {labels.dtype}: they must be integers, the numbers of the classes")
     if not len(labels) or int(labels.min()) < 0:
         raise ValueError(f"{name}: there are none, or some are below 0 (unknown); leave out what has no label")
+
+
+def count_classes(labels: Int[Tensor, " n"], num_classes: int | None) -> int:
+    """Number of classes, at least 2: of the labels where it is not given.
+
+    Raises:
+        ValueError: Where a label lies beyond the number that is given.
+    """
+    largest = int(labels.max())
+    if num_classes is not None and num_classes <= largest:
+        raise ValueError(f"num_classes={num_classes}: labels go up to {largest}; allowed: {largest + 1} and more")
+    return max(2, largest + 1 if num_classes is None else num_classes)
 
 
 def check_finite(values: Tensor, name: str = "features") -> None:

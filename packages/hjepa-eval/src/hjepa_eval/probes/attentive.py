@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hjepa_eval.probes.accuracy import check_known, split, top1
+from hjepa_eval.probes.accuracy import check_known, count_classes, split, top1
 from hjepa_eval.probes.heads import Candidate, HeadOptimizer, HeadTraining, best_candidate, train_heads
 
 
@@ -151,7 +151,7 @@ class AttentiveProbe:
         check_known(labels)
         labels = labels.cpu().long()
         training, self._device = self.config.training, torch.device(device)
-        classes = max(2, int(labels.max()) + 1 if num_classes is None else num_classes)
+        classes = count_classes(labels, num_classes)
         kept, held = split(len(labels), training.held_out, training.seed)
         grid = training.grid()
         heads = self._train(tokens, labels, classes, grid, kept)

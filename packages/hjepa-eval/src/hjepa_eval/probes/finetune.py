@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hjepa_eval.extraction.blocks import find_blocks, pool_tokens
+from hjepa_eval.probes.accuracy import check_known, count_classes
 from hjepa_eval.probes.heads import learning_rate_factor
 
 Batches = Iterable[tuple[Tensor, ...]]
@@ -162,7 +163,7 @@ def finetune(
         Mean loss of each epoch.
 
     Raises:
-        ValueError: Where an epoch has no batch or the loss is not finite.
+        ValueError: Where an epoch has no batch, a label is unknown or no class of the head, or the loss is not finite.
     """
     config = FineTuneConfig() if config is None else config
     classifier.to(device)
@@ -183,9 +184,10 @@ def finetune(
             factor = learning_rate_factor(step, steps, config.warmup)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
-            loss = F.cross_entropy(
-                classifier(images.to(device)), labels.to(device), label_smoothing=config.label_smoothing
-            )
+            check_known(labels)
+            logits = classifier(images.to(device))
+            count_classes(labels, logits.shape[1])
+            loss = F.cross_entropy(logits, labels.to(device).long(), label_smoothing=config.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             if config.clip_norm is not None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hjepa_eval.probes.accuracy import check_finite, check_known, top1
+from hjepa_eval.probes.accuracy import check_finite, check_known, count_classes, top1
 from hjepa_eval.probes.precision import full_precision
 
 SPARE = 64  # candidates beyond k, so that what float32 cannot tell apart is seldom more than they are
@@ -52,11 +52,11 @@ def knn_predict(
     """
     ks = tuple(dict.fromkeys(ks))
     _check(train, train_labels, test, ks)
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature={temperature}: it must be above 0; 0.07 is usual")
-    classes = int(train_labels.max()) + 1 if num_classes is None else num_classes
+    classes = count_classes(train_labels, num_classes)
     cosine, index = nearest(train, test, max(ks), memory=memory)
-    neighbours = train_labels[index]
+    neighbours = train_labels.long()[index]
     # exp((cos - largest) / T) is the vote up to one factor a row, which no comparison sees.
     weight = ((cosine - cosine[:, :1]) / temperature).exp()
     parts: dict[int, list[Tensor]] = {k: [] for k in ks}

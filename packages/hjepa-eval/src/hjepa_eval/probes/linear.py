@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hjepa_eval.extraction.features import FeatureSet
-from hjepa_eval.probes.accuracy import split, top1
+from hjepa_eval.probes.accuracy import count_classes, split, top1
 from hjepa_eval.probes.heads import Candidate, HeadTraining, best_candidate, train_heads
 from hjepa_eval.probes.logistic import check_samples, moments
 from hjepa_eval.probes.precision import full_precision
@@ -53,7 +53,7 @@ class LinearProbe:
         """
         _check(features, labels)
         config, labels = self.config, labels.long()
-        self._classes = max(2, int(labels.max()) + 1 if num_classes is None else num_classes)
+        self._classes = count_classes(labels, num_classes)
         self._moments = {name: moments(values) for name, values in features.items()}
         kept, held = (part.to(labels.device) for part in split(len(labels), config.held_out, config.seed))
         names, grid = list(features), config.grid()

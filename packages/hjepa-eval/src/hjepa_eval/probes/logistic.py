@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hjepa_eval.probes.accuracy import check_finite, check_known, split, top1
+from hjepa_eval.probes.accuracy import check_finite, check_known, count_classes, split, top1
 from hjepa_eval.probes.precision import full_precision
 
 MAX_LOGITS = 2**24  # held at once: 64 MiB of float32
@@ -83,7 +83,7 @@ class LogisticProbe:
             ValueError: Where shapes disagree, a label is unknown or there are fewer than two samples.
         """
         check_samples(features, labels)
-        classes = max(2, int(labels.max()) + 1 if num_classes is None else num_classes)
+        classes = count_classes(labels, num_classes)
         config = self.config
         self._mean, self._scale = moments(features)
         x = self._standardise(features)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hjepa_eval.extraction.gather import exchange
-from hjepa_eval.probes.accuracy import split
+from hjepa_eval.probes.accuracy import count_classes, split
 from hjepa_eval.probes.heads import Candidate, HeadOptimizer, HeadTraining, best_candidate, train_heads
 from hjepa_eval.probes.logistic import moments
 
@@ -70,7 +70,7 @@ class SegmentationProbe:
         if int(masks.max()) < 0:
             raise ValueError("masks: no pixel is known (0 and up), so there is nothing to learn")
         training, self._device, self._grid = self.config, torch.device(device), grid
-        self._classes = max(2, int(masks.max()) + 1 if num_classes is None else num_classes)
+        self._classes = count_classes(masks, num_classes)
         self._mean, self._scale = (part.to(self._device) for part in moments(tokens.flatten(0, 1)))
         kept, held = split(len(tokens), training.held_out, training.seed)
         settings = training.grid()

@@ -132,10 +132,15 @@ def jackknife(z: Tensor, statistic: Callable[[Tensor], Tensor | float], *, group
         raise ValueError(f"groups={groups}: of {len(z)} samples; allowed: 2 up to half as many as samples")
     group = torch.arange(len(z), device=z.device) % groups
     value = float(statistic(z))
-    parts = [float(statistic(z[group != number])) for number in range(groups)]
-    error = ((groups - 1) / groups * sum((part - statistics.fmean(parts)) ** 2 for part in parts)) ** 0.5
+    return of_parts(value, [float(statistic(z[group != number])) for number in range(groups)], len(z))
+
+
+def of_parts(value: float, parts: Sequence[float], n: int) -> Interval:
+    """The jackknife's interval of a number, from what it is without each group of the n samples."""
+    groups, mean = len(parts), statistics.fmean(parts)
+    error = ((groups - 1) / groups * sum((part - mean) ** 2 for part in parts)) ** 0.5
     half = _quantile(groups - 1) * error
-    return Interval(value=value, low=value - half, high=value + half, method="jackknife", n=len(z))
+    return Interval(value=value, low=value - half, high=value + half, method="jackknife", n=n)
 
 
 def _quantile(freedom: int) -> float:
