@@ -49,6 +49,21 @@ def test_every_method_starts_from_the_same_encoder():
         assert all(torch.equal(start[name], encoder[name]) for name in start)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "idle"),
+    [
+        ("simclr", "hjepa.predictor.depth, hjepa.pyramid.levels"),
+        ("mae", "hjepa.pyramid.levels"),
+        ("lejepa", None),
+    ],
+)
+def test_what_a_baseline_does_not_read_is_named(caplog, recipe, idle):
+    words = ("hjepa.encoder.depth=2", "hjepa.predictor.depth=2", "hjepa.pyramid.levels=1")
+    settings.load((f"recipe={recipe}", *words))
+    said = [one.getMessage() for one in caplog.records if "does not read" in one.getMessage()]
+    assert said == ([] if idle is None else [f"recipe={recipe} does not read {idle}"])
+
+
 def test_nt_xent_is_the_published_sum():
     z = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = functional.normalize(z.flatten(0, 1), dim=-1)

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hjepa_data.masks import MASK_LAWS
 from hjepa_models import encoder_config
+from hjepa_pretrain.baselines import BaselineKind
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_train import ParallelKind, ScheduleUnit
 
@@ -85,6 +86,8 @@ def load(words: Sequence[str]) -> tuple[PretrainConfig, DictConfig]:
             plain.plan.models = list(PLANNED)
         if stored is None and "trainer.learning_rate.warmup_steps" not in given:
             _shorten_warmup(plain)
+        if stored is None:
+            _name_idle(plain, given)
         config = OmegaConf.to_object(plain)
     except (OmegaConfBaseException, ValueError, AssertionError) as error:
         raise SettingsError(one_line(error)) from error
@@ -173,6 +176,16 @@ def _shorten_warmup(plain: DictConfig) -> None:
         text = "trainer.learning_rate.warmup_steps=%d shortened to %d, a fifth of run.steps=%d"
         logger.info(text, rate.warmup_steps, limit, plain.run.steps)
         rate.warmup_steps = limit
+
+
+def _name_idle(plain: DictConfig, given: Mapping[str, object]) -> None:
+    """Say which of the given settings a baseline does not read."""
+    if plain.baseline is None:
+        return
+    read = ("hjepa.encoder", "hjepa.predictor") if plain.baseline.kind is BaselineKind.mae else ("hjepa.encoder",)
+    idle = sorted(key for key in given if key.startswith("hjepa.") and not key.startswith(read))
+    if idle:
+        logger.warning("recipe=%s does not read %s", plain.recipe, ", ".join(idle))
 
 
 def _derive(plain: DictConfig) -> None:
