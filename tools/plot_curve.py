@@ -1,4 +1,4 @@
-"""Draw the accuracy of a run on the way: `python tools/plot_curve.py runs/NAME docs/images/demo.png`."""
+"""Draw the accuracy of a run on the way: `python tools/plot_curve.py runs/NAME docs/images/demo.svg`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hjepa_pretrain.report.figures import curves
 
 
 def main(run_dir: Path, output: Path) -> None:
-    """Write the kNN curve of a run as a PNG.
+    """Write the kNN curve of a run as an SVG.
 
     Args:
         run_dir: Folder of a run, with `metrics.jsonl`.
