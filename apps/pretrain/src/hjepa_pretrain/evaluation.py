@@ -20,7 +20,7 @@ from hjepa_eval import FeatureSet, Scores, evaluate, extract, knn_accuracy, rank
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.demo import CLASS_NAMES
 from hjepa_pretrain.demo.shards import demo_shards
-from hjepa_pretrain.model import Model, build_model
+from hjepa_pretrain.model import Model, build_model, feature_branch
 from hjepa_train import Trainer
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def level_features(
         return {str(level): values for level, values in model.all_features(batch).items()}
 
     model.eval()
-    branch = "target" if model.ema_pairs() else "online"
+    branch = feature_branch(model)
     found = extract(
         features, images.batches(config.data.mean, config.data.std), device=device, branch=branch, pooling="mean"
     )

@@ -16,6 +16,11 @@ def build_model(config: PretrainConfig) -> Model:
     return build_baseline(config.baseline, config.hjepa, seed=config.run.seed)
 
 
+def feature_branch(model: Model) -> str:
+    """Return the branch whose features a run is measured by: the target's where there is a moving average."""
+    return "target" if model.ema_pairs() else "online"
+
+
 def save_model(model: Model, folder: Path) -> None:
     """Write the weights that users take away: of an HJEPA all, of a baseline the encoder."""
     save_pretrained(model.encoder if isinstance(model, Baseline) else model, folder)

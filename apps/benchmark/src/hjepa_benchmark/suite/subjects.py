@@ -12,7 +12,7 @@ from hjepa_data import normalize
 from hjepa_eval import FeatureName, FeatureSet, extract
 from hjepa_models import Pooling, coarsen
 from hjepa_pretrain.evaluation import Images
-from hjepa_pretrain.model import Model, build_model, load_run
+from hjepa_pretrain.model import Model, build_model, feature_branch, load_run
 
 _BATCH = 256
 _SIDE = 32
@@ -53,8 +53,7 @@ def subjects(run: Run) -> list[Subject]:
     models = {TRAINED: load_run(run.folder, run.config), UNTRAINED: build_model(run.config)}
     found = []
     for name, model in models.items():
-        branch = "target" if model.ema_pairs() else "online"
-        branch = branch if name == TRAINED else f"{name} {branch}"
+        branch = feature_branch(model) if name == TRAINED else f"{name} {feature_branch(model)}"
         features = _features_of(model, run, branch)
         found.append(Subject(name=name, branch=branch, model=model.to(run.device).eval(), features=features))
     return [*found, Subject(name=PIXELS, branch="-", model=None, features=_pixels_of(run))]
