@@ -11,7 +11,7 @@ from hjepa_benchmark.cli import main
 from hjepa_benchmark.throughput import measure
 from hjepa_benchmark.throughput.count import graph_breaks, host_synchronisations, matmul_peak, operations, operations_of
 from hjepa_benchmark.throughput.reference import PlainAttention, ReferenceStep
-from hjepa_benchmark.throughput.step import REST, TrainingStep
+from hjepa_benchmark.throughput.step import PREDICTOR, PYRAMID, TrainingStep
 from hjepa_pretrain import settings
 from hjepa_train.precision import Precision
 
@@ -33,11 +33,19 @@ def test_the_command_prints_and_keeps_everything(tiny, tmp_path, capsys):
     words = ["recipe=hjepa", "--steps", "3", "--reference", "--json", str(tmp_path / "t.json"), *tiny]
     assert main(["throughput", *words, "hjepa.pyramid.fpn_dim=32"]) == 0
     printed = capsys.readouterr().out
-    for word in ("images/s", "ms a step", "plain I-JEPA step", "graph breaks", "host synchronisations", REST):
+    for word in (
+        "images/s",
+        "ms a step",
+        "plain I-JEPA step",
+        "graph breaks",
+        "host synchronisations",
+        PREDICTOR,
+        PYRAMID,
+    ):
         assert word in printed
     found = json.loads((tmp_path / "t.json").read_text())
     assert found["images_per_second"] == pytest.approx(16e3 / found["milliseconds"])
-    assert list(found["parts"]) == ["input, masks", "target", "context", REST, "optimizer", "EMA"]
+    assert list(found["parts"]) == ["input, masks", "target", "context", PYRAMID, PREDICTOR, "optimizer", "EMA"]
     assert found["utilisation"] == pytest.approx(
         found["operations"] / (found["milliseconds"] / 1e3) / found["matmul_peak"]
     )

@@ -91,6 +91,30 @@ def test_muon_steps_the_matrices_of_blocks_and_adamw_the_rest(device):
     assert singular.max() < 1.4
 
 
+def test_muon_is_that_of_torch_whatever_shapes_go_together(device):
+    shapes = [(6, 4), (4, 6), (6, 4), (8, 8), (6, 4)]
+    modules = [nn.ParameterList(nn.Parameter(torch.full(shape, 0.1, device=device)) for shape in shapes) for _ in "ab"]
+    ours = OptimizerConfig(kind="muon", muon_names=("",), muon_momentum=0.9).build(modules[0])
+    torchs = torch.optim.Muon(
+        modules[1].parameters(), lr=0.1, weight_decay=0.3, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    set_rates(ours, learning_rate=0.1, weight_decay=0.3)
+    for seed in range(4):
+        for one in modules:
+            torch.manual_seed(seed)
+            for parameter in one:
+                parameter.grad = torch.randn(parameter.shape).to(device)
+        # A matrix without a gradient is left where it is.
+        modules[0][1].grad = modules[1][1].grad = None if seed == 2 else modules[1][1].grad
+        ours.step()
+        torchs.step()
+    for one, other in zip(*modules, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
+        assert (one - 0.1).abs().max() > 0.05
+        mean, other_mean = (o.state[p]["momentum_buffer"] for o, p in ((ours, one), (torchs, other)))
+        torch.testing.assert_close(mean, other_mean)
+
+
 def test_muon_goes_on_from_its_state(device):
     whole, half = _muon_module(device), _muon_module(device)
     optimizers = [OptimizerConfig(kind="muon").build(module) for module in (whole, half)]

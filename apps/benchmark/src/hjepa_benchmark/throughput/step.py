@@ -9,14 +9,14 @@ from torch import Tensor
 
 from hjepa_benchmark.throughput.clock import milliseconds
 from hjepa_data import Batch, normalize
-from hjepa_models import HJEPA, Block
+from hjepa_models import HJEPA, Block, scatter_to_canvas
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.task import build_task
 from hjepa_train import EMA
 from hjepa_train.graph import compile_module, multiply_in_fp8, recompute_activations
 from hjepa_train.precision import autocast
 
-REST, UPDATE, EMA_PART = "predictor, pyramid, losses", "optimizer", "EMA"
+PREDICTOR, PYRAMID, UPDATE, EMA_PART = "predictor", "pyramid, losses", "optimizer", "EMA"
 _WHOLE = "whole"
 
 
@@ -78,8 +78,8 @@ class TrainingStep:
     def parts(self, repeats: int, warmup: int) -> dict[str, float]:
         """Milliseconds of each part of a step, mean over `every` steps.
 
-        Masks, target and context are timed alone, with their own backward pass; what forward and backward take
-        beyond them is the predictor's, the pyramid's and the losses'.
+        Masks, target, context, and pyramid with the level losses are timed alone, with their own backward pass; what
+        forward and backward take beyond them is the predictor's.
 
         Args:
             repeats: timed calls of each.
@@ -105,7 +105,7 @@ class TrainingStep:
         found = {name: statistics.median(values[warmup:]) for name, values in times.items()}
         rest = found.pop(_WHOLE) - sum(found[name] for name, _, _ in alone)
         parts = {name: found[name] for name, _, _ in alone}
-        parts[REST if isinstance(self.task.model, HJEPA) else "forward, backward"] = max(0.0, rest)
+        parts[PREDICTOR if isinstance(self.task.model, HJEPA) else "forward, backward"] = max(0.0, rest)
         return parts | {name: found[name] for name in (UPDATE, EMA_PART)}
 
     def _alone(self) -> list[tuple[str, Callable[[], object], float]]:
@@ -113,7 +113,7 @@ class TrainingStep:
         config, model = self.config, self.task.model
         images = [normalize(view, config.data.mean, config.data.std) for view in self.batch.views]
         masked = torch.cat(images[: config.hjepa.masked_views])
-        context, _ = self.task.draw_masks(0, self.batch.sample)
+        context, targets = self.task.draw_masks(0, self.batch.sample)
         share = 1 / self.every
 
         def prepare() -> None:
@@ -127,6 +127,8 @@ class TrainingStep:
         if model.target_encoder is not None:
             found.append(("target", self._forward(model.target_encoder, masked), share))
         found.append(("context", self._both(model.encoder, masked, context), share))
+        if not model.config.encoder.output_patch_size:
+            found.append((PYRAMID, self._pyramid(model, targets.flatten(1)), share))
         if model.global_level is not None:
             found.append(("whole views", self._both(model.encoder, torch.cat(images)), 1.0))
         return found
@@ -150,7 +152,33 @@ class TrainingStep:
 
         return work
 
-    def _maybe_compiled(self, module: torch.nn.Module) -> Callable[..., Tensor]:
+    def _pyramid(self, model: HJEPA, index: Tensor) -> Callable[[], object]:
+        """Both sides of every level, from predicted and wanted tokens, and their losses."""
+        grid, weights = model.encoder.grid, model.config.level_weights.weights
+        shape, dtype = (*index.shape, model.config.encoder.embed_dim), self.config.trainer.precision.dtype
+        wanted = torch.randn(shape, device=self.device)
+        predicted = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
+
+        def loss(predicted: Tensor, wanted: Tensor) -> Tensor:
+            with torch.no_grad():
+                targets = model.target_levels(wanted, index, grid)
+            predictions = model.pyramid(scatter_to_canvas(predicted, index, grid))
+            # The finest level is scored on its tokens, the others on their canvas.
+            places = [index, *[None] * (len(weights) - 1)]
+            losses = map(model.level_loss, predictions, targets, places)
+            terms = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
+            return torch.stack(terms).sum()
+
+        call = self._maybe_compiled(loss)
+
+        def work() -> None:
+            with autocast(self.config.trainer.precision, self.device):
+                total = call(predicted, wanted)
+            torch.autograd.backward(total)
+
+        return work
+
+    def _maybe_compiled(self, module: Callable[..., Tensor]) -> Callable[..., Tensor]:
         trainer = self.config.trainer
         if not trainer.compile:
             return module
