@@ -218,8 +218,6 @@ def test_masks_for_fewer_or_more_rows(device):
         (lambda views, context, target: (views, context[0], target), r"masks of shapes \(8,\)"),
         (lambda views, context, target: (views, context, target[:, :, :0]), "no places to predict"),
         (lambda views, context, target: (views, context, target[:, :0]), "no places to predict"),
-        (lambda views, context, target: (views, context, target + 1), r"target masks name places .* to 24: not all on"),
-        (lambda views, context, target: (views, context - 1, target), r"context masks name places -1 to"),
         (lambda views, context, target: ([views[0], views[1][:5]], context, target), "as many images in each"),
         (lambda views, context, target: ([views[0], views[1][..., :16]], context, target), "first masked_views=2"),
     ],
@@ -234,6 +232,19 @@ def test_views_and_masks_that_do_not_fit_are_one_clear_line(device, change, mess
     small = [view[..., :8, :16] for view in views]  # views beyond the masked ones may have another size
     one = small_config("detached", with_global=True).build(device=device)
     assert one([*views, *small], context, target, step=0).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("seen", "hidden", "message"),
+    [(0, 1, r"target masks name places .* to 24: not all on"), (-1, 0, "context .* -1 to")],
+)
+def test_places_off_the_grid_are_one_clear_line_on_a_cpu(seen, hidden, message):
+    """Elsewhere the device's own assertion meets them, which ends the process."""
+    model = small_config("detached", with_global=True, masked_views=2).build()
+    views, _, _ = batch(torch.device("cpu"), 2)
+    last = torch.arange(16, 24).expand(6, -1)
+    with pytest.raises(ValueError, match=message):
+        model(views, last - 16 + seen, torch.stack([last, last - 8], 1) + hidden, step=0)
 
 
 def test_nothing_visible_and_one_hidden_token_are_a_step_like_any_other(device):
