@@ -52,7 +52,10 @@ class EMA:
             if unless is None:
                 torch._foreach_lerp_(target, online, 1.0 - momentum)
             else:
-                torch._foreach_lerp_(target, online, [torch.where(unless, 0.0, 1.0 - momentum)] * len(target))
+                # With a weight that lies on the device a lerp would be one kernel for each tensor.
+                change = torch._foreach_sub(online, target)
+                torch._foreach_mul_(change, torch.where(unless, 0.0, 1.0 - momentum))
+                torch._foreach_add_(target, change)
         for source, copy in self._copied:
             kept = local(source) if unless is None else torch.where(unless, local(copy), local(source))
             local(copy).copy_(kept)

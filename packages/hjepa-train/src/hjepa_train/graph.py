@@ -119,6 +119,8 @@ def compile_module(
         ValueError: Where there is no such backend.
     """
     _check_backend(backend)
+    # Float32 products keep float32: that is what `precision` says, not an oversight.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     options = {"backend": backend} | ({} if mode is CompileMode.default else {"mode": mode.replace("_", "-")})
     if whole and isinstance(module, Compilable):
         module.compile_step(**options)

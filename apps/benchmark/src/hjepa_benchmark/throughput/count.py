@@ -102,4 +102,4 @@ def host_synchronisations(step: TrainingStep) -> int | None:
             step(0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(one.message) for one in caught)
+    return sum("called a synchronizing" in str(one.message) for one in caught)

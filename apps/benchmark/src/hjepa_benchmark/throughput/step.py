@@ -89,18 +89,19 @@ class TrainingStep:
         times: dict[str, list[float]] = {
             name: [] for name in (*(name for name, _, _ in alone), _WHOLE, UPDATE, EMA_PART)
         }
+        lead = partial(self.forward_backward, 0)
         # One after the other in every round, so that all see the machine in the same state.
         for _ in range(warmup + repeats):
             group = []
             for number in range(self.every):
-                group.append(milliseconds(partial(self.forward_backward, number), self.device))
-                update = milliseconds(self.update, self.device)
-                target = milliseconds(self.move_target, self.device)
+                group.append(milliseconds(partial(self.forward_backward, number), self.device, lead))
+                update = milliseconds(self.update, self.device, lead)
+                target = milliseconds(self.move_target, self.device, lead)
             times[_WHOLE].append(statistics.mean(group))
             times[UPDATE].append(update)
             times[EMA_PART].append(target)
             for name, work, share in alone:
-                times[name].append(milliseconds(work, self.device) * share)
+                times[name].append(milliseconds(work, self.device, lead) * share)
             self.optimizer.zero_grad(set_to_none=True)
         found = {name: statistics.median(values[warmup:]) for name, values in times.items()}
         rest = found.pop(_WHOLE) - sum(found[name] for name, _, _ in alone)

@@ -134,12 +134,18 @@ class GridPositions(nn.Module):
         self.embed_dim, self.num_heads, self.depth = embed_dim, num_heads, depth
         self.head_dim = embed_dim // num_heads
         self.reference = reference
+        self._kept: dict[Grid, tuple[Tensor, Tensor]] = {}
         if kind is Position.learned:
             self.table = nn.Parameter(torch.empty(num_tokens(reference), embed_dim))
         elif kind is Position.relative:
             self.table = nn.Parameter(torch.empty(num_tokens(offset_grid(reference)), num_heads))
         elif kind is Position.rope_mixed:
             self.frequencies = nn.Parameter(torch.empty(depth, num_heads, self.head_dim // 2, len(reference)))
+
+    def prepare(self, grid: Grid, device: torch.device) -> None:
+        """Keep the rotations of a grid: a compiled step then reads them, and does not compute them in every block."""
+        if self.kind is Position.rope and (grid not in self._kept or self._kept[grid][0].device != device):
+            self._kept[grid] = self._axial(grid, device)
 
     def init_weights(self, generator: torch.Generator, std: float) -> None:
         """Fill the parameters: tables from a normal law, mixed frequencies as axial ones turned at random per head."""
@@ -185,14 +191,22 @@ class GridPositions(nn.Module):
             return [Place(bias=self._bias(grid, index, device, prefix))] * self.depth
         if self.kind not in ROTARY:
             return [Place()] * self.depth
-        coordinates = grid_coordinates(grid, self.reference, device)
         if self.kind is Position.rope_mixed:
+            coordinates = grid_coordinates(grid, self.reference, device)
             with torch.autocast(device.type, enabled=False):
                 frequencies = self.frequencies.to(torch.promote_types(self.frequencies.dtype, torch.float32))
                 angles = torch.einsum("lhfa,na->lhnf", frequencies, coordinates.to(frequencies.dtype))
-            return [Place(self._rotation(angle, index, prefix)) for angle in angles]
-        angle = (legacy_angles if self.legacy else rotation_angles)(coordinates, self.head_dim, self.theta)
-        return [Place(self._rotation(angle.unsqueeze(0), index, prefix))] * self.depth
+            return [Place(self._rotation(angle.cos(), angle.sin(), index, prefix)) for angle in angles]
+        cos, sin = self._kept.get(grid, (None, None))
+        if cos is None or sin is None or cos.device != device:
+            cos, sin = self._axial(grid, device)
+        return [Place(self._rotation(cos, sin, index, prefix))] * self.depth
+
+    def _axial(self, grid: Grid, device: torch.device) -> tuple[Float[Tensor, "1 N F"], Float[Tensor, "1 N F"]]:
+        """Return the cosine and sine of every token's angles, the same for all layers and heads."""
+        angles = legacy_angles if self.legacy else rotation_angles
+        angle = angles(grid_coordinates(grid, self.reference, device), self.head_dim, self.theta).unsqueeze(0)
+        return angle.cos(), angle.sin()
 
     def _table_on(self, grid: Grid, device: torch.device) -> Tensor:
         """Return the table of a grid, interpolated where it is not the one that the weights are for."""
@@ -203,8 +217,13 @@ class GridPositions(nn.Module):
             resampled: Tensor = table_resampling(self.kind, grid, self.reference, device).to(table.dtype) @ table
         return resampled
 
-    def _rotation(self, angle: Float[Tensor, "H N F"], index: Int[Tensor, "B K"] | None, prefix: int) -> Rotation:
-        cos, sin = angle.cos(), angle.sin()
+    def _rotation(
+        self,
+        cos: Float[Tensor, "H N F"],
+        sin: Float[Tensor, "H N F"],
+        index: Int[Tensor, "B K"] | None,
+        prefix: int,
+    ) -> Rotation:
         # The index picks tokens, [H, B, K, F] -> [B, H, K, F].
         cos, sin = (one.unsqueeze(0) if index is None else one[:, index].transpose(0, 1) for one in (cos, sin))
         pad = torch.nn.functional.pad
