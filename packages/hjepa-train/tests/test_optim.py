@@ -109,7 +109,8 @@ def test_muon_is_that_of_torch_whatever_shapes_go_together(device):
         ours.step()
         torchs.step()
     for one, other in zip(*modules, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
+        # On a CPU bit for bit; a GPU may add up products in another order.
+        torch.testing.assert_close(one, other, rtol=0, atol=0 if device.type == "cpu" else 2e-3)
         assert (one - 0.1).abs().max() > 0.05
         mean, other_mean = (o.state[p]["momentum_buffer"] for o, p in ((ours, one), (torchs, other)))
         torch.testing.assert_close(mean, other_mean)

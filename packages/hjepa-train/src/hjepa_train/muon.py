@@ -85,15 +85,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
         gradient = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
         before = torch.stack(buffers)
         mean = before.lerp(gradient, 1 - self._momentum)
-        change = orthogonalize(gradient.lerp(mean, self._momentum)).to(gradient.dtype)
-        change *= -rate * 0.2 * max(change.shape[1:]) ** 0.5
+        update = orthogonalize(gradient.lerp(mean, self._momentum))
+        scale = rate * 0.2 * max(update.shape[1:]) ** 0.5
         keep: float | Tensor = 1 - rate * weight_decay
         if bad is not None:
-            mean, change = torch.where(bad, before, mean), torch.where(bad, 0.0, change)
+            mean, update = torch.where(bad, before, mean), torch.where(bad, 0.0, update)
             keep = torch.where(bad, 1.0, keep)
         torch._foreach_copy_(buffers, list(mean))
         torch._foreach_mul_(matrices, keep)
-        torch._foreach_add_(matrices, list(change))
+        torch._foreach_add_(matrices, list(update), alpha=-scale)
 
     def _share(self) -> None:
         """Let AdamW work on this optimizer's groups and state, so that there is one of each to save."""
@@ -113,7 +113,7 @@ def orthogonalize(matrices: Float[Tensor, "n A B"]) -> Float[Tensor, "n A B"]:
     """
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16().contiguous()
+    x = (matrices.mT if tall else matrices).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)
     for _ in range(_ROUNDS):
         gram = torch.bmm(x, x.mT)
