@@ -69,6 +69,20 @@ def test_flex_attention_computes_the_same(device, grouped, position, rows):
     torch.testing.assert_close(flex(query, key, value, place), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_flex_attention_is_taken_where_it_has_kernels_and_something_to_add():
+    """Tensors without values are not on a CPU and FlexAttention refuses them: what passes was computed by sdpa."""
+
+    def attend_on_meta(width, *, grouped):
+        query = torch.empty(1, 2, 12, width, device="meta")
+        place = Place(group=torch.empty(12, dtype=torch.int64, device="meta") if grouped else None)
+        return attend(query, query, query, place, AttentionBackend.flex)
+
+    assert attend_on_meta(15, grouped=True).shape == (1, 2, 12, 15)
+    assert attend_on_meta(16, grouped=False).shape == (1, 2, 12, 16)
+    with pytest.raises(ValueError, match="FlexAttention is only supported on"):
+        attend_on_meta(16, grouped=True)
+
+
 class Operators(TorchDispatchMode):
     """Keeps the names of the operators that run."""
 

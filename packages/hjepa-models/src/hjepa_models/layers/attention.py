@@ -19,7 +19,8 @@ class AttentionBackend(StrEnum):
     `sdpa`: PyTorch's fused kernels; `torch.nn.attention.sdpa_kernel` around a call picks flash, cuDNN, efficient, math.
     `explicit`: plain products with a softmax between them.
     `flex`: FlexAttention, which adds biases and groups inside a fused kernel and never lays them out in memory; on a
-    CPU, for which PyTorch has no backward of it, `sdpa` computes the same.
+    CPU, for which PyTorch has no backward of it, and for heads narrower than its kernels take (16 channels), `sdpa`
+    computes the same.
     """
 
     auto = "auto"
@@ -67,8 +68,7 @@ def attend(
     if backend is AttentionBackend.explicit or (backend is AttentionBackend.auto and _slow_when_fused(query)):
         mixed: Tensor = attention_logits(query, key, place).softmax(dim=-1).to(value.dtype) @ value
         return mixed
-    plain = place.bias is None and place.group is None
-    if backend is AttentionBackend.flex and not plain and not query.is_cpu:
+    if backend is AttentionBackend.flex and _flex_helps(query, place):
         return flex(query, key, value, place)
     mask: Tensor | None = None if place.group is None else group_mask(place.group)
     if place.bias is not None:
@@ -83,7 +83,14 @@ def _slow_when_fused(query: Tensor) -> bool:
     return query.is_cpu and half and query.requires_grad and query.shape[-2] <= _LONGEST_EXPLICIT
 
 
+def _flex_helps(query: Tensor, place: Place) -> bool:
+    """Whether there is something to fuse, and FlexAttention has kernels for it."""
+    plain = place.bias is None and place.group is None
+    return not plain and not query.is_cpu and query.shape[-1] >= _NARROWEST_FLEX
+
+
 _LONGEST_EXPLICIT = 1024
+_NARROWEST_FLEX = 16
 _compiled_flex: Any = None
 
 
