@@ -65,8 +65,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         bad: Tensor | None = getattr(self, "found_inf", None)
-        if bad is not None:
-            self._adamw.found_inf, self._adamw.grad_scale = bad, None  # type: ignore[attr-defined]
+        self._adamw.found_inf, self._adamw.grad_scale = bad, None  # type: ignore[attr-defined]
         self._adamw.step()
         for group in self.param_groups:
             if group["muon"]:
