@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from hjepa_data.random import Draws, bits, bits_numpy, hash_int, integers_below, uniform, unit
+from hjepa_data.random import Draws, below, bits, bits_numpy, bits_of_sets, hash_int, leading, uniform, unit
 
 MASK = (1 << 64) - 1
 # Stored from the first release: streams and masks of saved runs depend on it.
@@ -39,6 +39,15 @@ def test_counters_broadcast_and_order_of_device_does_not_matter(device):
     assert torch.equal(both.cpu(), uniform(0, steps.cpu(), samples.cpu(), n=2))
 
 
+def test_sets_side_by_side_are_those_drawn_alone(device):
+    sample = torch.tensor([0, 7, 2**40, -3], device=device)
+    sets = {0: 5, 4: 1, 2: 9}
+    for seed in (3, 2**64 - 1, -(2**70)):
+        alone = [bits(seed, counter, sample, n=n) for counter, n in sets.items()]
+        assert torch.equal(bits_of_sets(seed, sets, sample), torch.cat(alone, 1))
+    assert torch.equal(bits_of_sets(3, sets, sample.int()), bits_of_sets(3, sets, sample.int().long()))
+
+
 def test_numbers_are_uniform_and_independent(device):
     numbers = uniform(5, torch.arange(20_000, device=device), n=4).double().cpu()
     assert 0 <= float(numbers.min()) < 1e-4
@@ -54,8 +63,8 @@ def test_numbers_are_uniform_and_independent(device):
 def test_integers_stay_below_their_limit(device):
     random = bits(1, torch.arange(5000, device=device), n=1)[:, 0]
     limit = torch.arange(5000, device=device) % 14 + 1
-    numbers = integers_below(random, limit)
+    numbers = below(leading(random), limit)
     assert bool(((numbers >= 0) & (numbers < limit)).all())
-    assert set(integers_below(random, 14).tolist()) == set(range(14))
-    assert integers_below(torch.tensor([-1]), 14).item() == 13
+    assert set(below(leading(random), 14).tolist()) == set(range(14))
+    assert below(leading(torch.tensor([-1])), 14).item() == 13
     assert unit(torch.tensor([-1])).item() < 1

@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Draws", "bits", "bits_numpy", "hash_int", "integers_below", "uniform"]
+__all__ = ["Draws", "below", "bits", "bits_numpy", "bits_of_sets", "hash_int", "leading", "uniform"]
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _MUL1 = 0xBF58476D1CE4E5B9
 _MUL2 = 0x94D049BB133111EB
-_FLOAT_BITS = 24
+LEADING = 24
+"""Bits of a random number that become a float or a small integer."""
 
 
 def _signed(value: int) -> int:
@@ -52,17 +53,21 @@ def _shift(x: Tensor, by: int) -> Tensor:
     return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
-def _fold(state: int | Tensor, counter: int | Tensor) -> int | Tensor:
-    if isinstance(counter, Tensor):
-        z = (counter.long() + 1) * _signed(_GAMMA) + (_signed(state) if isinstance(state, int) else state)
-    elif isinstance(state, Tensor):
-        z = state + _signed(_GAMMA * (counter + 1))
-    else:
-        raise AssertionError("integers are folded by hash_int")
+def _mix(z: Tensor) -> Tensor:
     # In place: these few operations on large tensors are bound by memory.
     z.bitwise_xor_(_shift(z, 30)).mul_(_signed(_MUL1))
     z.bitwise_xor_(_shift(z, 27)).mul_(_signed(_MUL2))
     return z.bitwise_xor_(_shift(z, 31))
+
+
+def _absorb(state: int | Tensor, counter: int | Tensor) -> Tensor:
+    """Return ``state + gamma * (counter + 1)``, in one launch but where both are tensors."""
+    if isinstance(counter, int):
+        assert isinstance(state, Tensor), "integers are folded by hash_int"
+        return state + _signed(_GAMMA * (counter + 1))
+    if isinstance(state, int):
+        return torch.rsub(counter.long(), _signed(state + _GAMMA), alpha=-_signed(_GAMMA))
+    return torch.add(state, counter.long() + 1, alpha=_signed(_GAMMA))
 
 
 def bits(
@@ -84,12 +89,35 @@ def bits(
         leading += 1
     state: int | Tensor = hash_int(seed, *(int(c) for c in counters[:leading]))
     for counter in counters[leading:]:
-        state = _fold(state, counter)
-    where = state.device if isinstance(state, Tensor) else device
-    last = torch.arange(n, device=where)
-    result = _fold(state[..., None] if isinstance(state, Tensor) else state, last)
-    assert isinstance(result, Tensor)
-    return result
+        state = _mix(_absorb(state, counter))
+    if isinstance(state, int):
+        return _mix(_absorb(state, torch.arange(n, device=device)))
+    last = torch.arange(1, n + 1, device=state.device)
+    return _mix(torch.add(state[..., None], last, alpha=_signed(_GAMMA)))
+
+
+def bits_of_sets(seed: int, sets: dict[int, int], sample: Int[Tensor, " B"]) -> Int[Tensor, "B n"]:
+    """Draw several sets of bits for each sample in one pass: ``bits(seed, c, sample, n=n)`` of all (c, n) side by side.
+
+    A small draw on a GPU costs its number of launches, and all sets share theirs.
+
+    Args:
+        seed: any integer.
+        sets: counter of each set, and how many numbers it has.
+        sample: number of each sample.
+
+    Returns:
+        Uniform int64, set after set.
+    """
+    sample, counts = sample.long(), tuple(sets.values())
+    states = _mix(torch.stack([_absorb(hash_int(seed, counter), sample) for counter in sets], dim=1))
+    last = torch.arange(1, max(counts) + 1, device=sample.device)
+    z = states.new_empty(len(sample), sum(counts))
+    start = 0
+    for number, count in enumerate(counts):
+        torch.add(states[:, number, None], last[:count], alpha=_signed(_GAMMA), out=z[:, start : start + count])
+        start += count
+    return _mix(z)
 
 
 def uniform(
@@ -109,22 +137,27 @@ def uniform(
     return unit(bits(seed, *counters, n=n, device=device))
 
 
+def leading(random_bits: Int[Tensor, "*B"]) -> Int[Tensor, "*B"]:
+    """Take the 24 leading bits, of which ``unit`` and ``below`` are made."""
+    return _shift(random_bits, 64 - LEADING)
+
+
 def unit(random_bits: Int[Tensor, "*B"]) -> Float[Tensor, "*B"]:
     """Turn 64 random bits into a float32 in [0, 1)."""
-    return _shift(random_bits, 64 - _FLOAT_BITS).float() * 2.0**-_FLOAT_BITS
+    return leading(random_bits).float() * 2.0**-LEADING
 
 
-def integers_below(random_bits: Int[Tensor, "*B"], limit: Int[Tensor, "*B"] | int) -> Int[Tensor, "*B"]:
-    """Turn 64 random bits into an integer in [0, limit), ``(top 24 bits * limit) >> 24``.
+def below(leading_bits: Int[Tensor, "*B"], limit: Int[Tensor, "*#B"] | int) -> Int[Tensor, "*B"]:
+    """Turn ``leading`` bits into an integer in [0, limit), ``(bits * limit) >> 24``.
 
     Args:
-        random_bits: as ``bits`` draws them.
+        leading_bits: the 24 leading of 64 random bits.
         limit: at most 2^20, so that the rounding of probabilities stays under 2^-4 of one count in 24 bits.
 
     Returns:
         Integers in [0, limit).
     """
-    return (_shift(random_bits, 64 - _FLOAT_BITS) * limit) >> _FLOAT_BITS
+    return leading_bits * limit >> LEADING
 
 
 def bits_numpy(seed: int, *counters: int, n: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
@@ -160,7 +193,7 @@ class Draws:
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """Draw a number in [low, high)."""
-        return low + (high - low) * ((self._next() >> (64 - _FLOAT_BITS)) * 2.0**-_FLOAT_BITS)
+        return low + (high - low) * ((self._next() >> (64 - LEADING)) * 2.0**-LEADING)
 
     def below(self, limit: int) -> int:
         """Draw an integer in [0, limit)."""

@@ -34,6 +34,25 @@ LAWS = {
     "hierarchical random 1-D": HierarchicalMaskConfig(grid=(64,), law="random", level=3),
     "hierarchical tube": HierarchicalMaskConfig(grid=(3, 12, 12), tube=True),
 }
+# The sum of all indices of context and of targets, each times its place, in one draw.
+KNOWN = {
+    "multiblock": [1339514, 5694082],
+    "multiblock tube": [2246451, 11492397],
+    "released": [703197, 4997115],
+    "released tube": [1028877, 10396872],
+    "block": [1234023, 4664190],
+    "block 1-D": [8996, 39847],
+    "block 3-D": [443457, 1943815],
+    "block tube": [2060577, 8946690],
+    "random": [1204401, 6819138],
+    "random 1-D": [11308, 56023],
+    "random 4-D": [257294, 1591560],
+    "random tube": [2159334, 12467514],
+    "hierarchical": [1176728, 5464120],
+    "hierarchical block 3-D": [19513696, 111118320],
+    "hierarchical random 1-D": [43984, 143168],
+    "hierarchical tube": [12728274, 56689944],
+}
 every_law = pytest.mark.parametrize("config", LAWS.values(), ids=LAWS.keys())
 
 
@@ -116,6 +135,26 @@ def test_draws_have_static_shapes_and_never_wait_for_the_device(config):
         masks = sampler(3, torch.arange(32))
     assert masks.context.shape == (32, config.num_context_tokens)
     assert masks.targets.shape[::2] == (32, config.num_target_tokens)
+
+
+@pytest.mark.parametrize(
+    ("law", "limit"), [("multiblock", 72), ("released", 56), ("block", 49), ("random", 30), ("hierarchical", 76)]
+)
+def test_a_draw_is_few_kernels(law, limit, launches, device):
+    # On a GPU a draw costs about 10 us of the host for each, whatever the batch.
+    sampler, sample = LAWS[law].build(0), torch.arange(16, device=device)
+    assert 0.8 * limit < launches(lambda: sampler(3, sample)) <= limit
+
+
+def test_draws_never_change(device):
+    # Stored from an earlier release: masks of saved runs depend on them.
+    for law, known in KNOWN.items():
+        masks = LAWS[law].build(7)(5, torch.tensor([0, 3, 2**40], device=device))
+        found = [
+            (index.flatten() * torch.arange(1, index.numel() + 1, device=device)).sum()
+            for index in (masks.context, masks.targets)
+        ]
+        assert [int(number) for number in found] == known, law
 
 
 @every_law

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hjepa_data import MultiBlockConfig
+from hjepa_data.random import bits
 
 DRAWS = 10_000
 GRIDS = [(14, 14), (16, 16), (6, 6), (8, 12)]
@@ -127,10 +128,9 @@ def test_targets_lie_in_compact_blocks(grid, device):
 def test_target_blocks_vary_in_scale_and_aspect_independently(device):
     # On a fine grid rounding hides nothing: area and aspect of the drawn boxes must not be correlated.
     config = MultiBlockConfig(grid=(64, 64), target_scale=(0.05, 0.3), num_targets=1)
-    sampler = config.build(0)
-    blocks, _ = sampler._draw_blocks(5, torch.arange(DRAWS, device=device), 1)
-    area = (blocks.height * blocks.width).flatten().double()
-    aspect = (blocks.height / blocks.width).flatten().double()
+    random = bits(5, torch.arange(DRAWS, device=device), n=8)
+    width, area = config.build(0)._draw_boxes(random)[:, 0, 0, -2:].double().unbind(-1)
+    aspect = area / width**2
     assert float(area.std()) > 200
     assert float(aspect.std()) > 0.2
     correlation = torch.corrcoef(torch.stack([area, aspect]))[0, 1]

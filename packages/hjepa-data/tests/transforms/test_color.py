@@ -86,7 +86,7 @@ def test_steps_compose_in_their_order(device):
     pixels = images.float() / 255
     config = ColorConfig(probability=1.0, grayscale=0.0, hue=0.0)
     draws = _draws(device)[:4]
-    matrix, offset = _color_affine(config, draws, pixels.flatten(2).mean(2))
+    matrix, offset, _ = _color_affine(config, draws, pixels.flatten(2).mean(2))
     found = torch.baddbmm(offset, matrix, pixels.flatten(2)).view_as(pixels)
     brightness, contrast, saturation = (
         (1 + part * (2 * draws[:, 1 + i] - 1)).view(-1, 1, 1, 1) for i, part in enumerate((0.4, 0.4, 0.2))
@@ -206,6 +206,14 @@ def test_wrong_input_is_refused(device):
     ):
         with pytest.raises(ValueError, match=word):
             ColorConfig(**fields)
+
+
+@pytest.mark.parametrize(("fields", "limit"), [({}, 62), ({"tint": 0.1, "blur": 0.5, "solarize": 0.2}, 79)])
+def test_an_augmentation_is_few_kernels(fields, limit, launches, device):
+    images, sample = batch(device)
+    augment = ColorConfig(**fields).build(0)
+    assert 0.8 * limit < launches(lambda: augment(images, 3, sample, 0)) <= limit
+    assert launches(lambda: normalize(images)) == 1
 
 
 def test_256_small_images_take_milliseconds():

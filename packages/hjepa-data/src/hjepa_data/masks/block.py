@@ -12,15 +12,17 @@ section 6, where one block is compared with several.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hjepa_data.errors import refuse
-from hjepa_data.masks.base import Masks, keep, repeat_over_time
+from hjepa_data.masks.base import LAST, Masks, OnDevices, keep, low_bits, repeat_over_time, sort_keys
 from hjepa_data.masks.budget import OneSetConfig, check_scale, check_tokens
-from hjepa_data.random import bits, hash_int, integers_below
+from hjepa_data.masks.rectangles import line_origin, line_table, lines
+from hjepa_data.random import below, bits_of_sets, hash_int, leading
 
 __all__ = ["BlockMaskConfig", "BlockMasks"]
 
@@ -98,6 +100,14 @@ class BlockMaskConfig(OneSetConfig):
         return BlockMasks(self, seed)
 
 
+class _Constants(NamedTuple):
+    places: Tensor
+    origin: Tensor
+    lines: Tensor
+    place: Tensor
+    last: Tensor
+
+
 class BlockMasks:
     """Draws block masks: a pure function of (seed, step, sample), the same on every device, rank and worker.
 
@@ -114,8 +124,16 @@ class BlockMasks:
     def __init__(self, config: BlockMaskConfig, seed: int) -> None:
         self.config = config
         self._seed = seed
-        self._shapes = {torch.device("cpu"): config.shapes}
         self._target_cells = config.target_cells
+        self._constants = OnDevices(
+            _Constants(
+                places=torch.tensor(config.spatial) + 1 - config.shapes,
+                origin=line_origin(config.shapes, max(config.spatial)),
+                lines=line_table(max(config.spatial)).bool(),
+                place=torch.arange(config.num_cells),
+                last=torch.tensor(LAST),
+            )
+        )
 
     def __call__(self, step: int, sample: Int[Tensor, " B"]) -> Masks:
         """Draw the masks of a batch.
@@ -127,34 +145,30 @@ class BlockMasks:
         Returns:
             Indices of the context and of the targets, M = 1.
         """
-        config = self.config
+        config, constants = self.config, self._constants.on(sample.device)
         key = hash_int(self._seed, _BLOCK, step)
-        inside = self._inside(bits(key, _PLACE, sample, n=1 + len(config.spatial)))
+        sets = {_PLACE: 1 + len(config.spatial), _CELLS: config.num_cells}
+        of_box, of_cells = bits_of_sets(key, sets, sample).tensor_split((sets[_PLACE],), dim=1)
+        inside = self._inside(leading(of_box), constants)
         # Inside and outside are disjoint: one number for each cell serves both choices.
-        random = bits(key, _CELLS, sample, n=config.num_cells)
-        context, targets = keep(random, ~inside, config.context_cells), keep(random, inside, self._target_cells)
+        keys = sort_keys(of_cells, constants.place, low_bits(config.num_cells))
+        context = keep(torch.where(inside, constants.last, keys), config.context_cells)
+        targets = keep(torch.where(inside, keys, constants.last), self._target_cells)
         return Masks(
             context=repeat_over_time(context, config.num_cells, config.repeats),
             targets=repeat_over_time(targets[:, None], config.num_cells, config.repeats),
         )
 
-    def _inside(self, random: Int[Tensor, "B n"]) -> Bool[Tensor, "B N"]:
+    def _inside(self, leading_bits: Int[Tensor, "B n"], constants: _Constants) -> Bool[Tensor, "B N"]:
         """Draw a box for each image and mark its cells."""
-        shapes = self._shapes_on(random.device)
-        sides = shapes[integers_below(random[:, 0], len(shapes))]
-        inside = torch.ones(len(random), 1, dtype=torch.bool, device=random.device)
-        for axis, length in enumerate(self.config.spatial):
-            side = sides[:, axis]
-            start = integers_below(random[:, 1 + axis], length - side + 1)
-            place = torch.arange(length, device=random.device)
-            crossed = (place >= start[:, None]) & (place < (start + side)[:, None])
-            inside = (inside[:, :, None] & crossed[:, None, :]).flatten(1)
+        grid = self.config.spatial
+        shape = below(leading_bits[:, 0], len(constants.places))
+        start = below(leading_bits[:, 1:], constants.places[shape])
+        crossed = lines(constants.lines, start, constants.origin[shape], max(grid))
+        inside = crossed[:, 0, : grid[0]]
+        for axis, length in enumerate(grid[1:], start=1):
+            inside = (inside[:, :, None] & crossed[:, axis, None, :length]).flatten(1)
         return inside
-
-    def _shapes_on(self, device: torch.device) -> Tensor:
-        if device not in self._shapes:
-            self._shapes[device] = self._shapes[torch.device("cpu")].to(device)
-        return self._shapes[device]
 
 
 def _boxes(grid: tuple[int, ...], max_aspect: float) -> Int[Tensor, "S axes"]:

@@ -1,62 +1,70 @@
-"""Rectangles on a grid (h, w), many at once, and the cells that they leave free."""
+"""Boxes on a grid, many at once: what they cross along each axis, and the cells that they leave free.
+
+All boxes of a draw, and all axes of the grid, go through each operation together: on a GPU a draw costs its number of
+launches, not its arithmetic. What follows from the size of a box is therefore looked up.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from hjepa_data.random import integers_below
-
-__all__ = ["Rectangles", "free_cells", "place_rectangles"]
+__all__ = ["blocked_cells", "cell_of_block", "line_origin", "line_table", "lines", "take_candidate"]
 
 
-@dataclass(slots=True)
-class Rectangles:
-    """Rectangles by their top row, left column, height and width; any leading shape."""
+def line_table(longest: int) -> Float[Tensor, " L"]:
+    """Tabulate what a box crosses of an axis: ``longest`` zeros and then ones, for each size; at last their negatives.
 
-    top: Tensor
-    left: Tensor
-    height: Tensor
-    width: Tensor
-
-    def take(self, candidate: Int[Tensor, " B"]) -> Rectangles:
-        """Choose one of the candidates [B, C, ...] of each image."""
-        row = torch.arange(len(candidate), device=candidate.device)
-        return Rectangles(*(field[row, candidate] for field in (self.top, self.left, self.height, self.width)))
-
-    def rows(self, grid_height: int) -> Bool[Tensor, "*B H"]:
-        """Mark the rows of the grid that each rectangle crosses."""
-        place = torch.arange(grid_height, device=self.top.device)
-        return (place >= self.top[..., None]) & (place < (self.top + self.height)[..., None])
-
-    def columns(self, grid_width: int) -> Bool[Tensor, "*B W"]:
-        """Mark the columns of the grid that each rectangle crosses."""
-        place = torch.arange(grid_width, device=self.left.device)
-        return (place >= self.left[..., None]) & (place < (self.left + self.width)[..., None])
+    A window of ``longest`` entries that begins ``start`` before the ones of a size marks the places from ``start`` on.
+    """
+    place = torch.arange(2 * longest) - longest
+    ones = ((place >= 0) & (place < torch.arange(longest + 1)[:, None])).float()
+    return torch.stack([ones, -ones]).flatten()
 
 
-def place_rectangles(
-    random: Int[Tensor, "*B 2"], height: Tensor | int, width: Tensor | int, rows: int, columns: int
-) -> Rectangles:
-    """Place rectangles of the given sizes uniformly within the first ``rows`` and ``columns`` of the grid."""
-    top = integers_below(random[..., 0], rows - height + 1)
-    left = integers_below(random[..., 1], columns - width + 1)
-    if isinstance(height, int):
-        height = torch.full_like(top, height)
-    if isinstance(width, int):
-        width = torch.full_like(left, width)
-    return Rectangles(top, left, height, width)
+def line_origin(size: Int[Tensor, "*B"], longest: int, *, negative: bool = False) -> Int[Tensor, "*B"]:
+    """Find the first one (or minus one) of a size in ``line_table``."""
+    return (size + negative * (longest + 1)) * 2 * longest + longest
 
 
-def free_cells(
-    targets: Rectangles, context: Rectangles, height: int, width: int
-) -> tuple[Bool[Tensor, "*B N"], Int[Tensor, "*B"]]:
-    """Find the cells of each context rectangle that none of its targets [*B, M] covers, and their number."""
-    # A matrix product over the blocks counts how many of them cover each cell.
-    covered = targets.rows(height).float().transpose(-1, -2) @ targets.columns(width).float()
-    inside = context.rows(height)[..., :, None] & context.columns(width)[..., None, :]
-    free = (inside & (covered == 0)).flatten(-2)
-    return free, free.sum(-1)
+def lines(
+    table: Num[Tensor, " L"], start: Int[Tensor, "*B axes"], origin: Int[Tensor, "*#B axes"], longest: int
+) -> Num[Tensor, "*B axes longest"]:
+    """Mark the rows, columns and so on that each box crosses."""
+    return table.unfold(0, longest, 1)[origin - start]
+
+
+def blocked_cells(
+    table: Float[Tensor, " L"], start: Int[Tensor, "*B M1 2"], origin: Int[Tensor, "*#B M1 2"], grid: tuple[int, ...]
+) -> Bool[Tensor, "*B N"]:
+    """Mark the cells that are not free for the context: outside its rectangle, the last, or within any other.
+
+    Args:
+        table: as ``line_table`` has it.
+        start: of the target rectangles and of the context's.
+        origin: of their sizes; that of the context's height is negative.
+        grid: its height and width.
+
+    Returns:
+        True where no token of the context may be.
+    """
+    height, width = grid
+    crossed = lines(table, start, origin, max(grid))
+    # A matrix product over the rectangles counts how many targets cover each cell; less the context it is below 0 on
+    # the cells of the context alone.
+    count = crossed[..., 0, :height].transpose(-1, -2) @ crossed[..., 1, :width]
+    return (count >= 0).flatten(-2)
+
+
+def cell_of_block(cells: int, grid_width: int) -> Int[Tensor, "W1 cells"]:
+    """Tabulate the cell of the grid that is cell j of a block at its top left, for each width of the block."""
+    width, cell = torch.arange(grid_width + 1)[:, None], torch.arange(cells)
+    row = cell // width.clamp(min=1)
+    return row * grid_width + cell - row * width
+
+
+def take_candidate(values: Tensor, candidate: Int[Tensor, " B"]) -> Tensor:
+    """Take one of the candidates [B, C, ...] of each image."""
+    index = candidate.view(-1, *(1,) * (values.ndim - 1)).expand(-1, 1, *values.shape[2:])
+    return values.gather(1, index).squeeze(1)

@@ -26,16 +26,23 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from hjepa_data.errors import refuse
-from hjepa_data.masks.base import Masks, keep, repeat_over_time
+from hjepa_data.masks.base import Masks, OnDevices, keep, low_bits, repeat_over_time, sort_keys
 from hjepa_data.masks.budget import MaskConfig, check_scale, check_tokens
-from hjepa_data.masks.rectangles import Rectangles, free_cells, place_rectangles
-from hjepa_data.random import Draws, bits, hash_int
+from hjepa_data.masks.rectangles import (
+    blocked_cells,
+    cell_of_block,
+    line_origin,
+    line_table,
+    take_candidate,
+)
+from hjepa_data.random import Draws, below, bits, bits_of_sets, hash_int, leading
 
 __all__ = ["ReleasedMaskConfig", "ReleasedMasks"]
 
@@ -151,6 +158,7 @@ class ReleasedMasks:
         self.config = config
         self._seed = seed
         self._target_cells, self._context_cells = config.target_cells, config.context_cells
+        self._constants = OnDevices(_constants(config))
         self._num_candidates = self._plan()
 
     def __call__(self, step: int, sample: Int[Tensor, " B"]) -> Masks:
@@ -163,43 +171,40 @@ class ReleasedMasks:
         Returns:
             Indices of the context and of the targets.
         """
-        config = self.config
-        height, width = config.spatial
-        key = hash_int(self._seed, _RELEASED, step)
+        config, constants = self.config, self._constants.on(sample.device)
+        blocks, key = config.num_targets, hash_int(self._seed, _RELEASED, step)
         # The sizes are those of the step: they are drawn on the host and nothing waits for the device.
         sizes = Draws(key, _SIZES)
         target_size, context_size = config.target_size(sizes.uniform()), config.context_size(sizes.uniform())
         candidates = self._num_candidates.get((target_size, context_size), _MAX_CANDIDATES)
-        random = bits(key, _PLACES, sample, n=candidates * (config.num_targets + 1) * 2)
-        random = random.view(len(sample), candidates, config.num_targets + 1, 2)
-        targets, context = _place(random, target_size, context_size, height, width)
-        free, count = free_cells(targets, context, height, width)
-        enough = count >= self._context_cells
-        # The largest of distinct numbers is the first valid candidate; of equal ones argmax may take any.
-        first = (enough * torch.arange(candidates, 0, -1, device=enough.device)).argmax(1)
-        targets, context = targets.take(first), context.take(first)
-        # Should no candidate be valid, all targets of the image move onto its first.
-        failed = ~enough.any(1, keepdim=True)
-        targets.top = torch.where(failed, targets.top[:, :1], targets.top)
-        targets.left = torch.where(failed, targets.left[:, :1], targets.left)
-        free = free_cells(targets, context, height, width)[0]
-        place = torch.arange(config.num_cells, device=free.device)
-        raster = torch.where(free, place, config.num_cells).sort(dim=-1).values[:, : self._context_cells]
+        sets = {_PLACES: candidates * (blocks + 1) * 2, _TARGET_CELLS: blocks * math.prod(target_size)}
+        of_places, of_targets = bits_of_sets(key, sets, sample).tensor_split((sets[_PLACES],), dim=1)
+        places, origin = _sizes_of_boxes(constants, blocks, target_size, context_size)
+        start = below(leading(of_places).view(len(sample), candidates, blocks + 1, 2), places)
+        # The last resort is one candidate more: all targets of the image move onto its first.
+        start = torch.cat([start, start[:, :1].index_select(2, constants.resort)], dim=1)
+        blocked = blocked_cells(constants.lines, start, origin, config.spatial)
+        # Of equal ones argmin takes the first: this is the first candidate that leaves Kc cells.
+        first = blocked.sum(-1).clamp_(min=config.num_cells - self._context_cells).argmin(1)
+        start, blocked = take_candidate(start, first), take_candidate(blocked, first)
+        raster = (blocked * config.num_cells).add_(constants.place).sort(dim=-1).values[:, : self._context_cells]
         return Masks(
             context=repeat_over_time(raster, config.num_cells, config.repeats),
             targets=repeat_over_time(
-                self._keep_targets(key, sample, targets, *target_size), config.num_cells, config.repeats
+                self._keep_targets(of_targets, start[:, :-1], *target_size), config.num_cells, config.repeats
             ),
         )
 
     def _keep_targets(
-        self, key: int, sample: Int[Tensor, " B"], targets: Rectangles, height: int, width: int
+        self, random: Int[Tensor, "B n"], start: Int[Tensor, "B M 2"], height: int, width: int
     ) -> Int[Tensor, "B M Kt"]:
-        num_targets, area = self.config.num_targets, height * width
-        random = bits(key, _TARGET_CELLS, sample, n=num_targets * area).view(-1, num_targets, area)
-        kept = keep(random, torch.ones_like(random, dtype=torch.bool), self._target_cells)
-        row = kept // width
-        return (targets.top[..., None] + row) * self.config.spatial[1] + targets.left[..., None] + kept - row * width
+        constants = self._constants.on(random.device)
+        area = height * width
+        random = random.view(-1, self.config.num_targets, area)
+        keys = sort_keys(random, constants.place[:area], low_bits(area))
+        top, left = start.unbind(-1)
+        corner = torch.add(left, top, alpha=self.config.spatial[1])
+        return constants.cell[width][keep(keys, self._target_cells)] + corner[..., None]
 
     def _plan(self) -> dict[tuple[Size, Size], int]:
         """Measure for each pair of sizes how often a draw leaves enough cells, and so how many an image needs."""
@@ -250,23 +255,46 @@ def _sizes(
     return tuple(((t, c), targets[t] * contexts[c] / _LEVELS**2) for t in targets for c in contexts)
 
 
-def _place(
-    random: Int[Tensor, "*B M1 2"], target: Size, context: Size, height: int, width: int
-) -> tuple[Rectangles, Rectangles]:
-    """Place target blocks and the context block on all of the grid but its last row and column."""
-    return (
-        place_rectangles(random[..., :-1, :], *target, height - 1, width - 1),
-        place_rectangles(random[..., -1, :], *context, height - 1, width - 1),
+class _Constants(NamedTuple):
+    """What a draw looks up. The tables [h, w, 2, 2] have the places of a block of each size, and its lines."""
+
+    targets: Tensor
+    contexts: Tensor
+    lines: Tensor
+    resort: Tensor
+    place: Tensor
+    cell: Tensor
+
+
+def _constants(config: ReleasedMaskConfig) -> _Constants:
+    blocks, (height, width) = config.num_targets, config.spatial
+    size = torch.cartesian_prod(torch.arange(height), torch.arange(width)).view(height, width, 2)
+    # Blocks land on all of the grid but its last row and column.
+    places = torch.tensor(config.spatial) - size
+    origin, negative = (line_origin(size, max(config.spatial), negative=negative) for negative in (False, True))
+    return _Constants(
+        targets=torch.stack([places, origin], dim=2),
+        contexts=torch.stack([places, torch.stack([negative[..., 0], origin[..., 1]], dim=-1)], dim=2),
+        lines=line_table(max(config.spatial)),
+        resort=torch.tensor([0] * blocks + [blocks]),
+        place=torch.arange(config.num_cells),
+        cell=cell_of_block(config.num_cells, width),
     )
 
 
 def _trials(config: ReleasedMaskConfig, number: int) -> Iterator[tuple[tuple[Size, Size], float, Int[Tensor, " T"]]]:
     """Draw the number of free cells often, for each pair of sizes and with its probability."""
-    height, width = config.spatial
-    for index, (pair, probability) in enumerate(config.sizes().items()):
-        random = bits(0, _RELEASED, index, torch.arange(number), n=(config.num_targets + 1) * 2)
-        blocks = _place(random.view(number, config.num_targets + 1, 2), *pair, height, width)
-        yield pair, probability, free_cells(*blocks, height, width)[1]
+    constants, blocks = _constants(config), config.num_targets
+    for index, ((target, context), probability) in enumerate(config.sizes().items()):
+        random = bits(0, _RELEASED, index, torch.arange(number), n=(blocks + 1) * 2).view(number, blocks + 1, 2)
+        places, origin = _sizes_of_boxes(constants, blocks, target, context)
+        blocked = blocked_cells(constants.lines, below(leading(random), places), origin, config.spatial)
+        yield (target, context), probability, config.num_cells - blocked.sum(-1)
+
+
+def _sizes_of_boxes(constants: _Constants, blocks: int, target: Size, context: Size) -> tuple[Tensor, ...]:
+    """Look up the places of the target blocks and the context block, and their lines."""
+    return torch.cat([constants.targets[target].expand(blocks, 2, 2), constants.contexts[context][None]]).unbind(1)
 
 
 @lru_cache(maxsize=64)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,8 +28,15 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _COLOR = 5
+_CHANGED, _CHANGE, _GRAYSCALE, _BLUR, _SOLARIZE, _SIGMA, _TINT = 0, slice(1, 5), 5, 6, 7, 8, slice(9, 12)
 _LUMA = (0.299, 0.587, 0.114)
 _TO_YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+_EYE = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+_KEEP_LUMA, _COS, _SIN = (
+    ((1, 0, 0), (0, 0, 0), (0, 0, 0)),
+    ((0, 0, 0), (0, 1, 0), (0, 0, 1)),
+    ((0, 0, 0), (0, 0, -1), (0, 1, 0)),
+)
 _FROM_YIQ = tuple(map(tuple, torch.linalg.inv(torch.tensor(_TO_YIQ, dtype=torch.float64)).tolist()))
 
 
@@ -126,16 +133,17 @@ class ColorAugment:
         pixels = to_unit(images)
         draws = uniform(self._seed, _COLOR, step, view, sample, n=self._NUM_DRAWS)
         flat = pixels.flatten(2)
-        matrix, offset = _color_affine(config, draws, flat.mean(2))
+        matrix, offset, chosen = _color_affine(config, draws, flat.mean(2))
         pixels = torch.baddbmm(offset, matrix, flat).clamp_(0, 1).view_as(pixels)
         if config.blur:
             low, high = config.blur_sigma
             # A blur this narrow is the identity in float32, so the images that were not chosen pass unchanged.
-            sigma = torch.where(draws[:, 6] < config.blur, low + (high - low) * draws[:, 8], 1e-3)
+            none = _constant((1e-3,), pixels.device)
+            sigma = torch.where(chosen[:, _BLUR], low + (high - low) * draws[:, _SIGMA], none)
             pixels = _gaussian_blur(pixels, sigma, high)
         if config.solarize:
-            chosen = _per_image(draws[:, 7] < config.solarize, pixels)
-            pixels = torch.where(chosen & (pixels >= config.solarize_threshold), 1 - pixels, pixels)
+            bright = _per_image(chosen[:, _SOLARIZE], pixels) & (pixels >= config.solarize_threshold)
+            pixels = torch.where(bright, 1 - pixels, pixels)
         return pixels
 
 
@@ -167,8 +175,8 @@ def normalize(
     # x * (scale / std) - mean / std: one multiplication and one addition a pixel.
     factor = _constant(tuple(scale / s for s in std), images.device).view(shape)
     offset = _constant(tuple(-m / s for m, s in zip(mean, std, strict=True)), images.device).view(shape)
-    pixels = images.float() if images.dtype == torch.uint8 else images
-    return torch.addcmul(offset.to(pixels.dtype), pixels, factor.to(pixels.dtype))
+    dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
+    return torch.addcmul(offset.to(dtype), images, factor.to(dtype))
 
 
 @lru_cache(maxsize=64)
@@ -179,36 +187,41 @@ def _constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
 
 def to_unit(images: Num[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
     """Turn uint8 pixels into floats in [0, 1]; floats pass."""
-    return images.float().mul_(1 / 255) if images.dtype == torch.uint8 else images
+    return images * _constant((1 / 255,), images.device) if images.dtype == torch.uint8 else images
 
 
 def _color_affine(
     config: ColorConfig, draws: Float[Tensor, "B 12"], channel_mean: Float[Tensor, "B 3"]
-) -> tuple[Float[Tensor, "B 3 3"], Float[Tensor, "B 3 1"]]:
-    """Matrix and offset of tint, brightness, contrast, saturation, hue and greyscale, in this order."""
-    changed = draws[:, 0] < config.probability
-    ranges = _constant((config.brightness, config.contrast, config.saturation, config.hue), draws.device)
-    change = (2 * draws[:, 1:5] - 1) * ranges * changed[:, None]
-    brightness, contrast, saturation = (1 + change[:, :3]).unbind(1)
+) -> tuple[Float[Tensor, "B 3 3"], Float[Tensor, "B 3 1"], Bool[Tensor, "B 12"]]:
+    """Matrix and offset of tint, brightness, contrast, saturation, hue and greyscale, in this order; what is chosen."""
+    device, never = draws.device, (0.0,)
+    # One comparison and one product for all draws: a small operation costs its launch.
+    probability = (config.probability, *never * 4, config.grayscale, config.blur, config.solarize, *never * 4)
+    chosen = draws < _constant(probability, device)
+    strength = (config.brightness, config.contrast, config.saturation, config.hue)
+    change = (2 * draws - 1) * _constant((0.0, *strength, *never * 4, *(config.tint,) * 3), device)
+    gain = torch.exp(change[:, _TINT])
+    change = change[:, _CHANGE] * chosen[:, _CHANGED, None]
+    factor = 1 + change[:, :3]
+    rest = 1 - factor
+    brightness, contrast, saturation = factor.unbind(1)
     angle = 2 * math.pi * change[:, 3]
-    luma = _constant(_LUMA, draws.device)
-    eye = torch.eye(3, device=draws.device)
+    luma = _constant(_LUMA, device)
     grey = luma.expand(3, 3)
     scale = brightness * contrast
-    gain = torch.exp(config.tint * (2 * draws[:, 9:12] - 1))
     # Contrast c about the mean grey m of the brightened image: c x + (1 - c) m.
-    offset = ((1 - contrast) * brightness * ((gain * channel_mean.float()) @ luma))[:, None].expand(-1, 3)
-    mixed = saturation[:, None, None] * eye + (1 - saturation)[:, None, None] * grey
+    offset = (rest[:, 1] * brightness * ((gain * channel_mean.float()) @ luma))[:, None].expand(-1, 3)
+    mixed = torch.addcmul(rest[:, 2, None, None] * grey, saturation[:, None, None], _constant(_EYE, device))
     matrix = _hue_rotation(angle) @ mixed
-    matrix = torch.where((draws[:, 5] < config.grayscale)[:, None, None], grey @ matrix, matrix)
+    matrix = torch.where(chosen[:, _GRAYSCALE, None, None], grey @ matrix, matrix)
     # All steps after the tint keep grey at its place, so that the offset passes through them as it is.
-    return matrix * scale[:, None, None] * gain[:, None, :], offset[:, :, None]
+    return matrix * scale[:, None, None] * gain[:, None, :], offset[:, :, None], chosen
 
 
 def _hue_rotation(angle: Float[Tensor, " B"]) -> Float[Tensor, "B 3 3"]:
-    cos, sin = angle.cos(), angle.sin()
-    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
-    turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1).view(-1, 3, 3)
+    keep, cos, sin = (_constant(part, angle.device) for part in (_KEEP_LUMA, _COS, _SIN))
+    angle = angle[:, None, None]
+    turn = torch.addcmul(torch.addcmul(keep, angle.cos(), cos), angle.sin(), sin)
     return _constant(_FROM_YIQ, angle.device) @ turn @ _constant(_TO_YIQ, angle.device)
 
 
@@ -221,8 +234,8 @@ def _gaussian_blur(
 ) -> Float[Tensor, "B C *S"]:
     # Three deviations hold 99.7 % of the kernel; with two a blur is a tenth narrower than its name.
     radius = max(1, min(math.ceil(3 * largest), min(images.shape[-2:]) - 1))
-    place = torch.arange(-radius, radius + 1, device=images.device)
-    kernel = torch.exp(-(place**2) / (2 * sigma[:, None] ** 2))
+    exponent = _constant(tuple(-(place**2) for place in range(-radius, radius + 1)), images.device)
+    kernel = torch.exp(exponent / (2 * sigma[:, None] ** 2))
     kernel = kernel / kernel.sum(1, keepdim=True)
     planes = images.shape[1:-2].numel()
     weight = kernel.repeat_interleave(planes, dim=0)[:, None]
