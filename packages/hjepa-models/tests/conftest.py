@@ -13,6 +13,8 @@ def device() -> torch.device:
     name = os.environ.get("HJEPA_TEST_DEVICE", "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         pytest.fail(f"HJEPA_TEST_DEVICE={name}, but there is no CUDA device")
+    # A GPU's convolutions are compared with a CPU's.
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
 
 

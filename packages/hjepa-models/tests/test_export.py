@@ -15,7 +15,7 @@ from hjepa_models import (
     Stem,
 )
 from hjepa_models import export as export_module
-from hjepa_models.export import export_features, export_onnx, output_names
+from hjepa_models.export import _move, export_features, export_onnx, output_names
 
 BATCHES = (1, 3, 5)
 FUSED = PyramidConfig(levels=3, fpn="concat", fpn_dim=8)
@@ -180,6 +180,21 @@ def test_a_program_runs_at_every_batch_size_after_saving_and_loading(tmp_path, d
             for ours, theirs in zip(expected, found, strict=True):
                 torch.testing.assert_close(theirs, ours)
                 assert not theirs.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields", [{"stem": "conv", "stem_norm": "batch"}, {"position": "rope_mixed", "pyramid": FUSED}]
+)
+def test_a_program_leaves_the_cpu_with_all_that_it_holds(fields):
+    """A device without values stands for a GPU."""
+    program = _move(export_features(small(**fields), None, mean=MEAN, std=STD), torch.device("meta"))
+    moved = program.module()
+    assert "cpu" not in moved.code  # neither made there nor kept from another device's autocast
+    assert {tensor.device.type for tensor in (*program.state_dict.values(), *program.constants.values())} == {"meta"}
+    if "position" not in fields:  # PyTorch knows no autocast of such a device
+        found = moved(torch.empty(5, 3, 20, 12, device="meta"))
+        assert [each.shape for each in found] == [(5, 24)] * 4 + [(5, 4)]
 
 
 @pytest.mark.slow

@@ -48,9 +48,9 @@ def test_scales_of_the_first_values(device):
     encoder = config(embed_dim=256, depth=4).encoder.build(device=device)
     encoder.requires_grad_(False)
     blocks = encoder.transformer.blocks
-    assert blocks[0].attn.qkv.weight.std() == pytest.approx(0.0176, rel=0.05)  # 0.02 cut at two deviations
+    assert float(blocks[0].attn.qkv.weight.std()) == pytest.approx(0.0176, rel=0.05)  # 0.02 cut at two deviations
     for number, block in enumerate(blocks, start=1):
         for layer in (block.attn.proj, block.mlp.fc2):
-            assert layer.weight.std() == pytest.approx(0.0176 / (2 * number) ** 0.5, rel=0.05)
-    assert encoder.stem.proj.weight.std() == pytest.approx(0.88 * 192**-0.5, rel=0.05)
+            assert float(layer.weight.std()) == pytest.approx(0.0176 / (2 * number) ** 0.5, rel=0.05)
+    assert float(encoder.stem.proj.weight.std()) == pytest.approx(0.88 * 192**-0.5, rel=0.05)
     assert all(not m.bias.any() for m in encoder.modules() if isinstance(m, torch.nn.Linear))

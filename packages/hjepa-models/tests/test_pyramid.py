@@ -137,9 +137,9 @@ def test_attention_brings_the_coarse_level_to_the_fine_one(device):
     canvas = random_canvas((8, 8), device, known=2)
     base = pyramid(canvas)[0].values
     moved = canvas.values.clone()
-    moved[:, 63] += 5
+    moved[:, 63, :8] += 5  # half of the channels: the norms of the keys take away what all have in common
     change = (pyramid(Canvas(moved, canvas.weight, (8, 8)))[0].values - base).abs().amax((0, 2))
-    assert (change > 0).all()
+    assert change.min() > 1e-3
 
 
 def test_attention_between_levels_equals_a_loop_in_float64(device):

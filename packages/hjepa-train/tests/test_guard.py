@@ -203,12 +203,15 @@ def test_too_many_bad_steps_end_the_run_with_a_dump(device, tmp_path, deferred):
     assert (told[5]["loss"], told[5]["skipped"], told[4]["skipped"]) == ("nan", True, False)
     assert told[7]["sample"] == list(range(6 * 16, 7 * 16))
     assert told[7]["lr"] == 0.01
-    assert deferred or "predictor.expand.weight" in dump["gradients_not_finite"]
+    # Where the device decides, the host asks once the gradients of that step are gone.
+    assert not trainer.guard.on_host or "predictor.expand.weight" in dump["gradients_not_finite"]
     # The dump is enough to do a step again: its samples, its generator and the weights before it.
     tensors = load_file(tmp_path / "dumps" / "step_00000007" / "rank0.safetensors")
     again = build(device, {})
     again.module.load_state_dict(keep.states[2])
     torch.set_rng_state(tensors["generator/cpu/4"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["generator/cuda/4"])
     batch = list(zip(range(4), ArithmeticStream(), strict=False))[3][1]
     assert torch.equal(batch.sample, tensors["sample/4"])
     again.module.train()

@@ -1,5 +1,6 @@
 """The features of a model as a graph that runs without this package: a torch.export program or an ONNX file."""
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 from hjepa_models._validation import check_axes, coerce_choice
 from hjepa_models.config import Branch, FeaturePool
@@ -49,7 +51,7 @@ def export_features(
     is "images", [B, C, *S].
 
     Args:
-        model: any HJEPA, on any device; the program stays on that device.
+        model: any HJEPA; one on a GPU is copied to the CPU to be traced, and the program is moved to that GPU.
         level: a level of `features`; None means all of them, as a tuple in the order of `output_names`.
         pool: `mean`, `none` or `flatten`.
         branch: `target` or `online`.
@@ -64,19 +66,9 @@ def export_features(
         ValueError: for a level that the model does not have, an image size that the patches cannot tile, or statistics
             that do not fit the channels.
     """
-    pool, branch = coerce_choice(FeaturePool, "pool", pool), coerce_choice(Branch, "branch", branch)
-    graph = _Features(model, level, pool, branch, _statistics(model, mean, std))
-    shape = _example_shape(model, image_size)
-    parameter = next(model.parameters())
-    # Two images: a batch of one would be taken for a constant.
-    example = torch.zeros(2, *shape, dtype=parameter.dtype, device=parameter.device)
-    # Gradients are off around the trace, so that switching them off inside leaves no operator in the graph.
-    with _evaluation(model), torch.no_grad():
-        graph(example)  # Says in one line what does not fit; the tracer would bury it.
-        # Strict: the other tracer makes constants of lengths that are asked for by `len`.
-        program = torch.export.export(graph, (example,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=True)
-    _own_weights(program)
-    return program
+    program = _trace(model, level, pool, branch, image_size, mean, std)
+    device = next(model.parameters()).device
+    return program if device.type == "cpu" else _move(program, device)
 
 
 def export_onnx(
@@ -97,7 +89,7 @@ def export_onnx(
     pool, branch, and the mean and deviation that the graph applies.
 
     Args:
-        model: any HJEPA.
+        model: any HJEPA, on any device.
         path: the file; weights above 2 GB go to a second one beside it, named `<path>.data`.
         level: a level of `features`; None means all of them, the images being encoded once.
         pool: `mean`, `none` or `flatten`.
@@ -121,7 +113,7 @@ def export_onnx(
     if not path.parent.is_dir():
         raise ValueError(f"path={path}: its folder does not exist; allowed: a file in one that does; make the folder")
     names = output_names(model, level)
-    program = export_features(model, level, pool, branch, image_size=image_size, mean=mean, std=std)
+    program = _trace(model, level, pool, branch, image_size, mean, std)
     with warnings.catch_warnings():
         # Some releases of torch warn of classes of their own.
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
@@ -153,6 +145,42 @@ def export_onnx(
         }
     )
     exported.save(path)
+
+
+def _trace(
+    model: HJEPA,
+    level: int | str | None,
+    pool: FeaturePool | str,
+    branch: Branch | str,
+    image_size: Sequence[int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> ExportedProgram:
+    """Return the program that `export_features` gives, on a CPU."""
+    pool, branch = coerce_choice(FeaturePool, "pool", pool), coerce_choice(Branch, "branch", branch)
+    if next(model.parameters()).device.type != "cpu":
+        # Convolutions of a GPU bound the batch size of a graph that is traced there.
+        model = copy.deepcopy(model).cpu()
+    graph = _Features(model, level, pool, branch, _statistics(model, mean, std))
+    shape = _example_shape(model, image_size)
+    # Two images: a batch of one would be taken for a constant.
+    example = torch.zeros(2, *shape, dtype=next(model.parameters()).dtype)
+    # Gradients are off around the trace, so that switching them off inside leaves no operator in the graph.
+    with _evaluation(model), torch.no_grad():
+        graph(example)  # Says in one line what does not fit; the tracer would bury it.
+        # Strict: the other tracer makes constants of lengths that are asked for by `len`.
+        program = torch.export.export(graph, (example,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=True)
+    _own_weights(program)
+    return program
+
+
+def _move(program: ExportedProgram, device: torch.device) -> ExportedProgram:
+    """Move a program off a CPU, the regions that autocast must not touch included, which PyTorch's pass forgets."""
+    program = move_to_device_pass(program, device)
+    for node in program.graph.nodes:
+        if node.target is torch.ops.higher_order.wrap_with_autocast:
+            node.update_arg(0, device.type)
+    return program
 
 
 class _Features(nn.Module):

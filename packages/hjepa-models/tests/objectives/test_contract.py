@@ -38,6 +38,10 @@ def levels(a, b):
     return disentanglement([Canvas(a, weight, (2, 2)), Canvas(b[:, :1, :3], weight[:, 1:2], (1, 1))], 0.01)
 
 
+def weighted_terms(a, weight):
+    return vicreg_terms(a.flatten(0, 1), weight=weight.flatten())
+
+
 def bins(a):
     return symlog_bins(1.5, 5, a.device)
 
@@ -54,7 +58,7 @@ OBJECTIVES = {
     "patches_batch": tokens(lambda a, b, weight: patch_discrimination(a, b, 0.5, "batch", weight)),
     "info_nce": lambda a, b: info_nce(a.flatten(0, 1), b.flatten(0, 1), 0.5),
     "vicreg": lambda a, b: vicreg_loss(a.flatten(0, 1), b.flatten(0, 1)),
-    "vicreg_weighted": lambda a, b: sum(vicreg_terms(a.flatten(0, 1) * 0.5, weight=WEIGHT.flatten())) + b.sum() * 0,
+    "vicreg_weighted": tokens(lambda a, b, weight: sum(weighted_terms(0.5 * a, weight)) + b.sum() * 0),
     "sigreg": lambda a, b: sigreg(torch.stack([a, b]).flatten(1, 2), 3, 6),
     "disentanglement": levels,
 }

@@ -37,8 +37,7 @@ def test_torch_tb_profiler_reads_the_trace(train, tmp_path):
     (path,) = (tmp_path / "profile").glob("*.pt.trace.json")
     seen = data.RunProfileData.parse("rank0", "1", str(path), str(tmp_path))
     seen.process()
-    assert [name for name in seen.steps_names if name] == seen.steps_names
-    assert len(seen.steps_names) == 2
+    assert set(seen.steps_names) == {"2", "3"}  # on a GPU each is named twice, for what the device did too
     calls = {operator.name: operator.calls for operator in seen.op_list_groupby_name}
     assert calls["aten::addmm"] == 2 * 10  # linear layers of the toy, over two steps
 

@@ -125,7 +125,7 @@ def adaptive_weights(average_losses: Float[Tensor, " L"], base: Float[Tensor, " 
     tensor([1.6000, 0.4000, 0.5000])
     """
     average = average_losses.detach()
-    weight = base.to(average.dtype)
+    weight = base.to(average)
     known = average > 0
     inverse = torch.where(known, average, 1).clamp(min=1e-12).reciprocal()
     shared = torch.where(known, weight * inverse, 0)
