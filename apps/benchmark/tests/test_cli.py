@@ -129,6 +129,8 @@ def test_rivals_give_crops_of_the_images(shards, tmp_path):
         (["suite", ".", "--corruption-images", "0"], "--corruption-images=0"),
         (["suite", ".", "--folder", "imagenet-r"], "NAME=PATH"),
         (["suite", ".", "--folder", "r=nowhere"], "nowhere"),
+        (["suite", ".", "--folder", "r=.", "--folder", "r=.."], "r is . already"),
+        (["suite", ".", "--classes", "classes.txt"], "only --folder needs it"),
         (["compare", "one"], "two runs"),
         (["compare", "one", "two"], "one"),
         (["sweep", "run.stpes=1,2"], "run.steps"),

@@ -1,6 +1,8 @@
 """Runs side by side."""
 
 import json
+import math
+import shutil
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -18,7 +20,7 @@ from hjepa_benchmark.comparison.compare import (
     paired_differences,
     read_candidates,
 )
-from hjepa_benchmark.comparison.run import _missing, _notes
+from hjepa_benchmark.comparison.run import _missing, _notes, show
 from hjepa_benchmark.comparison.sweep import combinations
 from hjepa_benchmark.suite.report import error_panels
 from hjepa_eval import FeatureName, Measurement, Results
@@ -160,3 +162,36 @@ def test_sweep_trains_measures_and_groups(shards, tiny, tmp_path, capsys):
     found = json.loads((tmp_path / "s.json").read_text())
     assert len(found["runs"]) == 2
     assert set(found["settings"]) == {"run.seed"}
+
+
+def test_runs_of_one_name_in_folders_of_one_name_are_told_apart(measured, tmp_path):
+    folders = [tmp_path / place / "runs" / "a" for place in ("here", "there")]
+    for folder in folders:
+        shutil.copytree(measured, folder)
+    assert [one.name for one in read_candidates(folders)] == [str(folder.resolve()) for folder in folders]
+
+
+def test_names_of_runs_are_shown_as_they_are(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts, "vectors", lambda figure, _: drawn.append(figure) or "")
+    names = ["_hidden", "a$b_1$"]
+    one = Measurement(metric="error/fog/1", name=NAME, value=0.5, n=9)
+    charts.lines({"fog": {name: [(1, one)] for name in names}}, "", "")
+    charts.bars(["x"], {name: [one] for name in names}, "", "")
+    charts.progress({name: [(0, 1)] for name in names}, "", "")
+    for figure in drawn:
+        figure.canvas.draw()
+        legend = (figure.legends or [figure.axes[0].get_legend()])[0]
+        shown = [text.get_text() for text in legend.get_texts()]
+        assert [text.strip().replace("\\$", "$") for text in shown] == names
+        plt.close(figure)
+
+
+def test_json_has_no_number_that_is_none_and_a_page_leaves_its_neighbours_alone(tmp_path, capsys):
+    run = candidate("a", [True, False])
+    run.results.measurements.append(Measurement(metric="mce", name=NAME, value=math.nan, n=2))
+    (tmp_path / "page.tmp").write_text("mine")
+    show([run, candidate("b", [True, True])], grouped=False, page_file=tmp_path / "page.html", output=tmp_path / "j")
+    assert "NaN" not in (tmp_path / "j").read_text()
+    assert (tmp_path / "page.tmp").read_text() == "mine"
+    assert "<h2>Results</h2>" in (tmp_path / "page.html").read_text()

@@ -1,5 +1,6 @@
 """The suite on a tiny run: numbers, files, page."""
 
+import io
 import json
 import math
 import shutil
@@ -7,16 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from hjepa_benchmark import charts
 from hjepa_benchmark.cli import main
-from hjepa_benchmark.runs import load_checkpoint, open_run, read_rows
+from hjepa_benchmark.runs import load_checkpoint, open_run, read_config, read_rows
 from hjepa_benchmark.suite import probes
+from hjepa_benchmark.suite import run as suite_run
 from hjepa_benchmark.suite.composites import compose
 from hjepa_benchmark.suite.findings import Findings, find, read_right
 from hjepa_benchmark.suite.plan import FULL, QUICK
 from hjepa_benchmark.suite.probes import match_views, random_boxes, random_crop, rank_levels
-from hjepa_benchmark.suite.report import _confusion, numbers_table, write_page
+from hjepa_benchmark.suite.report import Pictures, _confusion, numbers_table, write_page
 from hjepa_benchmark.suite.robustness import _mean_errors, _ratio
 from hjepa_benchmark.suite.run import measure
 from hjepa_benchmark.suite.subjects import TRAINED, level_grids, subjects
@@ -338,3 +341,50 @@ def test_tables_can_be_pasted():
     assert "a\\_b & 0 & 0.5 {\\scriptsize [0.4, 0.6]} \\\\" in text
     assert text.count("{") == text.count("}")
     assert "0.5<br><small>[0.4, 0.6]</small></td>" in numbers_table(header, rows)
+
+
+def test_a_folder_with_brackets_is_printed_as_it_is(run, tmp_path, monkeypatch):
+    folder = tmp_path / "a [red] run"
+    shutil.copytree(run, folder)
+    pictures = Pictures(trained=load_run(run, read_config(run)), shown=None, attention=None)
+    monkeypatch.setattr(suite_run, "measure", lambda *_: (Findings(), pictures))
+    monkeypatch.setattr(suite_run, "write_page", lambda *_: None)
+    shown = io.StringIO()
+    suite_run.run_suite(folder, console=Console(file=shown, width=300))
+    assert shown.getvalue().count("a [red] run") == 3
+
+
+def test_folders_and_classes_that_do_not_fit_are_told_before_anything_is_measured(run, tmp_path, capsys):
+    (tmp_path / "others" / "strange").mkdir(parents=True)
+    (tmp_path / "others" / "strange" / "0.png").write_bytes(b"")
+    words = ["suite=quick", str(run), "--folder", f"o={tmp_path / 'others'}", "--classes", str(tmp_path / "c.txt")]
+    for classes, message in (
+        ([*CLASS_NAMES[:-1], CLASS_NAMES[0]], "9 names in 10 lines"),
+        (CLASS_NAMES[:3], "3 names in 3 lines"),
+        (CLASS_NAMES, "strange"),
+    ):
+        (tmp_path / "c.txt").write_text("\n".join(classes))
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert "measuring" not in told
+
+
+def test_few_labels_and_classes_without_training_images_do_not_end_a_suite(run, monkeypatch):
+    opened = open_run(run)
+    subject, findings = subjects(opened)[0], Findings()
+    opened.train.labels[4:] = -1
+    monkeypatch.setattr(probes, "_ATTENTIVE", 4)
+    quick = HeadTraining(learning_rates=(1e-3,), weight_decays=(0.0,), epochs=1, optimizer=HeadOptimizer.adamw)
+    probes.probe_tokens(subject, opened, [AttentiveProbeConfig(training=quick)], findings)
+    assert [(one.metric, one.n_train, one.n) for one in findings.measurements] == [("attentive_1", 4, 60)]
+    opened.train.labels[:], opened.test.labels[:] = 0, 1
+    train, test = (subject.extract(images, opened.device) for images in (opened.train, opened.test))
+    plan = replace(QUICK, few_shot=FewShotConfig(shots=(1,), shares=(), draws=2), retrieval=True)
+    probes.probe_levels(subject, train, test, opened, plan, findings)
+    assert "map" not in {one.metric for one in findings.measurements}
+    assert find(findings.measurements, "linear", subject=TRAINED, level="encoder").value == 0
+
+
+def test_latex_shows_every_sign_of_a_name():
+    assert "a\\{b\\}\\$\\_c\\textbackslash{}d &" in latex(["run", "x"], [["a{b}$_c\\d", "1"]], 1)

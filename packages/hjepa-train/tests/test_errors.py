@@ -20,7 +20,13 @@ def test_exit_codes_of_the_outcomes():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"steps": 0}, {"steps": 1, "accumulate": 0}, {"steps": 1, "clip_norm": 0.0}, {"steps": 1, "precision": "fp16"}],
+    [
+        {"steps": 0},
+        {"steps": 1, "accumulate": 0},
+        {"steps": 1, "clip_norm": 0.0},
+        {"steps": 1, "clip_norm": float("nan")},
+        {"steps": 1, "precision": "fp16"},
+    ],
 )
 def test_a_wrong_run_is_refused_in_one_line(fields):
     with pytest.raises(ValueError, match="allowed") as caught:

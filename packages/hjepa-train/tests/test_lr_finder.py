@@ -1,11 +1,13 @@
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from hjepa_train import ParallelConfig, RateSweep, StepOutput, TrainerConfig, find_rate
+from hjepa_train import Callback, ParallelConfig, RateSweep, StepOutput, TrainerConfig, TrainingError, find_rate
 from hjepa_train.testing import ArithmeticStream
 
 
@@ -52,6 +54,28 @@ def test_a_loss_that_is_not_finite_ends_the_sweep(device):
     assert np.isfinite(sweep.losses).all()
 
 
+def test_a_sweep_without_a_finite_loss_suggests_nothing(device):
+    class Broken(Bowl):
+        def forward(self, batch, step):
+            return StepOutput(loss=super().forward(batch, step).loss * math.nan)
+
+    sweep = find_rate(Broken(), ArithmeticStream(), config(device), steps=10)
+    assert len(sweep.losses) == 0
+    assert sweep.suggestion is None
+
+
+def test_a_sweep_that_is_stopped_suggests_nothing(device):
+    class Stop(Callback):
+        def on_step_end(self, trainer, result):
+            if trainer.step == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingError, match="stopped after step 12 of 40"):
+        find_rate(Bowl(), ArithmeticStream(), config(device), steps=40, callbacks=[Stop()])
+
+
 def test_no_sweep_is_refused(device):
+    with pytest.raises(ValueError, match="allowed: 0 < low < high"):
+        find_rate(Bowl(), ArithmeticStream(), config(device), high=math.inf)
     with pytest.raises(ValueError, match="allowed: 0 < low < high"):
         find_rate(Bowl(), ArithmeticStream(), config(device), low=1.0, high=0.1)

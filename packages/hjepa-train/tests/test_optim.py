@@ -57,7 +57,10 @@ def test_nothing_to_train_is_refused(device):
         parameter_groups(nn.Linear(2, 2).to(device).requires_grad_(False))
 
 
-@pytest.mark.parametrize("fields", [{"betas": (0.9, 1.0)}, {"eps": 0.0}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"betas": (0.9, 0.9, 0.9)}, {"eps": 0.0}, {"eps": float("nan")}],
+)
 def test_a_wrong_optimizer_is_refused(fields):
     with pytest.raises(ValueError, match="allowed"):
         OptimizerConfig(**fields)

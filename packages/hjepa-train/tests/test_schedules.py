@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hjepa_train import RunLength, ScheduleConfig, ScheduleKind, ScheduleUnit, TrainerConfig
-from hjepa_train.schedules import horizon_momentum, warmup
+from hjepa_train.schedules import horizon_momentum, progress, warmup
 
 finite = st.floats(-10, 10)
 
@@ -86,6 +86,26 @@ def test_warmup_rises_evenly_and_wastes_no_step():
     assert np.allclose(np.diff(values), 0.1)
 
 
+@pytest.mark.parametrize("end", [3, 5])
+def test_a_way_without_a_length_is_at_its_end(end):
+    assert progress(np.arange(5, 8), start=5, end=end).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("learning_rate", {"value": -1e-3}, "learning_rate.value=-0.001: out of range; allowed: 0 and more"),
+        ("weight_decay", {"kind": "linear", "value": 0.1, "final": -0.1}, "weight_decay.final=-0.1"),
+        ("learning_rate", {"horizon": 0.1}, "learning_rate.horizon=0.1: makes a momentum"),
+        ("ema_momentum", {"value": 1.5}, "ema_momentum.value=1.5: out of range; allowed: 0 to 1"),
+        ("ema_momentum", {"kind": "linear", "value": 0.9, "final": 2.0}, "ema_momentum.final=2"),
+    ],
+)
+def test_a_schedule_that_its_use_cannot_take_is_refused(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig(steps=5, **{name: ScheduleConfig(**fields)})
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -97,6 +117,8 @@ def test_warmup_rises_evenly_and_wastes_no_step():
         ({"horizon": 0.0}, "horizon=0.0"),
         ({"kind": "exponential", "value": 0.0, "final": 1.0}, "both above 0"),
         ({"unit": "furlongs"}, "allowed: steps, samples, epochs"),
+        ({"value": float("nan")}, "value=nan: not finite"),
+        ({"kind": "linear", "final": float("inf")}, "final=inf: not finite"),
     ],
 )
 def test_a_wrong_schedule_is_refused_in_one_line(fields, message):

@@ -181,6 +181,14 @@ def test_callbacks_are_closed_whatever_happens(device):
     assert failing.outcomes == [None]
 
 
+@pytest.mark.parametrize(("epochs", "said"), [(1, False), (2, True)])
+def test_a_warm_up_as_long_as_the_run_is_said(device, caplog, epochs, said):
+    rate = ScheduleConfig(value=0.01, warmup_steps=epochs, unit="epochs")
+    lengths = {"samples_per_step": 16, "samples_per_epoch": 48}
+    Trainer(ToyModule(), ArithmeticStream(), config(device, learning_rate=rate, **lengths))
+    assert ("lr: its warm-up takes 6 steps, the run 5" in caplog.text) is said
+
+
 def test_a_finished_run_stays_finished(device, tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for _ in range(2):

@@ -50,14 +50,14 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[Measurement | None
         color = COLORS[number % len(COLORS)]
         if name in lone:
             (one,) = [one for one in values if one is not None]
-            axes.axhline(one.value, color=color, linestyle="--", linewidth=1.4, label=name)
+            axes.axhline(one.value, color=color, linestyle="--", linewidth=1.4, label=_label(name))
             axes.axhspan(one.low, one.high, color=color, alpha=0.13, linewidth=0)
             continue
         known = [(place, found) for place, at in enumerate(shown) if (found := values[at]) is not None]
         offset = (barred.index(name) - (len(barred) - 1) / 2) * width
         places, heights = [place + offset for place, _ in known], [one.value for _, one in known]
         errors = _errors([one for _, one in known])
-        axes.bar(places, heights, width * 0.92, color=color, label=name)
+        axes.bar(places, heights, width * 0.92, color=color, label=_label(name))
         axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor="#1f2328", elinewidth=0.9, capsize=2)
     axes.set_xticks(range(len(shown)), [groups[at] for at in shown], fontsize=9)
     axes.set(xlabel=across, ylabel=title)
@@ -99,7 +99,7 @@ def lines(
             style = "-" if names.index(name) < len(COLORS) else "--"
             places, known = [place for place, _ in points], [one for _, one in points]
             values = [one.value for one in known]
-            axis.plot(places, values, style, color=color, marker="o", markersize=2.5, linewidth=1.2, label=name)
+            axis.plot(places, values, style, color=color, marker="o", markersize=2.5, linewidth=1.2, label=_label(name))
             low, high = _errors(known)
             spread = (np.subtract(values, low), np.add(values, high))
             axis.fill_between(places, *spread, color=color, alpha=0.07, linewidth=0)
@@ -120,7 +120,7 @@ def lines(
         for axis in axes.reshape(-1)
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    handles = {name: handles[name] for name in names if name in handles}
+    handles = {shown: handles[shown] for name in names if (shown := _label(name)) in handles}
     figure.tight_layout()
     deep = -(-len(handles) // (2 * columns))
     figure.legend(
@@ -142,7 +142,7 @@ def progress(series: Mapping[str, Sequence[tuple[float, float]]], across: str, u
     for number, (name, points) in enumerate(series.items()):
         style = "-" if number < len(COLORS) else "--"
         places, values = zip(*points, strict=True)
-        axes.plot(places, values, style, color=COLORS[number % len(COLORS)], linewidth=1.5, label=name)
+        axes.plot(places, values, style, color=COLORS[number % len(COLORS)], linewidth=1.5, label=_label(name))
     axes.set(xlabel=across, ylabel=up)
     axes.locator_params(axis="x", nbins=5)
     _plain(axes)
@@ -201,6 +201,11 @@ def attention(images: Array, maps: Array) -> bytes:
     for axis in axes.reshape(-1):
         axis.set(xticks=[], yticks=[])
     return png(figure)
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib shows it: none of it is mathematics, and none is hidden for its first letter."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _errors(known: Sequence[Measurement]) -> tuple[list[float], list[float]]:

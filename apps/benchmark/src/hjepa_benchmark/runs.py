@@ -10,7 +10,6 @@ import torch
 
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
-from hjepa_pretrain.demo import CLASS_NAMES
 from hjepa_pretrain.evaluation import RESULTS_FILE, Images, load_pair, open_sources
 from hjepa_pretrain.model import Model, build_model
 from hjepa_train import Checkpoint
@@ -46,11 +45,6 @@ class Run:
     def data(self) -> str:
         """What it is measured on, for results."""
         return self.config.data.eval or "demo composites"
-
-    def class_name(self, label: int) -> str:
-        """Name of a class, where there is one."""
-        demo = self.config.data.eval is None and 0 <= label < len(CLASS_NAMES)
-        return CLASS_NAMES[label] if demo else str(label)
 
 
 def read_config(folder: Path) -> PretrainConfig:

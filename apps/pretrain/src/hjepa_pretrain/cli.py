@@ -59,16 +59,19 @@ def _run(words: list[str]) -> int:
     from rich.console import Console
 
     from hjepa_pretrain import settings
-    from hjepa_pretrain.failures import judge
-    from hjepa_pretrain.run import pretrain
+    from hjepa_pretrain.failures import Stopped, judge
+    from hjepa_pretrain.run import command, pretrain
+    from hjepa_train.signals import StopSignals
 
     try:
         config, plain = settings.load(words)
         if show:
             print(OmegaConf.to_yaml(plain, resolve=True), end="")
             return 0
-        outcome = pretrain(config, plain, words, Console(soft_wrap=True))
-    except (Exception, KeyboardInterrupt) as error:
+        # Names of folders are no markup. While it trains, the trainer has signals of its own.
+        with StopSignals(Stopped.by):
+            outcome = pretrain(config, plain, words, Console(soft_wrap=True, markup=False, emoji=False))
+    except (Exception, KeyboardInterrupt, Stopped) as error:
         failure = judge(error)
         if failure is None:
             raise
@@ -76,7 +79,5 @@ def _run(words: list[str]) -> int:
             print(f"hjepa-pretrain: {' '.join(failure.line.split())}", file=sys.stderr)
         return failure.code
     if outcome.exit_code and main_rank:
-        print(
-            f"stopped early, everything is saved; go on with: hjepa-pretrain run.dir={plain.run.dir}", file=sys.stderr
-        )
+        print(f"stopped early, everything is saved; go on with: {command(plain.run.dir)}", file=sys.stderr)
     return outcome.exit_code

@@ -1,12 +1,14 @@
 """The whole configuration of a run, typed: what `conf/` fills, the command line overrides and `config.yaml` keeps."""
 
+import math
 from dataclasses import dataclass, field
 
 from hjepa_data.masks import MaskConfig
 from hjepa_data.stream import Decode, EvalConfig, StreamConfig, UnreadablePolicy, WorkerConfig
 from hjepa_data.transforms import IMAGENET_MEAN, IMAGENET_STD, ColorConfig, ViewGroup
 from hjepa_models import HJEPAConfig
-from hjepa_pretrain.baselines.config import BaselineConfig
+from hjepa_models.encoder import check_image_size
+from hjepa_pretrain.baselines.config import BaselineConfig, BaselineKind
 from hjepa_pretrain.duration import seconds
 from hjepa_train import (
     CheckpointConfig,
@@ -42,6 +44,8 @@ class RunConfig:
         """Refuse what has no meaning."""
         if self.steps < 1:
             raise ValueError(f"run.steps={self.steps}: nothing to train; allowed: 1 and more")
+        if abs(self.seed) >= 2**32:
+            raise ValueError(f"run.seed={self.seed}: too large; allowed: below 2^32")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"run.threads={self.threads}: too few; allowed: 1 and more, or null")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -111,11 +115,7 @@ class DataConfig:
         """Take lists, and refuse what the parts would refuse later."""
         for name in ("image_size", "crop_scale", "crop_ratio", "local_size", "local_scale", "mean", "std", "weights"):
             setattr(self, name, tuple(getattr(self, name)))
-        if len(self.image_size) != 2 or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(
-                f"data.image_size={self.image_size}, mean={self.mean}, std={self.std}: allowed: a height and a "
-                "width, and a number for each of the 3 channels, above 0 for std"
-            )
+        self._check_pixels()
         if not 0 < self.eval_crop_fraction <= 1:
             raise ValueError(
                 f"data.eval_crop_fraction={self.eval_crop_fraction}: no part of an image; allowed: above 0, up to 1"
@@ -138,15 +138,28 @@ class DataConfig:
             )
         if self.cache_mib < 0:
             raise ValueError(f"data.cache_mib={self.cache_mib}: no amount of memory; allowed: 0 (none) and more")
-        if self.train is not None and not self.train:
-            raise ValueError("data.train='': names no shard; give a tar, a glob, braces or a directory")
+        # What the parts refuse is refused now, and not when the shards have been opened.
+        self.stream(1)
+        self.evaluation()
 
-    def stream(self, accumulate: int) -> StreamConfig:
-        """The training stream of micro-batches."""
-        if self.batch_size % accumulate:
+    def _check_pixels(self) -> None:
+        for name in ("image_size", "local_size"):
+            size = getattr(self, name)
+            if len(size) != 2 or min(size) < 1:
+                raise ValueError(f"data.{name}={size}: no size; allowed: a height and a width, pixels")
+        positive = all(0.0 < one < math.inf for one in self.std)
+        if len(self.mean) != 3 or len(self.std) != 3 or not positive or not all(map(math.isfinite, self.mean)):
             raise ValueError(
-                f"data.batch_size={self.batch_size}: trainer.accumulate={accumulate} does not divide it; "
-                f"allowed: multiples of {accumulate}"
+                f"data.mean={self.mean}, std={self.std}: allowed: a number for each of the 3 channels, above 0 for std"
+            )
+
+    def stream(self, accumulate: int, ranks: int = 1) -> StreamConfig:
+        """The training stream of micro-batches, which the ranks share."""
+        parts = accumulate * ranks
+        if self.batch_size % parts:
+            raise ValueError(
+                f"data.batch_size={self.batch_size}: {ranks} processes with trainer.accumulate={accumulate} cannot "
+                f"share it equally; allowed: multiples of {parts}"
             )
         views = [
             ViewGroup(count=count, size=size, scale=scale, ratio=self.crop_ratio, flip=self.flip)
@@ -200,6 +213,14 @@ class EvaluationConfig:
         for name in ("train_samples", "eval_samples", "online_samples", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"eval.{name}={getattr(self, name)}: too few; allowed: 1 and more")
+        if self.train_samples < 2:
+            raise ValueError(f"eval.train_samples={self.train_samples}: one image has no spread; allowed: 2 and more")
+        banks = {"train_samples": self.train_samples}
+        if self.every_steps is not None:
+            banks["online_samples"] = self.online_samples
+        for name, size in banks.items():
+            if self.k > size:
+                raise ValueError(f"eval.k={self.k}: more neighbours than eval.{name}={size}; allowed: up to {size}")
         if self.every_steps is not None and self.every_steps < 1:
             raise ValueError(f"eval.every_steps={self.every_steps}: too small; allowed: 1 and more, or null")
 
@@ -231,7 +252,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
-        if not 0.0 < self.find_lr_low < self.find_lr_high:
+        if not 0.0 < self.find_lr_low < self.find_lr_high < math.inf:
             raise ValueError(
                 f"plan.find_lr_low={self.find_lr_low}, find_lr_high={self.find_lr_high}: no range of rates; allowed: "
                 "0 < low < high"
@@ -283,6 +304,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         """Refuse parts that do not fit one another."""
         self.loggers = tuple(self.loggers)
+        if self.plan.dry and self.plan.world_size > 1 and self.parallel is ParallelKind.single:
+            raise ValueError(
+                f"plan.world_size={self.plan.world_size}: parallel=single is one process; allowed: 1, or "
+                "parallel=ddp or fsdp"
+            )
         channels = self.hjepa.encoder.in_channels
         if channels != 3:
             raise ValueError(f"hjepa.encoder.in_channels={channels}: images of shards are decoded to 3; allowed: 3")
@@ -291,6 +317,10 @@ class PretrainConfig:
                 f"data.views={self.data.views}: the global level compares views of one image; allowed: 2 and more, "
                 "or hjepa.global_level=null"
             )
+        if self.baseline is not None and self.baseline.kind is BaselineKind.simclr and self.data.views < 2:
+            raise ValueError(f"data.views={self.data.views}: SimCLR compares views of one image; allowed: 2 and more")
+        if self.data.local_views:
+            check_image_size("data.local_size", self.data.local_size, self.hjepa.encoder.processing_patch)
         if self.data.views < self.hjepa.masked_views:
             raise ValueError(
                 f"data.views={self.data.views}: hjepa.masked_views={self.hjepa.masked_views} of them are to be masked; "

@@ -28,7 +28,7 @@ def dry_run(words: Sequence[str], config: PretrainConfig, console: Console) -> d
     kept = [word for word in words if not word.startswith("model=")]
     plans = {}
     for name in config.plan.models or (config.model,):
-        plans[name] = plan_model(settings.load([*kept, f"model={name}"])[0])
+        plans[name] = plan_model(settings.load([*kept, f"model={name}"], quiet=True)[0])
     console.print(table(plans, config))
     machine = config.plan.machine
     console.print(

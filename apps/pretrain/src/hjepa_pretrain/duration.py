@@ -19,7 +19,9 @@ def seconds(text: str) -> float:
     elif re.fullmatch(r"(\d+(\.\d+)?[smhd])+", text):
         total = sum(float(number) * _UNITS[unit] for number, unit in re.findall(r"([\d.]+)([smhd])", text))
     else:
-        raise ValueError(f"{text!r} is no length of time; write seconds or units, as in 170, 90s, 3m or 1h30m")
+        raise ValueError(
+            f"run.time_limit={text}: no length of time; allowed: seconds or units, as in 170, 90s, 3m or 1h30m, or null"
+        )
     if total <= 0:
-        raise ValueError(f"{text!r} is no time at all; write a length above 0, or null for no limit")
+        raise ValueError(f"run.time_limit={text}: no time at all; allowed: above 0, or null for no limit")
     return total

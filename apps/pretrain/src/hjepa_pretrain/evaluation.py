@@ -86,7 +86,13 @@ def open_sources(config: PretrainConfig) -> tuple[Source, Source | None]:
     """Open the images of a run, training and held-out; without `data.train` those of the demo, made if need be."""
     train, held_out = config.data.train, config.data.eval
     if train is None:
-        train, demo_eval = demo_shards(config.data.cache)
+        try:
+            train, demo_eval = demo_shards(config.data.cache)
+        except OSError as error:
+            where = "~/.cache/hjepa" if config.data.cache is None else config.data.cache
+            raise DataError(
+                f"data.cache={where}: the demo cannot be written ({error.strerror}); choose another"
+            ) from error
         held_out = held_out or demo_eval
     trained, measured = _open(train), [] if held_out is None else _open(held_out)
     _check_classes([*trained, *measured])

@@ -1,19 +1,42 @@
 """What ended a run, as an exit code and one line: wrong input, training that went wrong, machines that broke."""
 
+import errno
 import re
 import traceback
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch.distributed import DistError
 
 from hjepa_data import WorkerError
 from hjepa_pretrain.run import OtherRankError
-from hjepa_train import EXIT_ERROR, EXIT_UNSTABLE, EXIT_WRONG_INPUT, TrainingError, UnstableError
+from hjepa_train import (
+    EXIT_ERROR,
+    EXIT_PREEMPTED,
+    EXIT_UNSTABLE,
+    EXIT_WRONG_INPUT,
+    TrainingError,
+    UnstableError,
+)
 
 # What torch's CPU back end and Triton say.
 _NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 _AGAIN = "start the same command again: it goes on from the last checkpoint"
+
+
+class Stopped(BaseException):
+    """A signal that came before the first step, or when the last one had been saved; no error that is caught as one."""
+
+    @classmethod
+    def by(cls, name: str) -> NoReturn:
+        """Stop here.
+
+        Args:
+            name: of the signal.
+        """
+        raise cls(f"stopped by {name}, not in training: nothing is lost, and the same command goes on")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -40,13 +63,19 @@ def judge(error: BaseException) -> Failure | None:
         return Failure(code=EXIT_WRONG_INPUT, line=str(error))
     if isinstance(error, UnstableError):
         return Failure(code=EXIT_UNSTABLE, line=str(error), alike=True)
+    if isinstance(error, Stopped):
+        return Failure(code=EXIT_PREEMPTED, line=str(error), alike=True)
+    return _broken(error)
+
+
+def _broken(error: BaseException) -> Failure | None:
     if isinstance(error, KeyboardInterrupt):
         said = "interrupted; the last checkpoint stands, run.dir goes on from it"
         return Failure(code=EXIT_ERROR, line=said, alike=True)
     line = str(error) if isinstance(error, TrainingError | WorkerError) else broken_machine(error)
-    if line is None and isinstance(error, OSError):
-        line = str(error)
-    return None if line is None else Failure(code=EXIT_ERROR, line=line)
+    if line is not None or not isinstance(error, OSError):
+        return None if line is None else Failure(code=EXIT_ERROR, line=line)
+    return Failure(code=EXIT_WRONG_INPUT if error.errno in _NO_ROOM else EXIT_ERROR, line=str(error))
 
 
 def _is_refusal(error: ValueError) -> bool:

@@ -40,6 +40,12 @@ def multirun(words: Sequence[str]) -> int:
     Returns:
         0, or the largest exit code of the runs of this machine; 2 for wrong words.
     """
+    for word in words:
+        if word.startswith("-") or word.startswith("run.dir="):
+            allowed = "key=value, and hydra.sweep.dir=FOLDER for the folders of all runs"
+            print(f"hjepa-pretrain: {word}: not with --multirun; allowed: {allowed}", file=sys.stderr)
+            return EXIT_WRONG_INPUT
+    _codes.clear()
     settings.register()
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", _SIGNAL)
     own = [] if any(word.startswith("hydra.sweep.dir=") for word in words) else [_SWEEP_DIR]

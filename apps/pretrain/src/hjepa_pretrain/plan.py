@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hjepa_models import Block
+from hjepa_models.config import WITHOUT_EMA
 from hjepa_pretrain.config import PlanConfig, PretrainConfig
 from hjepa_pretrain.report import figures
 from hjepa_pretrain.settings import SettingsError
@@ -38,7 +39,7 @@ def schedules(config: PretrainConfig, steps: NDArray[np.int64]) -> dict[str, dic
     }
     if config.baseline is not None:
         return found
-    if hjepa.targets == "ema":
+    if hjepa.targets not in WITHOUT_EMA:
         found["EMA momentum"] = {"EMA momentum": values(trainer.ema_momentum)}
     weights = np.array([hjepa.level_weights.level_weights(int(step)) for step in steps])
     found[f"level weights ({hjepa.level_weights.kind})"] = {

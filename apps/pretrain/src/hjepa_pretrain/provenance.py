@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ def provenance(words: list[str]) -> dict[str, object]:
     """Returns what a reader needs to repeat the run: command, versions, git revision, machine, time."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({torch.get_num_threads()} threads)"
     return {
-        "command": " ".join(["hjepa-pretrain", *words]),
+        "command": shlex.join(["hjepa-pretrain", *words]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),

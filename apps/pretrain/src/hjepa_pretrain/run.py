@@ -1,5 +1,7 @@
 """A run from its configuration to its folder: data, task, trainer, results, report."""
 
+import logging
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import TypeVar
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.text import Text
 
 from hjepa_data import DataError, Decode, DevicePrefetcher, Source
 from hjepa_models import Block
@@ -47,6 +50,8 @@ from hjepa_train import (
     init_world,
     leave_world,
 )
+
+logger = logging.getLogger(__name__)
 
 Sources = tuple[Source, Source | None]
 T = TypeVar("T")
@@ -113,8 +118,15 @@ class RunRecord(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         """Write the file."""
         if trainer.world.is_main:
-            sittings = [*settings.read_provenance(self._folder), provenance(self._words)]
-            settings.save(self._plain, sittings, self._folder)
+            before = settings.read_provenance(self._folder)
+            if before and trainer.step == 0:
+                logger.warning("%s holds no checkpoint: the run begins again", self._folder)
+            settings.save(self._plain, [*before, provenance(self._words)], self._folder)
+
+    def on_save(self, trainer: Trainer) -> None:
+        """Drop the results of an earlier end: they are not of the weights that come now."""
+        if trainer.world.is_main:
+            (self._folder / RESULTS_FILE).unlink(missing_ok=True)
 
 
 def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], console: Console) -> Outcome:
@@ -229,7 +241,7 @@ def _prepare(
 def _stream(config: PretrainConfig, sources: Sources, world: World) -> DevicePrefetcher:
     if config.data.decode == Decode.GPU and world.device.type != "cuda":
         raise ValueError(f"data.decode=gpu: the run is on {world.device}; allowed: cpu, or a run on a CUDA device")
-    stream = config.data.stream(config.trainer.accumulate).build(
+    stream = config.data.stream(config.trainer.accumulate, world.size).build(
         sources[0], seed=config.run.seed, rank=world.rank, world_size=world.size, device=world.device
     )
     return DevicePrefetcher(stream, world.device)
@@ -295,12 +307,19 @@ def _announce(config: PretrainConfig, task: PretrainTask, images: int, folder: P
     grid = "x".join(map(str, encoder.grid))
     kind = "demo composites" if config.data.train is None else "images"
     console.print(
-        f"[bold]{config.recipe}[/]: {config.model} ({parameters / 1e6:.2f} M parameters, {grid} patches, "
+        Text(config.recipe, style="bold"),
+        f": {config.model} ({parameters / 1e6:.2f} M parameters, {grid} patches, "
         f"{_levels(config)}) on {images:,} {kind}, "
         f"{config.run.steps:,} steps of {config.data.batch_size}",
+        sep="",
         highlight=False,
     )
-    console.print(f"run folder: {folder} (to go on after a stop: hjepa-pretrain run.dir={folder})", highlight=False)
+    console.print(f"run folder: {folder} (to go on after a stop: {command(folder)})", highlight=False)
+
+
+def command(folder: str | Path) -> str:
+    """Return what goes on with the run of a folder, to be pasted into a shell."""
+    return shlex.join(["hjepa-pretrain", f"run.dir={folder}"])
 
 
 def _levels(config: PretrainConfig) -> str:

@@ -24,9 +24,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hjepa_data.masks import MASK_LAWS
 from hjepa_models import encoder_config
+from hjepa_models.config import WITHOUT_EMA
 from hjepa_pretrain.baselines import BaselineKind
 from hjepa_pretrain.config import PretrainConfig
-from hjepa_train import ParallelKind, ScheduleUnit
+from hjepa_train import CollapsePolicy, LoggerKind, OptimizerKind, ParallelKind, ScheduleUnit
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +64,15 @@ class SettingsError(ValueError):
     """Wrong words on the command line or in a stored configuration."""
 
 
-def load(words: Sequence[str]) -> tuple[PretrainConfig, DictConfig]:
+def load(words: Sequence[str], *, quiet: bool = False) -> tuple[PretrainConfig, DictConfig]:
     """Returns the typed configuration and its plain form for the overrides in `words`.
 
     Without `data.train` the demo preset is taken. With a `run.dir` that already holds a run, that run's own
     configuration is the base, and only what may change between two sittings (`CHANGEABLE`) can differ.
+
+    Args:
+        words: of the command line.
+        quiet: leave out what has been said of these words before.
 
     Raises:
         SettingsError: an unknown key, a value of the wrong type or range, or a change that a resumed run cannot take.
@@ -76,17 +81,22 @@ def load(words: Sequence[str]) -> tuple[PretrainConfig, DictConfig]:
     given = {key: value for one in overrides for key, value in _set(one.key_or_group, one.value())}
     for key in given.keys() & DERIVED.keys():
         raise SettingsError(f"{key} follows from {DERIVED[key]}; set that one")
+    for key, value in given.items():
+        if key.startswith(("hydra.", "hydra/")):
+            raise SettingsError(f"{key}: is read with --multirun alone; add that, or leave this out")
+        if key in _PATHS and value == "":
+            raise SettingsError(f"{key}='': names nothing; give a path, or leave it out")
     stored = _stored(given)
     try:
         plain = _fresh(words, given) if stored is None else _amend(stored, overrides)
         if "parallel" not in given:
             _fit_world(plain)
         _derive(plain)
-        if plain.plan.dry and not given.keys() & {"model", "plan.models"}:
+        if stored is None and plain.plan.dry and not given.keys() & {"model", "plan.models"}:
             plain.plan.models = list(PLANNED)
         if stored is None and "trainer.learning_rate.warmup_steps" not in given:
-            _shorten_warmup(plain)
-        if stored is None:
+            _shorten_warmup(plain, quiet=quiet)
+        if not quiet:
             _name_idle(plain, given)
         config = OmegaConf.to_object(plain)
     except (OmegaConfBaseException, ValueError, AssertionError) as error:
@@ -135,7 +145,9 @@ def _parse(words: Sequence[str]) -> list[Override]:
     except HydraException as error:
         bad = next((word for word in words if "=" not in word), None)
         if bad is not None:
-            raise SettingsError(f"{bad!r} is not a setting; write key=value, as in run.steps=1000") from error
+            raise SettingsError(
+                f"{bad!r} is not a setting; write key=value, as in run.steps=1000, and quote what holds spaces"
+            ) from error
         raise SettingsError(one_line(error)) from error
     for override in overrides:
         if override.type is not OverrideType.CHANGE or override.is_sweep_override():
@@ -153,7 +165,7 @@ def _set(key: str, value: object) -> Iterator[tuple[str, object]]:
 def _fresh(words: Sequence[str], given: Mapping[str, object]) -> DictConfig:
     """Compose a new run: the demo preset where no data is named, the named model, then the user's words."""
     words = [quoted(word) for word in words]
-    if not given.keys() & {"data.train", "preset", "plan.dry"}:
+    if given.get("data.train") is None and "preset" not in given and not given.get("plan.dry"):
         words = ["preset=demo", *words]
     named = encoder_config(str(_compose(words).model))
     model = [f"hjepa.encoder.{field}={_plain(getattr(named, field))}" for field in _NAMED]
@@ -161,25 +173,43 @@ def _fresh(words: Sequence[str], given: Mapping[str, object]) -> DictConfig:
 
 
 def _fit_world(plain: DictConfig) -> None:
-    """Take DDP under torchrun, and one process for a run that goes on alone, where nothing else is asked for."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Take DDP for several processes, and one for a run that goes on alone, where nothing else is asked for."""
+    several = (plain.plan.world_size if plain.plan.dry else int(os.environ.get("WORLD_SIZE", "1"))) > 1
     if several and plain.parallel == ParallelKind.single:
         plain.parallel = ParallelKind.ddp
     elif not several and plain.parallel == ParallelKind.ddp:
         plain.parallel = ParallelKind.single
 
 
-def _shorten_warmup(plain: DictConfig) -> None:
+def _shorten_warmup(plain: DictConfig, *, quiet: bool) -> None:
     """Keep a recipe's warm-up within a fifth of a run that is shorter than the recipe was made for, and say so."""
     rate, limit = plain.trainer.learning_rate, plain.run.steps // 5
     if rate.unit is ScheduleUnit.steps and rate.warmup_steps > limit:
         text = "trainer.learning_rate.warmup_steps=%d shortened to %d, a fifth of run.steps=%d"
-        logger.info(text, rate.warmup_steps, limit, plain.run.steps)
+        if not quiet:
+            logger.info(text, rate.warmup_steps, limit, plain.run.steps)
         rate.warmup_steps = limit
 
 
 def _name_idle(plain: DictConfig, given: Mapping[str, object]) -> None:
-    """Say which of the given settings a baseline does not read."""
+    """Say which of the given settings nothing reads in this run."""
+    averages = plain.baseline is None and plain.hjepa.targets not in WITHOUT_EMA
+    optimizer = plain.trainer.optimizer.kind
+    for names, needed, there in (
+        (("trainer.compile_mode", "trainer.compile_backend"), "trainer.compile=true", plain.trainer.compile),
+        (("trainer.ema_momentum",), "hjepa.targets=ema or pooled", averages),
+        (("trainer.optimizer.muon_",), "trainer.optimizer.kind=muon", optimizer is OptimizerKind.muon),
+        (("trainer.optimizer.momentum", "trainer.optimizer.trust"), "trainer.optimizer.kind=lars",
+         optimizer is OptimizerKind.lars),
+        (("trainer.parallel.fsdp",), "parallel=fsdp", plain.parallel is ParallelKind.fsdp),
+        (("monitor.lr_",), "monitor.policy=lower_lr", plain.monitor.policy is CollapsePolicy.lower_lr),
+        (("data.local_size", "data.local_scale"), "data.local_views", plain.data.local_views),
+        (("profiler",), "profile=true", plain.profile),
+        (("logger.",), "loggers=[wandb] or [mlflow]", {LoggerKind.wandb, LoggerKind.mlflow} & set(plain.loggers)),
+    ):  # fmt: skip
+        idle = sorted(key for key in given if key.startswith(names))
+        if idle and not there:
+            logger.warning("without %s nothing reads %s", needed, ", ".join(idle))
     if plain.baseline is None:
         return
     read = ("hjepa.encoder", "hjepa.predictor") if plain.baseline.kind is BaselineKind.mae else ("hjepa.encoder",)
@@ -213,7 +243,8 @@ def quoted(word: str) -> str:
     key, _, value = word.partition("=")
     if key not in _PATHS or value in ("null", "") or value[0] in "'\"":
         return word
-    escaped = os.path.expanduser(value).replace("'", "\\'")
+    # hydra reads backslashes as such, but for those before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), os.path.expanduser(value))
     return f"{key}='{escaped}'"
 
 
@@ -230,13 +261,19 @@ def _compose(words: Sequence[str]) -> DictConfig:
         with initialize_config_module(config_module="hjepa_pretrain.conf", version_base="1.3"):
             plain = compose(config_name="config", overrides=[word for word in words if word not in late])
         for override in OverridesParser.create().parse_overrides(overrides=late):
-            part = str(override.key_or_group)
-            if OmegaConf.select(plain, part) is None:
-                OmegaConf.update(plain, part, OmegaConf.structured(parts[part]), merge=False)
-            OmegaConf.update(plain, part, override.value(), merge=True)
+            _update(plain, str(override.key_or_group), override.value())
         return plain
     except (HydraException, OmegaConfBaseException, AssertionError) as error:
         raise SettingsError(one_line(error)) from error
+
+
+def _update(plain: DictConfig, key: str, value: object) -> None:
+    """Set a field, or fields of a part, which is switched on where it is off."""
+    if isinstance(value, dict) and OmegaConf.select(plain, key) is None:
+        parts = _optional_parts(OmegaConf.structured(PretrainConfig))
+        if key in parts:
+            OmegaConf.update(plain, key, OmegaConf.structured(parts[key]), merge=False)
+    OmegaConf.update(plain, key, value, merge=True)
 
 
 def _optional_parts(tree: DictConfig, prefix: str = "") -> dict[str, type]:
@@ -276,7 +313,7 @@ def _amend(stored: DictConfig, overrides: Sequence[Override]) -> DictConfig:
     for override in overrides:
         key = str(override.key_or_group)
         # On the command line of a new run this word chooses the law's class.
-        OmegaConf.update(plain, "mask_law" if key == "masks" else key, override.value(), merge=True)
+        _update(plain, "mask_law" if key == "masks" else key, override.value())
     before, after = (dict(_leaves(OmegaConf.to_container(one, enum_to_str=True))) for one in (stored, plain))
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
@@ -325,11 +362,13 @@ def one_line(error: BaseException) -> str:
     )
     if unknown:
         return _unknown(unknown[1], plain_keys())
-    choice = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
+    choice = re.search(r"Could not find '([\w-]+)/([^']*)'", text)
     if choice:
         names = re.search(r"Available options in '[^']+':\n((?:\t\S+\n)+)", text)
         allowed = ", ".join(names[1].split()) if names else "see conf/"
         return f"{choice[1]}={choice[2]}: there is no such {choice[1]}; allowed: {allowed}"
+    if "Config group override must be" in text:
+        return "recipe, preset and masks are chosen by name; allowed: NAME, as in recipe=ijepa"
     key = re.search(r"full_key: (\S+)", text)
     reason = str(chain[-1]).strip().splitlines()
     return f"{key[1]}: {reason[0]}" if key else " ".join(reason)

@@ -189,3 +189,14 @@ def test_blocks_of_all_stages_are_counted_and_channels_may_be_last(device):
     assert torch.equal(output, last)
     (other,) = BlockFeatures(tower, channels_last=False)(x).values()
     torch.testing.assert_close(other, tower(x).mean((2, 3)))
+
+
+def test_a_pooling_that_no_block_needs_is_checked_too():
+    for poolings in (("max",), "mean"):
+        with pytest.raises(ValueError, match="no such pooling"):
+            BlockFeatures(nn.Linear(2, 2), poolings=poolings)
+
+
+def test_a_timm_model_without_such_weights_is_told_in_one_line():
+    with pytest.raises(ValueError, match=r"source=resnet10t\.nope"):
+        open_encoder("resnet10t.nope")

@@ -161,3 +161,14 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_computed(tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         FeatureCache(tmp_path / "file").get(KEY, lambda: pytest.fail("computed"))
+
+
+def test_features_that_cannot_be_written_are_returned_all_the_same(tmp_path, caplog):
+    one = sets()["0"]
+    with caplog.at_level(logging.WARNING):
+        found = FeatureCache(tmp_path).get(KEY, lambda: {"0": one, "again": one})
+    assert list(found) == ["0", "again"]
+    assert "not written" in caplog.text
+    assert "\n" not in caplog.messages[0]
+    with pytest.raises(ValueError, match="there are none"):
+        FeatureCache(tmp_path).write(KEY, {})

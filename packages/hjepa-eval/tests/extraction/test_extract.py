@@ -156,3 +156,8 @@ def test_a_wrong_stream_or_function_is_told_at_the_first_batch(device):
         with pytest.raises(ValueError, match=message) as raised:
             extract(function, batches(count))
         assert "\n" not in str(raised.value)
+
+
+def test_two_levels_of_one_name_are_refused_and_none_is_lost():
+    with pytest.raises(ValueError, match="two have one name"):
+        extract(lambda x: {0: x, "0": 2 * x}, batches([4], "cpu"))

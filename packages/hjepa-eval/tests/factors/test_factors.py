@@ -218,3 +218,17 @@ def test_unknown_classes_and_factors_of_several_columns_are_named():
         bottleneck_sweep(x, train["class"], test_x, unknown)
     with pytest.raises(ValueError, match="factor 'place'"):
         dci(x, train, test_x, test)
+
+
+def test_a_factor_that_does_not_vary_has_no_score():
+    factors, held_out = separate(world(60, 0)), separate(world(60, 1))
+    x, test = code(world(60, 0)), code(world(60, 1))
+    for known, test_known, samples in (
+        ({**factors, "x": torch.full((60,), 0.1)}, held_out, "training"),
+        (factors, {**held_out, "x": factors["x"].mean().expand(60)}, "test"),
+    ):
+        for probe in (factor_probe, dci):
+            with pytest.raises(ValueError, match=f"factor 'x': it does not vary over the {samples} samples"):
+                probe(x, known, test, test_known)
+    with pytest.raises(ValueError, match="factor 'x': NaN"):
+        factor_probe(x, {**factors, "x": factors["x"] / 0}, test, held_out)

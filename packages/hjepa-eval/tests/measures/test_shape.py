@@ -141,3 +141,9 @@ def test_wrong_shapes_are_refused_in_one_line():
 def test_cka_of_what_is_not_finite_is_no_number():
     x = features(3, 30, 7)
     assert math.isnan(linear_cka(x, x / 0).item())
+
+
+def test_features_that_are_all_zero_are_a_collapse_and_not_uniform():
+    assert uniformity(torch.zeros(10, 4)).item() == 0
+    half = torch.cat((torch.zeros(1, 4), torch.eye(4)[:1]))
+    assert uniformity(half).item() == pytest.approx(-2)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hjepa_eval import effective_rank, rankme, spread
+from hjepa_eval import alpha_req, effective_rank, isotropy, judge_collapse, lidar, rankme, spread
 
 
 def naive_rank(z, eps, centred):
@@ -74,3 +74,12 @@ def test_shapes_without_a_spectrum_are_refused():
             function(torch.zeros(4))
     with pytest.raises(ValueError, match="two samples"):
         spread(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_told_in_one_line(bad):
+    z = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    z[3, 2] = bad
+    for measure in (rankme, effective_rank, alpha_req, isotropy, judge_collapse, lambda z: lidar(z.view(10, 4, 8))):
+        with pytest.raises(ValueError, match="z: NaN or infinity"):
+            measure(z)

@@ -120,7 +120,7 @@ def test_what_is_unknown_may_be_any_number_below_0_and_masks_of_any_type():
     assert torch.equal(probe.confusion(tokens, other), probe.confusion(tokens, masks))
     again = probe.fit(tokens, masks.flip(0), (4, 4)).candidates
     assert again == SegmentationProbe(QUICK).fit(tokens, masks.flip(0), (4, 4)).candidates
-    with pytest.raises(ValueError, match="no pixel is known"):
+    with pytest.raises(ValueError, match="0 images have a known pixel"):
         SegmentationProbe(QUICK).fit(tokens, torch.full_like(masks, -1), (4, 4))
 
 

@@ -72,3 +72,8 @@ def test_what_is_not_a_number_stays_none_and_groups_are_counted():
     assert math.isnan(interval_of_mean([0.5, math.nan]).low)
     with pytest.raises(ValueError, match="groups=1"):
         jackknife(torch.zeros(9, 2), rankme, groups=1)
+
+
+def test_a_bootstrap_needs_a_draw():
+    with pytest.raises(ValueError, match="draws=0"):
+        bootstrap(torch.ones(3), draws=0)

@@ -149,3 +149,13 @@ def test_the_command_line_merges_files_and_names_what_is_wrong(tmp_path, capsys,
         assert "…" not in shown
     assert main([paths[0], str(tmp_path / "absent")]) == 2
     assert "absent" in capsys.readouterr().err
+
+
+def test_no_name_of_a_wide_table_is_cut_off(tmp_path, capsys, monkeypatch):
+    names = [f"runs/with-a-long-name-{number}" for number in range(9)]
+    for name in names:
+        write_results(results(name), tmp_path / name[-1])
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([str(tmp_path / name[-1]) for name in names]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown

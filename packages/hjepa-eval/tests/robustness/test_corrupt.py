@@ -236,3 +236,12 @@ def test_wrong_input_is_named(arguments, expected):
 
 def test_nothing_in_nothing_out():
     assert corrupt(PICTURE[None][:0], "snow", 2).shape == (0, 3, 64, 64)
+
+
+def test_a_severity_is_a_number_whatever_its_type():
+    images = torch.randint(0, 256, (2, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = corrupt(images, "fog", 2)
+    for severity in (2.0, np.int64(2), torch.tensor(2)):
+        assert torch.equal(corrupt(images, "fog", severity), expected)
+    with pytest.raises(ValueError, match=r"samples torch\.float32"):
+        corrupt(images, "fog", 2, samples=torch.zeros(2))

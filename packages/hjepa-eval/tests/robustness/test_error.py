@@ -73,3 +73,5 @@ def test_each_image_is_counted_once_with_its_own_number():
     assert right_on_changed(predict, images, labels)["even"].all()
     with pytest.raises(ValueError, match="labels"):
         right_on_changed(predict, images, labels[:3])
+    with pytest.raises(ValueError, match="unknown"):
+        right_on_changed(predict, images, labels - 1)

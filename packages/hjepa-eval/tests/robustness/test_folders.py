@@ -44,3 +44,8 @@ def test_wrong_folders_are_named(root):
     (root.parent / "empty" / CLASSES[0]).mkdir(parents=True)
     with pytest.raises(ValueError, match="no image"):
         class_folders(root.parent / "empty", CLASSES)
+
+
+def test_a_class_that_comes_twice_is_refused(root):
+    with pytest.raises(ValueError, match="only 4 differ"):
+        class_folders(root, (*CLASSES, CLASSES[1]))

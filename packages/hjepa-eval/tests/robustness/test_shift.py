@@ -59,3 +59,8 @@ def test_resolution_is_lost_and_the_mean_is_kept():
 def test_wrong_input_is_named(call, expected):
     with pytest.raises(ValueError, match=expected):
         call()
+
+
+def test_no_image_stays_no_image():
+    for change in (lambda x: rotate(x, 30), lambda x: occlude(x, 0.5), lambda x: lower_resolution(x, 0.5)):
+        assert change(IMAGES[:0]).shape == IMAGES[:0].shape

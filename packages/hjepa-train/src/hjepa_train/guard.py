@@ -38,7 +38,7 @@ class GuardConfig:
         """Refuse what has no meaning."""
         if self.max_skips < 0:
             raise ValueError(f"max_skips={self.max_skips}: negative; allowed: 0 (bear no bad step) and more")
-        if self.spike is not None and self.spike <= 1.0:
+        if self.spike is not None and not self.spike > 1.0:
             raise ValueError(f"spike={self.spike}: half of all steps are above; allowed: above 1, e.g. 10, or null")
         if self.window < 5:
             raise ValueError(f"window={self.window}: too short for a median; allowed: 5 and more")

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from hjepa_train.errors import TrainingError
 from hjepa_train.guard import GuardConfig
+from hjepa_train.outcome import Outcome
 from hjepa_train.protocols import Callback, Stream
 from hjepa_train.schedules import ScheduleConfig, ScheduleKind
 
@@ -45,6 +47,8 @@ class RateSweep:
 
         Source: Smith, arXiv 1506.01186, section 3.3, with the slope in place of the eye.
         """
+        if not len(self.losses):
+            return None
         smoothed = self.smoothed
         low = int(smoothed.argmin())
         # The first steps fall because anything does: the average has not settled there.
@@ -99,17 +103,20 @@ def find_rate(
 
     Raises:
         ValueError: Where low and high leave nothing to sweep.
+        TrainingError: Where a signal has stopped it before its end.
     """
     from hjepa_train.trainer import Trainer
 
-    if not 0.0 < low < high or steps < 10:
+    if not 0.0 < low < high < math.inf or steps < 10:
         raise ValueError(f"low={low}, high={high}, steps={steps}: no sweep; allowed: 0 < low < high, 10 steps and more")
     rising = ScheduleConfig(kind=ScheduleKind.exponential, value=low, final=high, steps=steps - 1)
     sweep = replace(
         config, steps=steps, learning_rate=rising, log_every=1, guard=GuardConfig(max_skips=steps, spike=None)
     )
     record = _Record()
-    Trainer(module, stream, sweep, world=world, blocks=blocks, callbacks=[record, *callbacks]).fit()
+    trainer = Trainer(module, stream, sweep, world=world, blocks=blocks, callbacks=[record, *callbacks])
+    if trainer.fit() is Outcome.PREEMPTED:
+        raise TrainingError(f"the sweep was stopped after step {trainer.step} of {steps}; start it again")
     return RateSweep(rates=np.array(record.rates), losses=np.array(record.losses))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -49,22 +50,22 @@ class OptimizerConfig:
     """One kernel for all parameters; None means fused on CUDA and for-each on a CPU."""
 
     def __post_init__(self) -> None:
-        """Refuse what AdamW cannot do."""
-        self.betas = (float(self.betas[0]), float(self.betas[1]))
+        """Refuse what has no meaning."""
         self.no_decay_names = tuple(self.no_decay_names)
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"betas={self.betas}: out of range; allowed: 0 <= beta < 1")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}: out of range; allowed: two numbers, each 0 <= beta < 1")
+        self.betas = (float(self.betas[0]), float(self.betas[1]))
         self.kind = choice(OptimizerKind, "kind", self.kind)
         self.muon_names = tuple(self.muon_names)
         if not 0.0 <= self.muon_momentum < 1.0:
             raise ValueError(f"muon_momentum={self.muon_momentum}: out of range; allowed: 0 <= momentum < 1")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum={self.momentum}: out of range; allowed: 0 <= momentum < 1")
-        if self.trust <= 0.0:
+        if not 0.0 < self.trust < math.inf:
             raise ValueError(f"trust={self.trust}: not positive; allowed: above 0, e.g. 0.001")
-        if self.muon_scale <= 0.0:
+        if not 0.0 < self.muon_scale < math.inf:
             raise ValueError(f"muon_scale={self.muon_scale}: not positive; allowed: above 0, e.g. 1")
-        if self.eps <= 0.0:
+        if not 0.0 < self.eps < math.inf:
             raise ValueError(f"eps={self.eps}: not positive; allowed: above 0, e.g. 1e-8")
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:

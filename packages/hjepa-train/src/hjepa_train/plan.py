@@ -42,8 +42,10 @@ class MachineConfig:
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         for name in ("peak_tflops", "efficiency", "bandwidth_gb", "memory_gib"):
-            if getattr(self, name) <= 0:
+            if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: not positive; allowed: above 0")
+        if self.efficiency > 1.0:
+            raise ValueError(f"efficiency={self.efficiency}: more than all; allowed: above 0 up to 1")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

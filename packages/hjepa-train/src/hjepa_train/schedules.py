@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -47,7 +48,8 @@ def progress(step: Steps, *, start: int, end: int) -> Values:
     >>> progress(np.arange(6), start=1, end=5).tolist()
     [0.0, 0.0, 0.25, 0.5, 0.75, 1.0]
     """
-    return np.clip((np.asarray(step, np.float64) - start) / max(1, end - start), 0.0, 1.0)
+    done = np.asarray(step, np.float64)
+    return np.where(done >= end, 1.0, np.clip((done - start) / max(1, end - start), 0.0, 1.0))
 
 
 def linear(step: Steps, *, value: float, final: float, start: int, end: int) -> Values:
@@ -166,6 +168,10 @@ class ScheduleConfig:
         """Refuse what has no meaning."""
         self.kind = choice(ScheduleKind, "kind", self.kind)
         self.unit = choice(ScheduleUnit, "unit", self.unit)
+        for name in ("value", "final", "warmup_start"):
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
+                raise ValueError(f"{name}={number}: not finite; allowed: any finite number")
         if self.kind is not ScheduleKind.constant and self.final is None:
             raise ValueError(f"final=None: kind={self.kind.value} ends at a value; give final, or kind=constant")
         if self.kind is ScheduleKind.constant and self.final not in (None, self.value):
@@ -182,6 +188,14 @@ class ScheduleConfig:
             raise ValueError(
                 f"steps={self.steps}: not more than warmup_steps={self.warmup_steps}; give more, or warm up faster"
             )
+
+    def check_range(self, name: str, *, most: float = math.inf) -> None:
+        """Raise a ValueError, under the name of what is scheduled, where a value leaves 0 to `most`."""
+        for field in ("value", "final", "warmup_start"):
+            number = getattr(self, field)
+            if number is not None and not 0.0 <= number <= most:
+                allowed = "0 and more" if most == math.inf else f"0 to {most:g}"
+                raise ValueError(f"{name}.{field}={number}: out of range; allowed: {allowed}")
 
     def build(self, length: RunLength | int) -> Callable[[int], float]:
         """Return the schedule of a run of a length (or of so many steps) as a function of the steps done.

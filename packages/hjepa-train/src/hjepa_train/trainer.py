@@ -77,9 +77,9 @@ class TrainerConfig:
     compile: bool = False
     """Compile the step, or under FSDP each block; the first step then takes up to a minute, on a few CPU cores more."""
     compile_backend: str = "inductor"
-    """Of `torch.compile`; `aot_eager` compiles without generating code."""
+    """Of `torch.compile`, read with `compile=true`; `aot_eager` compiles without generating code."""
     compile_mode: CompileMode = CompileMode.default
-    """`reduce_overhead` replays CUDA graphs (one process, no accumulation); `max_autotune` also tries more kernels."""
+    """Likewise: `reduce_overhead` replays CUDA graphs (one process, no accumulation), `max_autotune` more kernels."""
     fp8: bool = False
     """Linear maps of blocks multiply in 8-bit floats, by torchao; Ada, Hopper and newer GPUs, to be compiled."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -108,13 +108,19 @@ class TrainerConfig:
                 f"compile_mode={self.compile_mode}: CUDA graphs write each gradient to one place; allowed: "
                 "default, or accumulate=1 and parallel=single"
             )
+        for name in ("learning_rate", "weight_decay"):
+            schedule: ScheduleConfig = getattr(self, name)
+            schedule.check_range(name)
+            if schedule.horizon is not None:
+                raise ValueError(f"{name}.horizon={schedule.horizon}: makes a momentum; use value, and horizon=null")
+        self.ema_momentum.check_range("ema_momentum", most=1.0)
         whole_matrices = (OptimizerKind.muon, OptimizerKind.lars)
         if self.optimizer.kind in whole_matrices and self.parallel.kind is ParallelKind.fsdp:
             raise ValueError(
                 f"optimizer.kind={self.optimizer.kind}: needs whole matrices, which fsdp shards; use adamw or lion, or "
                 "parallel=ddp"
             )
-        if self.clip_norm is not None and self.clip_norm <= 0.0:
+        if self.clip_norm is not None and not self.clip_norm > 0.0:
             raise ValueError(f"clip_norm={self.clip_norm}: not positive; allowed: above 0, or null for no clipping")
 
     @property
@@ -457,6 +463,11 @@ class Trainer:
         if self.ema is not None:
             schedules["ema_momentum"] = config.ema_momentum
         length = config.length
+        for name, schedule in schedules.items():
+            first = length.to_steps(schedule.warmup_steps, schedule.unit)
+            if first >= config.steps and self.world.is_main:
+                text = "%s: its warm-up takes %d steps, the run %d: it never gets to its value"
+                logger.warning(text, name, first, config.steps)
         return {name: schedule.build(length) for name, schedule in schedules.items()}
 
     def _state(self) -> dict[str, Any]:

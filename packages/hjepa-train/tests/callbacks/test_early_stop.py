@@ -72,7 +72,9 @@ def test_a_metric_that_never_came_is_said(device, tmp_path, caplog):
     assert "no row had metric=eval/y" in caplog.text
 
 
-@pytest.mark.parametrize("fields", [{"patience": 0}, {"mode": "up"}, {"min_delta": -1.0}, {"metric": ""}])
+@pytest.mark.parametrize(
+    "fields", [{"patience": 0}, {"mode": "up"}, {"min_delta": -1.0}, {"min_delta": float("nan")}, {"metric": ""}]
+)
 def test_a_wrong_early_stop_is_refused(fields):
     with pytest.raises(ValueError, match="allowed"):
         EarlyStopConfig(**({"metric": "x"} | fields))

@@ -70,6 +70,11 @@ def corrupt_fields(path):
     (path / "manifest.json").write_text('{"format": 1}')
 
 
+def corrupt_entry(path):
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"files": {"state.json": 7}}))
+
+
 def corrupt_format(path):
     (path / "manifest.json").write_text("[]")
 
@@ -106,7 +111,10 @@ def older_format(path):
 
 
 OTHERS = [lose_rank, put_another_file, put_a_foreign_directory, older_format]
-DAMAGES = [*OTHERS, corrupt_size, corrupt_bit, corrupt_json, corrupt_fields, corrupt_format, lose_file, lose_manifest]
+DAMAGES = [
+    *OTHERS, corrupt_size, corrupt_bit, corrupt_json, corrupt_fields, corrupt_entry, corrupt_format, lose_file,
+    lose_manifest,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -210,7 +218,9 @@ def test_a_rank_that_does_not_see_the_folder_says_so(store):
         store.at(5)
 
 
-@pytest.mark.parametrize("fields", [{"every_steps": 0}, {"every_minutes": -1.0}, {"keep": 0}])
+@pytest.mark.parametrize(
+    "fields", [{"every_steps": 0}, {"every_minutes": -1.0}, {"every_minutes": float("nan")}, {"keep": 0}]
+)
 def test_a_wrong_cadence_is_refused(fields):
     with pytest.raises(ValueError, match="not positive"):
         CheckpointConfig(**fields)

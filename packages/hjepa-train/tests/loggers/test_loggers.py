@@ -1,4 +1,5 @@
 import json
+import shutil
 import struct
 import time
 
@@ -61,6 +62,14 @@ def test_tensorboard_shows_each_step_once(train, tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 4, 6]
 
 
+def test_tensorboard_forgets_a_run_that_died_before_its_first_checkpoint(train, tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        train([TensorBoardLog(tmp_path), StopAt(5)])
+    train([TensorBoardLog(tmp_path)])
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 4, 6]
+
+
 class StopAt(Callback):
     def __init__(self, step):
         self.step = step
@@ -119,6 +128,18 @@ def test_wandb_offline_goes_on_in_the_same_run(train, tmp_path, monkeypatch):
     assert trainer.callbacks[0].state_dict()["id"]
 
 
+def test_a_wandb_without_a_key_is_one_line(train, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**_):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ValueError, match=r"loggers=wandb: No API key .*WANDB_MODE=offline") as caught:
+        train([WandbLog(tmp_path, project="tests")])
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_mlflow_in_a_folder_goes_on_in_the_same_run(train, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
@@ -129,14 +150,16 @@ def test_mlflow_in_a_folder_goes_on_in_the_same_run(train, tmp_path, monkeypatch
         return [MLflowLog(uri, experiment="tests", name="one", settings={"a.b": 1}), MetricsLog(tmp_path / "m.jsonl")]
 
     with pytest.raises(RuntimeError, match="power cut"):
-        train([*log(), StopAt(4)], run_dir=tmp_path)
+        # Rows 2 and 4 are there when it dies, and the checkpoint of step 2 alone.
+        train([*log(), StopAt(5)], run_dir=tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000004")
     (name,) = train(log(), run_dir=tmp_path).callbacks[0].state_dict().values()
     client = mlflow.MlflowClient(tracking_uri=uri)
     run = client.get_run(name)
     assert (run.info.status, run.info.run_name, run.data.params) == ("FINISHED", "one", {"a.b": "1"})
-    history = {metric.step: metric.value for metric in client.get_metric_history(name, "train/loss")}
+    history = [(metric.step, metric.value) for metric in client.get_metric_history(name, "train/loss")]
     rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
-    assert history == {row["step"]: row["train/loss"] for row in rows}
+    assert sorted(history) == [(row["step"], row["train/loss"]) for row in rows]
 
 
 def test_an_mlflow_that_is_not_there_is_one_line(train, tmp_path):

@@ -72,8 +72,10 @@ def read_candidates(folders: Sequence[Path]) -> list[Candidate]:
     names = [folder.name for folder in plain]
     if len(set(names)) < len(names):
         names = [f"{folder.parent.name}/{folder.name}" for folder in plain]
-    if len(set(names)) < len(names):
+    if len(set(plain)) < len(plain):
         raise ValueError(f"runs {', '.join(map(str, folders))}: one is given twice; give different folders")
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in plain]
     return [
         Candidate(
             name=name,

@@ -1,6 +1,7 @@
 """Compare runs: Markdown on the terminal, a page, JSON."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -223,7 +224,7 @@ def _write_page(path: Path, runs: Sequence[Candidate], tables: dict[str, Table],
     commands = "\n".join(f"{run.name}: {run.results.about.get('command')}" for run in runs)
     sections.append(Section(title="Commands", body=code(commands)))
     text = page("Comparison", " · ".join(run.name for run in runs), sections)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
 
@@ -256,9 +257,9 @@ def _content(runs: Sequence[Candidate], differences: Sequence[Difference], metri
                         "branch": one.name.branch,
                         "level": one.name.level,
                         "pooling": one.name.pooling,
-                        "value": one.value,
-                        "low": one.low,
-                        "high": one.high,
+                        "value": _finite(one.value),
+                        "low": _finite(one.low),
+                        "high": _finite(one.high),
                         "n": one.n,
                     }
                     for one in run.trained()
@@ -270,3 +271,8 @@ def _content(runs: Sequence[Candidate], differences: Sequence[Difference], metri
         "settings": differing_settings(runs),
         "differences": [asdict(one) for one in differences],
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return value if math.isfinite(value) else None

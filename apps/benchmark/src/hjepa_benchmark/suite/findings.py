@@ -101,8 +101,7 @@ def spaced(count: int, wanted: int) -> Tensor:
 
 def known(images: Images) -> Images:
     """The images whose label is known."""
-    chosen = images.labels >= 0
-    return Images(pixels=images.pixels[chosen], labels=images.labels[chosen])
+    return images.part(images.labels >= 0)
 
 
 def check_pair(train: FeatureSet, test: FeatureSet) -> None:

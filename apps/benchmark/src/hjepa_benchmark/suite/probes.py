@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hjepa_benchmark.runs import Run
-from hjepa_benchmark.suite.findings import Details, Findings, check_pair, spaced
+from hjepa_benchmark.suite.findings import Details, Findings, check_pair, known, spaced
 from hjepa_benchmark.suite.plan import Plan
 from hjepa_benchmark.suite.subjects import Subject, level_grids, normalized, tokens_of
 from hjepa_eval import (
@@ -68,7 +68,9 @@ def probe_levels(
         if plan.retrieval:
             asked = spaced(len(truth), _RETRIEVAL).to(run.device)
             precision = average_precision(probe_x[asked], truth[asked], values, labels)
-            findings.interval("map", bank.name, bootstrap(precision[precision.isfinite()]), n_train=len(x))
+            precision = precision[precision.isfinite()]  # of a class without training images there is none
+            if len(precision):
+                findings.interval("map", bank.name, bootstrap(precision), n_train=len(x))
     return probes
 
 
@@ -84,15 +86,13 @@ def rank_levels(train: Features, findings: Findings) -> None:
 def probe_tokens(subject: Subject, run: Run, configs: Sequence[AttentiveProbeConfig], findings: Findings) -> None:
     """Attentive probes on the tokens of the encoder."""
     assert subject.model is not None
-    train, test = run.train.head(_ATTENTIVE), run.test
-    tokens = {name: tokens_of(run, subject.model, images, ["encoder"])["encoder"] for name, images in
-              (("train", train), ("test", test))}  # fmt: skip
-    x, y = tokens["train"][train.labels >= 0], train.labels[train.labels >= 0]
-    test_x, test_y = tokens["test"][test.labels >= 0], test.labels[test.labels >= 0]
+    train, test = known(run.train).head(_ATTENTIVE), known(run.test)
+    x, test_x = (tokens_of(run, subject.model, images, ["encoder"])["encoder"] for images in (train, test))
     name = FeatureName(branch=subject.branch, level="encoder", pooling="attentive")
     for config in configs:
-        probe = AttentiveProbe(config).fit(x, y, device=run.device)
-        findings.accuracy(f"attentive_{config.blocks}", name, probe.predict(test_x).cpu() == test_y, n_train=len(x))
+        probe = AttentiveProbe(config).fit(x, train.labels, device=run.device)
+        right = probe.predict(test_x) == test.labels
+        findings.accuracy(f"attentive_{config.blocks}", name, right, n_train=len(x))
 
 
 def compare_levels(train: Features, findings: Findings) -> None:

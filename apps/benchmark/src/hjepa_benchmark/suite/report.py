@@ -85,7 +85,7 @@ def write_page(path: Path, run: Run, results: Results, findings: Findings, pictu
         f"images; measured on {results.data}",
         [section for section in sections if section is not None],
     )
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, "utf-8")
     temporary.replace(path)
 
@@ -246,7 +246,7 @@ def _confusion(run: Run, findings: Findings) -> Section | None:
     counts = np.zeros((classes, classes))
     np.add.at(counts, (truth.numpy(), predicted.numpy()), 1)
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    names = [run.class_name(label) for label in range(classes)]
+    names = [run.test.class_name(label) for label in range(classes)]
     note = "Rows: class of the held-out image; columns: what the logistic probe of the trained encoder says, percent."
     drawn = charts.matrix(shares, names, names, "", percent=True)
     return Section(title="Confusion", note=note, body=charts.row([drawn]))

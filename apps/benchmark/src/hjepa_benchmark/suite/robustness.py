@@ -18,7 +18,7 @@ from hjepa_eval import FeatureName, LogisticProbe, bootstrap
 from hjepa_eval.robustness.corrupt import corrupt
 from hjepa_eval.robustness.error import Change, right_on_changed
 from hjepa_eval.robustness.shift import lower_resolution, occlude, rotate
-from hjepa_pretrain.evaluation import load_images
+from hjepa_pretrain.evaluation import Images, load_images
 
 Probes = Mapping[str, LogisticProbe]
 CLEAN = "error/clean"
@@ -61,6 +61,22 @@ def measure_robustness(
     _mean_errors(wrong, plan, findings)
 
 
+def check_folders(folders: Mapping[str, Path], classes: list[str], train: Images) -> None:
+    """Refuse folders of other images, or names of classes, that do not fit, before anything is measured.
+
+    Raises:
+        ValueError: a class comes twice, there are fewer than the training images have, or a folder is no class.
+    """
+    learned = int(train.labels.max()) + 1
+    if len(set(classes)) < len(classes) or len(classes) < learned:
+        raise ValueError(
+            f"--classes: {len(set(classes))} names in {len(classes)} lines, but labels of the training images go up to "
+            f"{learned - 1}; allowed: a name for each, one a line, in the order of the labels"
+        )
+    for path in folders.values():
+        FolderSource(path, classes=classes)
+
+
 @torch.no_grad()
 def measure_folders(
     folders: Mapping[str, Path], classes: list[str], subject: Subject, probes: Probes, run: Run, findings: Findings
@@ -77,17 +93,11 @@ def measure_folders(
     """
     for title, path in folders.items():
         images = load_images(FolderSource(path, classes=classes), run.config.data.evaluation())
-        learned = len(next(iter(probes.values())).bias)
-        if len(classes) < learned:
-            raise ValueError(
-                f"--classes: {len(classes)} names, but labels of the training images go up to {learned - 1}; allowed: "
-                "a name for each, one a line, in the order of the labels"
-            )
         present = torch.tensor(sorted(set(images.labels.tolist())))
         for level, features in subject.extract(images, run.device).items():
             among = copy.copy(probes[level])
             absent = torch.ones_like(among.bias, dtype=torch.bool)
-            absent[present[present < learned].to(absent.device)] = False
+            absent[present[present < len(absent)].to(absent.device)] = False
             among.bias = among.bias.masked_fill(absent, -torch.inf)
             right = among.predict(features.values.to(run.device)).cpu() == images.labels
             findings.accuracy(f"folder/{title}", features.name, right, details={"classes": len(present)})

@@ -26,7 +26,7 @@ from hjepa_benchmark.suite.probes import (
     rank_levels,
 )
 from hjepa_benchmark.suite.report import Pictures, write_page
-from hjepa_benchmark.suite.robustness import measure_folders, measure_robustness
+from hjepa_benchmark.suite.robustness import check_folders, measure_folders, measure_robustness
 from hjepa_benchmark.suite.subjects import subjects
 from hjepa_benchmark.suite.summary import summary_table
 from hjepa_eval import Results, weights_hash, write_results
@@ -73,6 +73,8 @@ def run_suite(
         plan = replace(plan, corruption_images=corruption_images)
     others, names = _folders(folders, classes)
     run = open_run(folder, train=train, held_out=held_out)
+    if others:
+        check_folders(others, names, run.train)
     began = time.monotonic()
     torch.set_num_threads(run.config.run.threads or torch.get_num_threads())
     findings, pictures = measure(run, plan, others, names)
@@ -85,7 +87,7 @@ def run_suite(
     write_page(target / PAGE_FILE, run, results, findings, pictures)
     console = console or Console(soft_wrap=True)
     console.print(summary_table(results))
-    console.print(f"results: {target / RESULTS_FILE}\nreport: {target / PAGE_FILE}", highlight=False)
+    console.print(f"results: {target / RESULTS_FILE}\nreport: {target / PAGE_FILE}", highlight=False, markup=False)
     return results
 
 
@@ -137,19 +139,27 @@ def measure(run: Run, plan: Plan, folders: dict[str, Path], classes: list[str]) 
 
 
 def _folders(words: Sequence[str], classes: Path | None) -> tuple[dict[str, Path], list[str]]:
-    found = {}
+    found: dict[str, Path] = {}
     for word in words:
         name, _, path = word.partition("=")
         if not name or not path:
             raise ValueError(f"--folder {word}: write NAME=PATH, as in imagenet-r=/data/imagenet-r")
         if not Path(path).is_dir():
             raise ValueError(f"--folder {word}: there is no folder {path}")
+        if name in found:
+            raise ValueError(f"--folder {word}: {name} is {found[name]} already; give each a name of its own")
         found[name] = Path(path)
     if not found:
+        if classes is not None:
+            raise ValueError(f"--classes={classes}: only --folder needs it; give that too, or leave this out")
         return {}, []
     if classes is None or not classes.is_file():
         raise ValueError(f"--classes={classes}: --folder needs a text file with the class folders of the training set")
-    return found, [line.strip() for line in classes.read_text().splitlines() if line.strip()]
+    try:
+        lines = classes.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes={classes}: no text file ({error})") from error
+    return found, [line.strip() for line in lines if line.strip()]
 
 
 def weights_id(model: nn.Module) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from hjepa_benchmark.suite.findings import find
@@ -21,6 +22,10 @@ TITLES = {
     "rankme": "RankMe",
     "mce": "mCE",
 }
+_LATEX = {
+    **{sign: "\\" + sign for sign in "&%_#${}"},
+    "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "α": "$\\alpha$",
+}  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)
@@ -117,7 +122,7 @@ def summary_table(results: Results) -> Table:
     """The summary for a terminal, intervals as half their width."""
     summary = summarize(results, short_cell, without=("attentive_1", "map", "miou"))
     table = Table(
-        title=f"{results.model} ({results.about.get('recipe', '-')}) on {results.data}",
+        title=escape(f"{results.model} ({results.about.get('recipe', '-')}) on {results.data}"),
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -144,9 +149,8 @@ def latex(header: Sequence[str], rows: Sequence[Sequence[str]], names: int = len
     """A table as LaTeX with booktabs; intervals become small."""
 
     def escaped(text: str) -> str:
-        for sign in "&%_#":
-            text = text.replace(sign, "\\" + sign)
-        value, bracket, rest = text.replace("α", "$\\alpha$").partition(" [")
+        text = "".join(_LATEX.get(sign, sign) for sign in text)
+        value, bracket, rest = text.partition(" [")
         return f"{value} {{\\scriptsize [{rest}}}" if bracket else value
 
     columns = "l" * names + "r" * (len(header) - names)

@@ -210,7 +210,8 @@ def _in_turn(
         for _ in range(together):
             plain()
 
-    for _ in range(steps // step.every // together):
+    # Groups that would not fill the last turn are timed too: more than was asked for, never less.
+    for _ in range(-(-steps // (step.every * together))):
         ours.append(milliseconds(groups, device) / together / step.every)
         if plain is not None:
             theirs.append(milliseconds(plain_steps, device) / together)

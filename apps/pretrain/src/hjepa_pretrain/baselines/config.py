@@ -42,7 +42,7 @@ class BaselineConfig:
         for name in ("hidden_dim", "out_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"baseline.{name}={getattr(self, name)}: no width; allowed: 1 and more")
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"baseline.temperature={self.temperature}: not positive; allowed: above 0, e.g. 0.2")
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"baseline.num_classes={self.num_classes}: nothing to tell apart; allowed: 2 and more")

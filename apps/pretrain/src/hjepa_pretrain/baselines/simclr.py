@@ -31,8 +31,6 @@ class SimCLR(Baseline):
 
     def forward(self, inputs: Inputs) -> HJEPAOutput:
         """Return NT-Xent over the images of all processes."""
-        if len(inputs.views) < 2:
-            raise ValueError("data.views=1: SimCLR compares views of one image; allowed: 2 and more")
         pooled = self.encoder(torch.cat(list(inputs.views[:2]))).mean(1).unflatten(0, (2, -1))
         loss = nt_xent(self.projector(pooled), self.temperature)
         return scored(loss, pooled[0], contrast=loss)

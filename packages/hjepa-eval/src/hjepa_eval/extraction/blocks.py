@@ -59,8 +59,7 @@ def pool_tokens(output: Tensor, pooling: TokenPooling | str, num_prefix_tokens: 
     Raises:
         ValueError: Where the output has no class token and one is asked for.
     """
-    if pooling not in list(TokenPooling):
-        raise ValueError(f"pooling={pooling!r}: no such pooling; allowed: {', '.join(TokenPooling)}; mean is usual")
+    _check_pooling(pooling)
     if pooling == TokenPooling.mean:
         return output if output.ndim == 2 else patch_tokens(output, num_prefix_tokens).mean(dim=1)
     if output.ndim != 3 or num_prefix_tokens < 1:
@@ -89,7 +88,7 @@ class BlockFeatures:
             they are [B, D, H, W].
 
     Raises:
-        ValueError: Where there is no such block or no list of blocks.
+        ValueError: Where there is no such block or pooling, or no list of blocks.
     """
 
     def __init__(
@@ -104,6 +103,8 @@ class BlockFeatures:
     ) -> None:
         if not blocks or not poolings:
             raise ValueError(f"blocks={tuple(blocks)} poolings={tuple(poolings)}: at least one of each")
+        for pooling in poolings:
+            _check_pooling(pooling)
         self.module = module
         self.poolings = tuple(poolings)
         # DistributedDataParallel shows nothing of what it wraps.
@@ -188,6 +189,11 @@ def find_blocks(module: nn.Module) -> list[nn.Module]:
         ValueError: Where there is no such list.
     """
     return [block for blocks in _block_lists(module).values() for block in blocks]
+
+
+def _check_pooling(pooling: TokenPooling | str) -> None:
+    if pooling not in list(TokenPooling):
+        raise ValueError(f"pooling={pooling!r}: no such pooling; allowed: {', '.join(TokenPooling)}; mean is usual")
 
 
 def _block_lists(module: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:

@@ -124,8 +124,10 @@ class FeatureCache:
             if rank() == 0:
                 try:
                     self.write(key, found)
-                except (OSError, SafetensorError) as error:
-                    logger.warning("%s: not written (%s); the features are not kept", self.path(key), error)
+                # safetensors refuses tensors that share their memory by a RuntimeError.
+                except (OSError, SafetensorError, RuntimeError) as error:
+                    why = " ".join(str(error).split())
+                    logger.warning("%s: not written (%s); the features are not kept", self.path(key), why)
         return found
 
     def read(self, key: CacheKey) -> dict[str, FeatureSet] | None:
@@ -152,6 +154,8 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"values/{number}": one.values.contiguous() for number, one in enumerate(sets.values())}
         labels = [one.labels for one in sets.values()]
+        if not labels:
+            raise ValueError("sets: there are none; give at least one")
         if any(not torch.equal(other, labels[0]) for other in labels[1:]):
             raise ValueError("sets: they are not of the same samples; write what came from one pass")
         tensors["labels"] = labels[0].contiguous()

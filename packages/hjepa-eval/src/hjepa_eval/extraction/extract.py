@@ -125,7 +125,7 @@ def _collect(
     order = _order(columns["numbers"]) if "numbers" in columns else None
     all_labels = columns["labels"] if order is None else columns["labels"][order]
     if not len(all_labels):
-        raise ValueError("batches: all samples are padding, so there is nothing to evaluate; check the sample numbers")
+        raise ValueError("batches: no sample, or padding only, so there is nothing to evaluate; check the data")
     sets = {}
     for key in list(tensors):
         values = tensors.pop(key)
@@ -157,6 +157,8 @@ def _named(out: Features, single: FeatureName) -> dict[str, tuple[FeatureName, T
             named["/".join(word for word in (key.branch, key.level, key.pooling) if word != "-")] = (full, values)
         else:
             named[str(key)] = (FeatureName(branch=single.branch, level=str(key), pooling=single.pooling), values)
+    if len(named) < len(out):
+        raise ValueError(f"levels={[str(key) for key in out]}: two have one name, and one would be lost; rename it")
     return named
 
 

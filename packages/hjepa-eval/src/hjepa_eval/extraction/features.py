@@ -41,6 +41,7 @@ class FeatureSet:
     name: FeatureName = field(default_factory=FeatureName)
 
     def __post_init__(self) -> None:
+        self.values = self.values.detach()
         if self.values.ndim != 2:
             raise ValueError(
                 f"values of shape {tuple(self.values.shape)} ({self.name}): features must be [n, D]; "

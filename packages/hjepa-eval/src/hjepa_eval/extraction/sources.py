@@ -57,7 +57,10 @@ def open_encoder(
         ) from error
     if isinstance(source, Path) or not timm.is_model(source):
         raise ValueError(f"source={source}: neither a path nor a timm model; see timm.list_models() for names")
-    model: nn.Module = timm.create_model(source, pretrained=pretrained, num_classes=0)
+    try:
+        model: nn.Module = timm.create_model(source, pretrained=pretrained, num_classes=0)
+    except RuntimeError as error:
+        raise ValueError(f"source={source}: timm refuses it: {error}; see timm.list_pretrained() for names") from error
     return model
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hjepa_eval.probes.accuracy import check_known
+from hjepa_eval.probes.accuracy import check_finite, check_known, check_widths
 from hjepa_eval.probes.logistic import LogisticProbe, LogisticProbeConfig
 from hjepa_eval.results.interval import Interval, bootstrap
 
@@ -50,15 +50,19 @@ def bottleneck_sweep(
         A score for each width, narrowest first.
 
     Raises:
-        ValueError: Where a width is not in [1, D], or a class is unknown.
+        ValueError: Where a width is not in [1, D], a class is unknown or features are not finite.
     """
+    check_widths(train, test)
+    check_finite(train)
+    check_finite(test, "test")
     check_known(test_labels, "test_labels")
     width = train.shape[1]
     wanted = sorted(set(widths)) or [*(2**i for i in range(1, 32) if 2**i < width), width]
     if wanted[0] < 1 or wanted[-1] > width:
         raise ValueError(f"widths={tuple(wanted)}: each from 1 to the {width} dimensions of the features")
-    centre = train.double().mean(dim=0)
-    x, test_x = train.double() - centre, test.double() - centre
+    x, test_x = (part.detach().double() for part in (train, test))
+    centre = x.mean(dim=0)
+    x, test_x = x - centre, test_x - centre
     # eigh sorts upwards.
     variance, directions = torch.linalg.eigh(x.T @ x / len(x))
     variance, directions = variance.flip(0).clamp_min(0), directions.flip(1)

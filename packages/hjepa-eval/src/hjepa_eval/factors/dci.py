@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from hjepa_eval.probes.accuracy import split
+from hjepa_eval.factors.probes import check_varies
+from hjepa_eval.probes.accuracy import check_finite, check_known, check_widths, split
 from hjepa_eval.probes.logistic import moments
 from hjepa_eval.results.interval import Interval, bootstrap, of_parts
 
@@ -70,8 +71,8 @@ def dci(
         The scores.
 
     Raises:
-        ValueError: With fewer than two factors or dimensions, or where a factor lacks values or is constant;
-            with fewer than two groups or four training samples.
+        ValueError: With fewer than two factors or dimensions, or where a factor lacks values or is constant, a class
+            is unknown or something is not finite; with fewer than two groups or four training samples.
 
     Source:
         Eastwood and Williams 2018 (ICLR), "A framework for the quantitative evaluation of disentangled
@@ -83,9 +84,11 @@ def dci(
         )
     if groups < 2 or len(train) < 4:
         raise ValueError(f"groups={groups}: of {len(train)} training samples; allowed: 2 and more, of 4 and more")
+    check_widths(train, test)
+    check_finite(test, "test")
     groups = min(groups, len(train) // 2)
     mean, scale = moments(train)
-    x, test_x = ((part.double() - mean) / scale for part in (train, test))
+    x, test_x = ((part.detach().double() - mean) / scale for part in (train, test))
     group = torch.arange(len(x), device=x.device) % groups
     importance, left, errors = [], [], []
     for name, values in train_factors.items():
@@ -93,9 +96,11 @@ def dci(
             raise ValueError(f"factor {name!r}: give a value for each training and each test sample")
         if values.ndim != 1:
             raise ValueError(f"factor {name!r} {tuple(values.shape)}: give each of its columns as a factor of its own")
+        for each in (values, test_factors[name]):
+            if not each.is_floating_point():
+                check_known(each, f"factor {name!r}")
         y, test_y = _columns(values, test_factors[name], x.device)
-        if not bool((y.std(dim=0) > 0).any()):
-            raise ValueError(f"factor {name!r}: it does not vary over the training samples; leave it out")
+        check_varies(y, test_y, name)
         offset = y.mean(dim=0)
         penalty = _chosen_penalty(x, y - offset, seed)
         weight = lasso(x, y - offset, penalty)

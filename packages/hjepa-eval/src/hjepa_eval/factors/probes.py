@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hjepa_eval.probes.accuracy import check_known, split, top1
+from hjepa_eval.probes.accuracy import check_finite, check_known, check_widths, split, top1
 from hjepa_eval.probes.logistic import LogisticProbe, LogisticProbeConfig, moments
 from hjepa_eval.results.interval import Interval, bootstrap
 
@@ -57,15 +57,18 @@ def factor_probe(
         A score for each factor.
 
     Raises:
-        ValueError: Where a factor lacks values, or a class is unknown.
+        ValueError: Where a factor lacks values or is constant, a class is unknown, or something is not finite.
     """
+    check_widths(train, test)
+    check_finite(test, "test")
     scores = []
     for name, values in train_factors.items():
         if name not in test_factors or len(values) != len(train) or len(test_factors[name]) != len(test):
             raise ValueError(f"factor {name!r}: give a value for each training and each test sample")
         truth = test_factors[name]
         if values.is_floating_point():
-            y, test_y = (v.double().reshape(len(v), -1).to(train.device) for v in (values, truth))
+            y, test_y = (v.detach()[:, None].flatten(1).double().to(train.device) for v in (values, truth))
+            check_varies(y, test_y, name)
             error = (test_y - ridge(train, y, test, seed=seed)).square().sum(dim=1)
             total = (test_y - y.mean(dim=0)).square().sum(dim=1)
             interval = bootstrap(
@@ -85,6 +88,14 @@ def factor_probe(
     return scores
 
 
+def check_varies(values: Tensor, test_values: Tensor, name: str) -> None:
+    """Raise a ValueError for a factor that is not finite, or that is constant over either set of samples."""
+    for each, samples in ((values, "training"), (test_values, "test")):
+        check_finite(each, f"factor {name!r}")
+        if bool((each == each[:1]).all()):
+            raise ValueError(f"factor {name!r}: it does not vary over the {samples} samples; leave it out")
+
+
 def ridge(
     train: Float[Tensor, "n D"], y: Float[Tensor, "n c"], test: Float[Tensor, "m D"], *, seed: int = 0
 ) -> Float[Tensor, "m c"]:
@@ -100,7 +111,7 @@ def ridge(
         Predictions, float64.
     """
     mean, scale = moments(train)
-    x, test_x = ((part.double() - mean) / scale for part in (train, test))
+    x, test_x = ((part.detach().double() - mean) / scale for part in (train, test))
     kept, held = (part.to(x.device) for part in split(len(x), 0.2, seed))
     errors = [float((y[held] - _ridge(x[kept], y[kept], x[held], p)).square().sum()) for p in PENALTIES]
     return _ridge(x, y, test_x, PENALTIES[errors.index(min(errors))])

@@ -86,7 +86,7 @@ def cka_matrix(sets: Mapping[str, FeatureSet]) -> tuple[list[str], Float[Tensor,
 def _mean(x: Tensor, y: Tensor) -> Float[Tensor, " D+E"]:
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < 2:
         raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)}: features [n, D] and [n, E] of the same samples")
-    return torch.cat((x.sum(dim=0, dtype=torch.float64), y.sum(dim=0, dtype=torch.float64))) / len(x)
+    return torch.cat([part.detach().sum(dim=0, dtype=torch.float64) for part in (x, y)]) / len(x)
 
 
 def _gram(x: Tensor, y: Tensor, mean: Tensor) -> tuple[Float[Tensor, "D+E D+E"], Float[Tensor, " D+E"]]:
@@ -95,7 +95,7 @@ def _gram(x: Tensor, y: Tensor, mean: Tensor) -> tuple[Float[Tensor, "D+E D+E"],
     pieces = max(1, len(x) * len(mean) // ELEMENTS)
     # Some rows at a time: all samples of a large set would not fit in float64.
     for part in zip(x.chunk(pieces), y.chunk(pieces), strict=True):
-        centred = torch.cat(part, dim=1).double() - mean
+        centred = torch.cat(part, dim=1).detach().double() - mean
         gram.addmm_(centred.T, centred)
         total += centred.sum(dim=0)
     return gram, total

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hjepa_eval.probes.accuracy import check_finite
+
 
 def lidar(z: Float[Tensor, "n q D"], *, delta: float = 1e-4, eps: float = 1e-7) -> Float[Tensor, ""]:
     """LiDAR: the exponential of the entropy of the eigenvalues of the discriminant matrix of images and their views.
@@ -24,7 +26,8 @@ def lidar(z: Float[Tensor, "n q D"], *, delta: float = 1e-4, eps: float = 1e-7) 
         The score, a float64 scalar on the device of z. Features without any difference between images score 1.
 
     Raises:
-        ValueError: Where z is not [n, q, D] with at least two images and two views, or delta is not above 0.
+        ValueError: Where z is not [n, q, D] with at least two images and two views or not finite, or delta is not
+            above 0.
 
     Source:
         Thilak et al. 2024 (arXiv 2312.04000v1), equations 1 to 4.
@@ -41,6 +44,7 @@ def lidar(z: Float[Tensor, "n q D"], *, delta: float = 1e-4, eps: float = 1e-7) 
     if delta <= 0:
         raise ValueError(f"delta={delta}: above 0, or the within-image covariance has no inverse; 1e-4 is usual")
     values = z.detach().double()
+    check_finite(values, "z")
     centres = values.mean(dim=1)
     between = centres - centres.mean(dim=0)
     within = (values - centres[:, None]).flatten(0, 1)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hjepa_eval.probes.accuracy import check_finite
+
 
 def rankme(z: Float[Tensor, "n D"], eps: float = 1e-7) -> Float[Tensor, ""]:
     """RankMe: the exponential of the entropy of the normalised singular values of *uncentred* features.
@@ -23,7 +25,7 @@ def rankme(z: Float[Tensor, "n D"], eps: float = 1e-7) -> Float[Tensor, ""]:
         The score, a float64 scalar on the device of z. Features that are all zero score 1.
 
     Raises:
-        ValueError: Where z is not [n, D] with at least one row.
+        ValueError: Where z is not [n, D] with at least one row, or not finite.
 
     Source:
         Garrido et al. 2023 (arXiv 2210.02885), equation 3.
@@ -52,7 +54,7 @@ def effective_rank(z: Float[Tensor, "n D"]) -> Float[Tensor, ""]:
         The rank, between 1 and min(n - 1, D), a float64 scalar on the device of z; 1 for features without variance.
 
     Raises:
-        ValueError: Where z is not [n, D] with at least one row.
+        ValueError: Where z is not [n, D] with at least one row, or not finite.
 
     Source:
         Roy and Vetterli 2007, "The effective rank", equations 3 to 5, on the centred matrix.
@@ -183,6 +185,7 @@ def _singular_values(z: Tensor, *, centred: bool) -> Tensor:
     if z.ndim != 2 or z.shape[0] < 1 or z.shape[1] < 1:
         raise ValueError(f"z of shape {tuple(z.shape)}: the spectrum needs features [n, D] of at least one sample")
     values = z.detach().double()
+    check_finite(values, "z")
     if centred:
         values = values - values.mean(dim=0)
     singular: Tensor = torch.linalg.svdvals(values)

@@ -38,7 +38,7 @@ def alignment(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"], *, alph
 def uniformity(z: Float[Tensor, "n D"], *, t: float = 2.0) -> Float[Tensor, ""]:
     """Logarithm of the mean Gaussian potential of all pairs on the unit sphere; lower is more uniform, 0 a collapse.
 
-    log mean_{i < j} exp(-t |u_i - u_j|^2),   u = z / |z|
+    log mean_{i < j} exp(-t |u_i - u_j|^2),   u = z / |z|, 0 for a row of zeros
 
     Args:
         z: Features; computed in float64, some of the pairs at a time.
@@ -55,11 +55,14 @@ def uniformity(z: Float[Tensor, "n D"], *, t: float = 2.0) -> Float[Tensor, ""]:
     """
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"z of shape {tuple(z.shape)}: uniformity needs features [n, D] of at least two samples")
-    unit = F.normalize(z.double(), dim=1)
+    unit = F.normalize(z.detach().double(), dim=1)
+    half = unit.square().sum(dim=1) / 2
     total, step = unit.new_zeros(()), max(1, ELEMENTS // len(unit))
     for first in range(0, len(unit), step):
-        # |u_i - u_j|^2 = 2 - 2 u_i u_j
-        potential = (unit[first : first + step] @ unit[first:].T).sub_(1).clamp_(max=0).mul_(2 * t).exp_()
+        # |u_i - u_j|^2 = |u_i|^2 + |u_j|^2 - 2 u_i u_j
+        rows = slice(first, first + step)
+        product = (unit[rows] @ unit[first:].T).sub_(half[rows, None]).sub_(half[first:])
+        potential = product.clamp_(max=0).mul_(2 * t).exp_()
         total += potential.triu_(diagonal=1).sum()
     return (total / (len(unit) * (len(unit) - 1) / 2)).log()
 

@@ -52,6 +52,12 @@ def check_finite(values: Tensor, name: str = "features") -> None:
         raise ValueError(f"{name}: NaN or infinity in some; look at what gives them")
 
 
+def check_widths(train: Tensor, test: Tensor) -> None:
+    """Raise a ValueError where training and test features are not [n, D] and [m, D] of one width, at least 1."""
+    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or train.shape[1] < 1:
+        raise ValueError(f"train {tuple(train.shape)} and test {tuple(test.shape)}: both must be [n, D] of one width D")
+
+
 def split(count: int, held_out: float, seed: int) -> tuple[Int[Tensor, " f"], Int[Tensor, " h"]]:
     """Numbers of the samples that are fitted and of those that are held out to choose among fits.
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hjepa_eval.probes.accuracy import check_known, count_classes, split, top1
+from hjepa_eval.probes.accuracy import check_finite, check_known, count_classes, split, top1
 from hjepa_eval.probes.heads import Candidate, HeadOptimizer, HeadTraining, best_candidate, train_heads
 
 
@@ -30,7 +30,7 @@ class AttentiveProbeConfig:
     Attributes:
         blocks: Attention blocks: the last is cross-attention by one learned query, those before it self-attention.
             V-JEPA takes 1, V-JEPA 2 takes 4.
-        num_heads: Attention heads; None: one for each 64 dimensions, at least 1.
+        num_heads: Attention heads; None: one for each 64 dimensions, at least 1, and fewer where that divides no width.
         mlp_ratio: Hidden width of the MLPs, in widths of the tokens.
         training: How the heads are trained and chosen.
     """
@@ -64,7 +64,7 @@ class AttentiveHead(nn.Module):
 
     def __init__(self, width: int, num_classes: int, config: AttentiveProbeConfig, generator: torch.Generator) -> None:
         super().__init__()
-        heads = max(1, width // 64) if config.num_heads is None else config.num_heads
+        heads = config.num_heads or max(n for n in range(1, max(1, width // 64) + 1) if width % n == 0)
         if width % heads:
             raise ValueError(f"num_heads={heads}: it does not divide the width {width}; choose a divisor")
         hidden = round(config.mlp_ratio * width)
@@ -140,15 +140,16 @@ class AttentiveProbe:
             The probe itself.
 
         Raises:
-            ValueError: Where shapes disagree, a label is unknown, there are fewer than two samples, or all heads
-                diverge.
+            ValueError: Where shapes disagree, a label is unknown, there are fewer than two samples, tokens are not
+                finite, or all heads diverge.
         """
-        if tokens.ndim != 3 or labels.shape != tokens.shape[:1] or len(labels) < 2:
+        if tokens.ndim != 3 or labels.shape != tokens.shape[:1] or len(labels) < 2 or not tokens.shape[2]:
             raise ValueError(
                 f"tokens {tuple(tokens.shape)} and labels {tuple(labels.shape)}: tokens must be [n, N, D] of at "
                 "least two samples, with one label a sample"
             )
         check_known(labels)
+        check_finite(tokens, "tokens")
         labels = labels.cpu().long()
         training, self._device = self.config.training, torch.device(device)
         classes = count_classes(labels, num_classes)
@@ -178,7 +179,11 @@ class AttentiveProbe:
 
         Raises:
             RuntimeError: Before ``fit``.
+            ValueError: Where tokens have another width or are not finite.
         """
+        if self._head is not None and (tokens.ndim != 3 or tokens.shape[2] != self._head.query.shape[2]):
+            raise ValueError(f"tokens {tuple(tokens.shape)}: fitted on [n, N, {self._head.query.shape[2]}]")
+        check_finite(tokens, "tokens")
         return self._logits(tokens, torch.arange(len(tokens))).argmax(dim=1)
 
     def accuracy(self, tokens: Float[Tensor, "m N D"], labels: Int[Tensor, " m"]) -> float:
@@ -220,4 +225,4 @@ class AttentiveProbe:
             return torch.cat([self._head(self._on_device(tokens, part)).cpu() for part in parts])
 
     def _on_device(self, tokens: Tensor, samples: Tensor) -> Tensor:
-        return tokens[samples.to(tokens.device)].to(self._device, torch.float32)
+        return tokens.detach()[samples.to(tokens.device)].to(self._device, torch.float32)

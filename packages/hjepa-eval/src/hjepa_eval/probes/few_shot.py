@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hjepa_eval.probes.accuracy import top1
+from hjepa_eval.probes.accuracy import check_finite, check_known, check_widths, top1
 from hjepa_eval.probes.logistic import fit_logistic, moments
 from hjepa_eval.results.interval import Interval, interval_of_mean
 
@@ -81,19 +81,18 @@ def few_shot(
         A score for each number of labels; one that some class of the training set cannot give is left out.
 
     Raises:
-        ValueError: Where a label is unknown or shapes disagree.
+        ValueError: Where a label is unknown, shapes disagree or features are not finite.
     """
     config = FewShotConfig() if config is None else config
     for name, rows, labels in (("train", train, train_labels), ("test", test, test_labels)):
-        if rows.ndim != 2 or labels.shape != rows.shape[:1] or not len(labels) or int(labels.min()) < 0:
-            raise ValueError(
-                f"{name} {tuple(rows.shape)} and its labels {tuple(labels.shape)}: features must be [n, D] with one "
-                "label a row and none below 0"
-            )
-    if train.shape[1] != test.shape[1]:
-        raise ValueError(f"train {tuple(train.shape)} and test {tuple(test.shape)}: both must be of one width")
+        if labels.shape != rows.shape[:1]:
+            raise ValueError(f"{name} {tuple(rows.shape)} and its labels {tuple(labels.shape)}: give one label a row")
+        check_known(labels, f"{name}_labels")
+    check_widths(train, test)
+    check_finite(test, "test")
+    train_labels, test_labels = train_labels.long(), test_labels.long()
     mean, scale = moments(train)
-    x, test_x = (train.float() - mean) / scale, (test.float() - mean) / scale
+    x, test_x = ((part.detach().float() - mean) / scale for part in (train, test))
     classes = max(2, int(torch.maximum(train_labels.max(), test_labels.max())) + 1)
     counts = train_labels.bincount(minlength=classes).cpu()
     present = counts[counts > 0]

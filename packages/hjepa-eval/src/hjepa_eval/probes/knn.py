@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hjepa_eval.probes.accuracy import check_finite, check_known, count_classes, top1
+from hjepa_eval.probes.accuracy import check_finite, check_known, check_widths, count_classes, top1
 from hjepa_eval.probes.precision import full_precision
 
 SPARE = 64  # candidates beyond k, so that what float32 cannot tell apart is seldom more than they are
@@ -258,8 +258,7 @@ def _norms(rows: Tensor, memory: int) -> Float[Tensor, " n"]:
 
 
 def _check(train: Tensor, train_labels: Tensor, test: Tensor, ks: Sequence[int]) -> None:
-    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1]:
-        raise ValueError(f"train {tuple(train.shape)} and test {tuple(test.shape)}: both must be [n, D] of one width D")
+    check_widths(train, test)
     if train_labels.shape != train.shape[:1]:
         raise ValueError(
             f"train_labels of shape {tuple(train_labels.shape)} for {len(train)} rows: give one label a row"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hjepa_eval.extraction.features import FeatureSet
-from hjepa_eval.probes.accuracy import count_classes, split, top1
+from hjepa_eval.probes.accuracy import check_finite, count_classes, split, top1
 from hjepa_eval.probes.heads import Candidate, HeadTraining, best_candidate, train_heads
 from hjepa_eval.probes.logistic import check_samples, moments
 from hjepa_eval.probes.precision import full_precision
@@ -92,14 +92,18 @@ class LinearProbe:
 
         Raises:
             RuntimeError: Before ``fit``.
-            ValueError: Where those that the chosen head reads are missing.
+            ValueError: Where those that the chosen head reads are missing, of another width or not finite.
         """
         if self.chosen is None:
             raise RuntimeError("the probe is not fitted yet: call fit(features, labels) first")
         name = self.chosen.features
         if name not in features:
             raise ValueError(f"features={sorted(features)}: the chosen head reads {name!r}; give that too")
-        logits: Tensor = self._head(self._standardise(name, features[name]))
+        values, width = features[name], self._head.weight.shape[1]
+        if values.ndim != 2 or values.shape[1] != width:
+            raise ValueError(f"features[{name!r}] {tuple(values.shape)}: fitted on a width of {width}")
+        check_finite(values, f"features[{name!r}]")
+        logits: Tensor = self._head(self._standardise(name, values))
         return logits.argmax(dim=1)
 
     def accuracy(self, features: Sets, labels: Int[Tensor, " m"]) -> float:
@@ -144,7 +148,7 @@ class LinearProbe:
 
     def _standardise(self, name: str, values: Tensor) -> Tensor:
         mean, scale = self._moments[name]
-        return (values.float() - mean) / scale
+        return (values.detach().float() - mean) / scale
 
 
 class _Head(nn.Module):

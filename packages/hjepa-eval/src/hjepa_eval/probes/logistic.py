@@ -112,12 +112,13 @@ class LogisticProbe:
 
         Raises:
             RuntimeError: Before ``fit``.
-            ValueError: Where the features have another width.
+            ValueError: Where the features have another width or are not finite.
         """
         if self.weight.numel() == 0:
             raise RuntimeError("the probe is not fitted yet: call fit(features, labels) first")
         if features.ndim != 2 or features.shape[1] != self.weight.shape[1]:
             raise ValueError(f"features {tuple(features.shape)}: fitted on a width of {self.weight.shape[1]}")
+        check_finite(features)
         with full_precision(features.device.type):
             return (self._standardise(features) @ self.weight.T + self.bias).argmax(dim=1)
 
@@ -134,7 +135,7 @@ class LogisticProbe:
         return top1(self.predict(features), labels, max(len(self.bias), int(labels.max()) + 1))
 
     def _standardise(self, features: Tensor) -> Tensor:
-        return (features.float() - self._mean) / self._scale
+        return (features.detach().float() - self._mean) / self._scale
 
 
 def fit_logistic(
@@ -166,7 +167,8 @@ def fit_logistic(
     Source:
         The bound is Böhning 1992, "Multinomial logistic regression algorithm".
     """
-    labels = labels.long()
+    # Features of an encoder that ran with gradients: only the weights are fitted.
+    x, labels = x.detach(), labels.long()
     weight = x.new_zeros(num_classes, x.shape[1])
     bias = x.new_zeros(num_classes)
     path = []
@@ -271,7 +273,7 @@ def moments(features: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[
         ValueError: Where features are not finite.
     """
     # Some rows at a time: tokens of many images would not fit in float64.
-    parts = torch.split(features, max(1, MAX_LOGITS // features.shape[1]))
+    parts = torch.split(features.detach(), max(1, MAX_LOGITS // features.shape[1]))
     mean = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(features)
     squares = torch.stack([(part.double() - mean).square().sum(dim=0) for part in parts]).sum(dim=0)
     deviation = (squares / len(features)).sqrt()
@@ -283,7 +285,7 @@ def moments(features: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[
 
 def check_samples(features: Tensor, labels: Tensor, name: str = "features") -> None:
     """Raise a ValueError for training samples that no probe can be fitted on; ``name`` is what to call them."""
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
+    if features.ndim != 2 or not features.shape[1] or labels.shape != features.shape[:1]:
         raise ValueError(
             f"{name} {tuple(features.shape)} and labels {tuple(labels.shape)}: features must be [n, D] with one "
             "label a row"

@@ -42,7 +42,7 @@ def average_precision(
         >>> round(average_precision(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), gallery, labels).item(), 4)
         0.8333
     """
-    if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
+    if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1] or not query.shape[1]:
         raise ValueError(f"query {tuple(query.shape)} and gallery {tuple(gallery.shape)}: both must be [n, D] of one D")
     if query_labels.shape != query.shape[:1] or gallery_labels.shape != gallery.shape[:1]:
         raise ValueError("query_labels, gallery_labels: give one label a row")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hjepa_eval.extraction.gather import exchange
-from hjepa_eval.probes.accuracy import count_classes, split
+from hjepa_eval.probes.accuracy import check_finite, count_classes, split
 from hjepa_eval.probes.heads import Candidate, HeadOptimizer, HeadTraining, best_candidate, train_heads
 from hjepa_eval.probes.logistic import moments
 
@@ -63,12 +63,17 @@ class SegmentationProbe:
             The probe itself.
 
         Raises:
-            ValueError: Where shapes disagree, there are fewer than two images, no pixel is known, or all heads diverge.
+            ValueError: Where shapes disagree, fewer than two images have a known pixel, or all heads diverge.
         """
         _check(tokens, masks, grid)
         masks = _known(masks)
-        if int(masks.max()) < 0:
-            raise ValueError("masks: no pixel is known (0 and up), so there is nothing to learn")
+        # An image of which nothing is known would leave a held-out part without a score.
+        told = (masks >= 0).flatten(1).any(dim=1)
+        if int(told.sum()) < 2:
+            raise ValueError(f"masks: {int(told.sum())} images have a known pixel (0 and up); at least two are needed")
+        tokens = tokens.detach()
+        if not bool(told.all()):
+            tokens, masks = tokens[told.to(tokens.device)], masks[told]
         training, self._device, self._grid = self.config, torch.device(device), grid
         self._classes = count_classes(masks, num_classes)
         self._mean, self._scale = (part.to(self._device) for part in moments(tokens.flatten(0, 1)))
@@ -100,9 +105,14 @@ class SegmentationProbe:
 
         Raises:
             RuntimeError: Before ``fit``.
+            ValueError: Where tokens have another shape or are not finite.
         """
         if self._head is None:
             raise RuntimeError("the probe is not fitted yet: call fit(tokens, masks, grid) first")
+        fitted = (self._grid[0] * self._grid[1], self._head.in_features)
+        if tokens.shape[1:] != fitted:
+            raise ValueError(f"tokens {tuple(tokens.shape)}: fitted on [n, {fitted[0]}, {fitted[1]}]")
+        check_finite(tokens, "tokens")
         with torch.no_grad():
             parts = torch.split(tokens, self.config.batch_size)
             return torch.cat([self._logits(self._head, part, size).argmax(dim=1).cpu() for part in parts])
@@ -117,7 +127,7 @@ class SegmentationProbe:
         Returns:
             Counts: [image, true class, predicted class].
         """
-        masks = _known(masks)
+        masks = _of_images(masks, tokens)
         classes = max(self._classes, int(masks.max()) + 1)
         predicted = self.predict(tokens, (masks.shape[1], masks.shape[2]))
         known = masks >= 0
@@ -139,7 +149,7 @@ class SegmentationProbe:
         # torchmetrics brings torchvision and scipy along: seconds that only a measurement has to wait for.
         from torchmetrics.classification import MulticlassJaccardIndex
 
-        masks = _known(masks)
+        masks = _of_images(masks, tokens)
         classes = max(exchange(max(self._classes, int(masks.max()) + 1)))
         metric = MulticlassJaccardIndex(num_classes=classes, ignore_index=-1)
         metric.update(self.predict(tokens, (masks.shape[1], masks.shape[2])), masks)
@@ -193,8 +203,14 @@ def _known(masks: Tensor) -> Tensor:
     return masks.cpu().long().clamp_min(-1)
 
 
+def _of_images(masks: Tensor, tokens: Tensor) -> Tensor:
+    if masks.ndim != 3 or len(masks) != len(tokens):
+        raise ValueError(f"masks {tuple(masks.shape)} for {len(tokens)} images: they must be [m, H, W], one an image")
+    return _known(masks)
+
+
 def _check(tokens: Tensor, masks: Tensor, grid: tuple[int, int]) -> None:
-    if tokens.ndim != 3 or masks.ndim != 3 or len(tokens) != len(masks) or len(tokens) < 2:
+    if tokens.ndim != 3 or masks.ndim != 3 or len(tokens) != len(masks) or len(tokens) < 2 or not tokens.shape[2]:
         raise ValueError(
             f"tokens {tuple(tokens.shape)} and masks {tuple(masks.shape)}: tokens must be [n, N, D] and masks "
             "[n, H, W] of the same images, at least two"

@@ -58,13 +58,15 @@ def bootstrap(
         The statistic of the samples with the 2.5 % and 97.5 % quantiles of its draws.
 
     Raises:
-        ValueError: Where there is no sample.
+        ValueError: Where there is no sample or no draw.
 
     Source:
         Efron and Tibshirani 1993, "An introduction to the bootstrap", section 13.3.
     """
     if not len(samples):
         raise ValueError("samples: there are none to draw from; check that the test set has labels")
+    if draws < 1:
+        raise ValueError(f"draws={draws}: at least 1; 1000 is usual")
     rows = samples.detach().cpu().double().flatten(1) if samples.ndim > 1 else samples.detach().cpu().double()[:, None]
     generator = torch.Generator().manual_seed(seed)
     means = []

@@ -40,9 +40,10 @@ class MergedTable:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for column in self.header:
-            table.add_column(escape(column), justify="left" if column in _NAMES else "right")
+            # What is too wide goes on below: names that are cut off tell no run from another.
+            table.add_column(escape(column), justify="left" if column in _NAMES else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*map(escape, row))
         return table

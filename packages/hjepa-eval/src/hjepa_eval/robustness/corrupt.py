@@ -73,7 +73,7 @@ def corrupt(
     check_images(images, samples)
     if not len(images):
         return images
-    corruption = Corruption(corruption)
+    corruption, severity = Corruption(corruption), int(severity)
     chosen = strength_of(min(images.shape[-2:])) if strength is None else Strength(strength)
     parameters = PARAMETERS[chosen][corruption][severity - 1]
     draws = Draws(seed, numbers(images, samples), corruption, severity, device=images.device)
@@ -88,8 +88,10 @@ def check_images(images: Tensor, samples: Tensor | None) -> None:
         raise ValueError(f"images {images.dtype} {tuple(images.shape)}: they must be uint8 [B, 3, H, W]")
     if min(images.shape[-2:]) < _SMALLEST:
         raise ValueError(f"images {tuple(images.shape)}: too small; allowed: {_SMALLEST} pixels and more on a side")
-    if samples is not None and samples.shape != images.shape[:1]:
-        raise ValueError(f"samples {tuple(samples.shape)}: give one number for each of the {len(images)} images")
+    if samples is not None and (samples.shape != images.shape[:1] or samples.is_floating_point()):
+        raise ValueError(
+            f"samples {samples.dtype} {tuple(samples.shape)}: give an integer for each of the {len(images)} images"
+        )
 
 
 def numbers(images: Tensor, samples: Tensor | None) -> Int[Tensor, " B"]:

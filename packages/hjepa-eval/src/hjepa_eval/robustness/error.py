@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
+from hjepa_eval.probes.accuracy import check_known
 from hjepa_eval.robustness.severity import SEVERITIES, Corruption
 
 Change = Callable[[UInt8[Tensor, "B 3 H W"], Int[Tensor, " B"]], UInt8[Tensor, "B 3 H W"]]
@@ -44,10 +45,11 @@ def right_on_changed(
         One boolean an image for each name; the error is 1 - mean.
 
     Raises:
-        ValueError: Where there is no image, or not one label an image.
+        ValueError: Where there is no image, not one label an image, or a label is unknown.
     """
     if not len(images) or labels.shape != images.shape[:1]:
         raise ValueError(f"images {tuple(images.shape)} labels {tuple(labels.shape)}: give some, with one label each")
+    check_known(labels)
     found: dict[str, list[Tensor]] = {}
     for part in torch.split(torch.arange(len(images)), batch_size):
         pixels = images[part] if change is None else change(images[part], part)
@@ -119,7 +121,8 @@ def relative_corruption_error(
 
 def _ratio(errors: Errors, reference: Errors, clean: float, reference_clean: float) -> CorruptionError:
     if not errors or errors.keys() != reference.keys():
-        raise ValueError(f"errors of {sorted(errors)}, reference of {sorted(reference)}: give the same corruptions")
+        theirs = ", ".join(sorted(reference))
+        raise ValueError(f"errors of ({', '.join(sorted(errors))}), reference of ({theirs}): give the same corruptions")
     found = {}
     for name, row in errors.items():
         if len(row) != len(reference[name]) or not row:

@@ -52,7 +52,7 @@ def class_folders(root: Path | str, classes: Sequence[str]) -> ClassFolders:
         Files and labels.
 
     Raises:
-        ValueError: Where there is no such folder, a folder is no class, or there is no image.
+        ValueError: Where there is no such folder, a class comes twice, a folder is no class, or there is no image.
 
     Source:
         ImageNet-A (arXiv 1907.07174), ImageNet-R (arXiv 2006.16241), ImageNet-Sketch (arXiv 1905.13549).
@@ -61,6 +61,8 @@ def class_folders(root: Path | str, classes: Sequence[str]) -> ClassFolders:
     if not root.is_dir():
         raise ValueError(f"root={root}: no such folder; give the one that holds a folder for each class")
     number = {name: index for index, name in enumerate(classes)}
+    if len(number) < len(classes):
+        raise ValueError(f"classes: of {len(classes)} names only {len(number)} differ; give each class once, in order")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     strange = [folder.name for folder in folders if folder.name not in number]
     if strange:

@@ -66,6 +66,8 @@ def occlude(
     patch = max(1, min(height, width) // 8) if patch is None else patch
     if not 0 <= share <= 1 or not 1 <= patch <= min(height, width):
         raise ValueError(f"share={share} patch={patch}: a share in [0, 1] and a side from 1 to the image's")
+    if not len(images):
+        return images
     grid = (-(-height // patch), -(-width // patch))
     draws = Draws(seed, numbers(images, samples), "occlude", device=images.device)
     rank = draws.uniform(0, 1, grid[0] * grid[1]).argsort(dim=1).argsort(dim=1).view(-1, *grid)

@@ -44,8 +44,8 @@ class EarlyStopConfig:
         self.mode = choice(StopMode, "mode", self.mode)
         if self.patience < 1:
             raise ValueError(f"patience={self.patience}: too small; allowed: 1 and more")
-        if self.min_delta < 0.0:
-            raise ValueError(f"min_delta={self.min_delta}: negative; allowed: 0 and more")
+        if not 0.0 <= self.min_delta < math.inf:
+            raise ValueError(f"min_delta={self.min_delta}: no difference; allowed: 0 and more")
         if not self.metric:
             raise ValueError("metric='': names nothing; allowed: a name in the rows, e.g. eval/encoder/knn_20")
 

@@ -20,7 +20,7 @@ class TimeLimit(Callback):
     """
 
     def __init__(self, minutes: float, *, started: float | None = None) -> None:
-        if minutes <= 0.0:
+        if not minutes > 0.0:
             raise ValueError(f"minutes={minutes}: not positive; allowed: above 0, or no TimeLimit at all")
         self.minutes = minutes
         self._started = started

@@ -70,6 +70,8 @@ def read_manifest(folder: Path, *, verify: bool) -> dict[str, Any]:
     if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("model"), dict):
         raise DamagedError(f"{MANIFEST}: names no files or no model")
     for name, expected in manifest["files"].items():
+        if not isinstance(expected, dict) or not {"size", "sha256"} <= expected.keys():
+            raise DamagedError(f"{MANIFEST}: does not say what {name} holds")
         path = folder / name
         if not path.is_file():
             raise DamagedError(f"{name} is missing")

@@ -58,7 +58,7 @@ class CheckpointConfig:
         """Refuse what has no meaning."""
         for field in ("every_steps", "every_minutes", "keep", "keep_every_steps", "grace_seconds"):
             value = getattr(self, field)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"{field}={value}: not positive; allowed: above 0, or null for no limit of that kind")
 
 

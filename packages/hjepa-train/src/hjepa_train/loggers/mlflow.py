@@ -44,6 +44,7 @@ class MLflowLog(Callback):
         self.uri, self.experiment, self.name = uri, experiment, name
         self.settings = {} if settings is None else dict(settings)
         self._id: str | None = None
+        self._last = 0
         self._lost = 0
         self._client: Any = None
 
@@ -56,6 +57,7 @@ class MLflowLog(Callback):
             self._client = mlflow.MlflowClient(tracking_uri=self.uri)
             if self._id is None:
                 self._id = self._new_run(mlflow)
+            self._last = self._last_step()
             self._client.update_run(self._id, status="RUNNING")
         except mlflow.exceptions.MlflowException as error:
             self._client = None
@@ -66,8 +68,8 @@ class MLflowLog(Callback):
             ) from error
 
     def on_row(self, trainer: Trainer, row: Mapping[str, float]) -> None:
-        """Add the row's metrics."""
-        if self._client is not None:
+        """Add the row's metrics, unless they are there: MLflow's history only grows."""
+        if self._client is not None and row["step"] > self._last:
             mlflow, now = self._mlflow(), int(1000 * time.time())
             metrics = [
                 mlflow.entities.Metric(name, value, now, int(row["step"]))
@@ -103,6 +105,12 @@ class MLflowLog(Callback):
 
     def _mlflow(self) -> Any:  # noqa: ANN401
         return load("mlflow", "loggers=mlflow", "hjepa-train[mlflow]")
+
+    def _last_step(self) -> int:
+        """Return the last step that has a row; a run that was killed has some after its checkpoint."""
+        names = self._client.get_run(self._id).data.metrics
+        history = (metric.step for name in names for metric in self._client.get_metric_history(self._id, name))
+        return max(history, default=0)
 
     def _new_run(self, mlflow: Any) -> str:  # noqa: ANN401
         found = self._client.get_experiment_by_name(self.experiment)

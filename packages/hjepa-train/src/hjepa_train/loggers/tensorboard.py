@@ -29,8 +29,7 @@ class TensorBoardLog(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         """Open a new event file."""
         if trainer.world.is_main:
-            purge = trainer.step + 1 if trainer.step else None
-            self._writer = SummaryWriter(str(self.folder), purge_step=purge)
+            self._writer = SummaryWriter(str(self.folder), purge_step=trainer.step + 1)
 
     def on_row(self, trainer: Trainer, row: Mapping[str, float]) -> None:
         """Add the row's scalars."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hjepa_train.errors import one_line
 from hjepa_train.extra import load, require
 from hjepa_train.protocols import Callback
 
@@ -48,15 +49,20 @@ class WandbLog(Callback):
             return
         wandb = load("wandb", "loggers=wandb", "hjepa-train[wandb]")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            dir=str(self.folder),
-            project=self.project,
-            name=self.name,
-            id=self._id,
-            config=self.settings,
-            resume="allow",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        try:
+            self._run = wandb.init(
+                dir=str(self.folder),
+                project=self.project,
+                name=self.name,
+                id=self._id,
+                config=self.settings,
+                resume="allow",
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"loggers=wandb: {one_line(error).rstrip('.')}; mend that, set WANDB_MODE=offline, or leave wandb out"
+            ) from error
         self._id = str(self._run.id)
 
     def on_row(self, trainer: Trainer, row: Mapping[str, float]) -> None:

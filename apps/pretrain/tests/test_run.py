@@ -1,0 +1,85 @@
+"""Runs in odd folders, stopped at odd moments, begun again; in this process, on shards of a few images."""
+
+import errno
+import os
+import shutil
+import signal
+
+import pytest
+
+from hjepa_pretrain import demo
+from hjepa_pretrain import run as run_module
+from hjepa_pretrain.cli import main
+from hjepa_pretrain.demo.shards import write_demo_shards
+from hjepa_pretrain.failures import judge
+
+TINY = (
+    "preset=demo", "recipe=hjepa_contrast", "model=vit_nano_patch8", "hjepa.encoder.embed_dim=32",
+    "hjepa.encoder.num_heads=2", "hjepa.encoder.depth=1", "hjepa.predictor.embed_dim=16", "hjepa.predictor.num_heads=2",
+    "data.batch_size=16", "data.cache_mib=0", "run.steps=1", "run.threads=1", "eval.every_steps=null",
+    "eval.at_end=false", "loggers=[jsonl]",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_demo_shards(demo.compose_demo("train", 32, seed=7), folder, "train")
+    return (f"data.train={folder}/train-*.tar", *TINY)
+
+
+def said(capsys):
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return [line for line in err.splitlines() if line.startswith("hjepa-pretrain: ")]
+
+
+def test_the_results_of_a_run_that_begins_again_are_new(words, tmp_path, caplog):
+    folder = tmp_path / "run"
+    assert main([f"run.dir={folder}", *words]) == 0
+    before = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "checkpoints")
+    assert main([f"run.dir={folder}", "trainer.learning_rate.value=0.1"]) == 0
+    assert "holds no checkpoint: the run begins again" in caplog.text
+    assert (folder / "model.safetensors").read_bytes() != before
+
+
+def test_the_name_of_a_folder_is_no_markup(words, tmp_path, capsys):
+    folder = tmp_path / "a [b] c[/d] :smile:"
+    assert main([f"run.dir={folder}", *words]) == 0
+    assert str(folder) in capsys.readouterr().out
+    assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [("SIGINT", "open_sources"), ("SIGUSR1", "open_sources"), ("SIGTERM", "write_report")],
+)
+def test_a_signal_before_or_after_the_training_is_an_early_stop(words, tmp_path, capsys, monkeypatch, name, moment):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def killed(*_):
+        os.kill(os.getpid(), getattr(signal, name))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, moment, killed)
+        assert main([f"run.dir={tmp_path}/run", *words]) == 75
+    (line,) = said(capsys)
+    assert name in line
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert main([f"run.dir={tmp_path}/run", *words]) == 0
+
+
+def test_a_demo_that_cannot_be_kept_is_one_line(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    assert main([f"run.dir={tmp_path}/run", f"data.cache={file}"]) == 2
+    (line,) = said(capsys)
+    assert f"data.cache={file}: " in line
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EIO, 1)])
+def test_a_full_disk_is_for_the_user_to_mend(number, code):
+    failure = judge(OSError(number, os.strerror(number), "model.safetensors"))
+    assert failure.code == code
+    assert "model.safetensors" in failure.line

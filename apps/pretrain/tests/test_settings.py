@@ -1,0 +1,139 @@
+"""Words of the command line at their edges: taken as they are meant, or refused in one line and before all work."""
+
+import logging
+import shlex
+
+import numpy as np
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from hjepa_pretrain import multirun, settings
+from hjepa_pretrain.plan import schedules
+from hjepa_pretrain.run import command
+
+
+@pytest.mark.parametrize("words", [["data.train=null"], ["plan.dry=false"]])
+def test_a_word_that_names_no_data_leaves_the_demo(words):
+    config, _ = settings.load(words)
+    assert (config.preset, config.run.steps) == ("demo", 1800)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run.dir="], "run.dir=''"),
+        (["data.eval="], "data.eval=''"),
+        (["data.train="], "data.train=''"),
+        (["run.seed=99999999999999999999"], "run.seed=99999999999999999999"),
+        (["run.time_limit=1h30"], "run.time_limit=1h30"),
+        (["run.time_limit=0"], "run.time_limit=0"),
+        (["data.image_size=[0,0]"], "data.image_size=(0, 0)"),
+        (["data.std=[nan,1,1]"], "std=(nan, 1.0, 1.0)"),
+        (["data.crop_scale=[1,0.3]"], "scale=(1.0, 0.3)"),
+        (["data.flip=nan"], "flip=nan"),
+        (["data.window_shards=0"], "window_shards=0"),
+        (["data.local_views=2", "data.local_size=[7,7]"], "data.local_size=(7, 7)"),
+        (["trainer.learning_rate.horizon=0.1"], "learning_rate.horizon=0.1"),
+        (["trainer.optimizer.betas=[0.9]"], "two numbers"),
+        (["eval.train_samples=1", "eval.k=1"], "eval.train_samples=1"),
+        (["eval.k=2000"], "eval.k=2000: more neighbours than eval.online_samples=1500"),
+        (["recipe=simclr", "data.views=1"], "data.views=1"),
+        (["recipe="], "allowed: hjepa, "),
+        (["masks=null"], "by name"),
+        (["early_stop={metric:", "x}"], "quote what holds spaces"),
+        (["hydra/launcher=submitit_slurm"], "--multirun"),
+        (["plan.find_lr_high=inf"], "find_lr_high=inf"),
+        (["plan.dry=true", "plan.world_size=4", "parallel=single"], "plan.world_size=4"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_a_word_at_its_edge_is_refused(words, expected):
+    with pytest.raises(settings.SettingsError) as caught:
+        settings.load(words)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["trainer.compile_mode=reduce_overhead", "trainer.compile_backend=aot_eager"],
+            "without trainer.compile=true nothing reads trainer.compile_backend, trainer.compile_mode",
+        ),
+        (["trainer.ema_momentum.horizon=0.1"], "without hjepa.targets=ema or pooled nothing reads"),
+        (["profiler.active=4"], "without profile=true nothing reads profiler.active"),
+        (["trainer.parallel.fsdp.shard_size=2"], "without parallel=fsdp nothing reads"),
+        (["trainer.compile=true", "trainer.compile_mode=reduce_overhead"], None),
+        (["recipe=ijepa", "trainer.ema_momentum.horizon=0.1", "trainer.optimizer.muon_scale=2"], None),
+    ],
+)
+def test_a_word_that_nothing_reads_is_named(caplog, words, said):
+    with caplog.at_level(logging.WARNING):
+        settings.load(words)
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == (said is not None)
+    assert all(one.startswith(said) for one in found)
+
+
+@given(st.text(st.characters(exclude_categories=["C"], exclude_characters="$"), min_size=1))
+@example("a\\")
+@example("it\\'s 'a' b\\\\")
+def test_any_path_comes_through(text):
+    path = f"x{text}y\\"
+    (override,) = OverridesParser.create().parse_overrides([settings.quoted(f"run.dir={path}")])
+    assert override.value() == path
+
+
+def test_a_stored_run_takes_a_part_that_was_off(tmp_path):
+    _, plain = settings.load([f"run.dir={tmp_path}"])
+    settings.save(plain, [], tmp_path)
+    config, _ = settings.load([f"run.dir={tmp_path}", "early_stop={metric: eval/encoder/knn_20, patience: 2}"])
+    assert config.early_stop.patience == 2
+
+
+def test_a_dry_run_of_a_stored_run_is_of_its_model(tmp_path):
+    _, plain = settings.load([f"run.dir={tmp_path}"])
+    settings.save(plain, [], tmp_path)
+    config, _ = settings.load([f"run.dir={tmp_path}", "plan.dry=true"])
+    assert (config.model, config.plan.models) == ("vit_nano_patch8", ())
+
+
+def test_ranks_that_cannot_share_a_batch_hear_of_it_by_its_name():
+    config, _ = settings.load(["data.batch_size=16"])
+    with pytest.raises(
+        ValueError, match=r"data\.batch_size=16: 3 processes with trainer\.accumulate=2 .*multiples of 6"
+    ):
+        config.data.stream(2, 3)
+
+
+def test_a_dry_run_says_once_what_nothing_reads(caplog):
+    with caplog.at_level(logging.INFO):
+        settings.load(["profiler.active=4", "run.steps=10"], quiet=True)
+    assert not caplog.records
+
+
+def test_a_dry_run_of_several_ranks_is_spread():
+    config, _ = settings.load(["plan.dry=true", "plan.world_size=256"])
+    assert config.trainer.parallel.kind == "ddp"
+
+
+@pytest.mark.parametrize(("recipe", "there"), [("ijepa", True), ("hjepa", True), ("hjepa_global", False)])
+def test_a_moving_average_is_planned_wherever_there_is_one(recipe, there):
+    config, _ = settings.load([f"recipe={recipe}"])
+    assert ("EMA momentum" in schedules(config, np.arange(3))) is there
+
+
+@pytest.mark.parametrize("word", ["run.dir=runs/one", "--cfg"])
+def test_several_runs_refuse_what_only_one_could_have(capsys, word):
+    assert multirun.multirun([word, "run.seed=0,1"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert word in said
+
+
+def test_the_command_that_goes_on_can_be_pasted(tmp_path):
+    folder = tmp_path / "a b's"
+    assert shlex.split(command(folder)) == ["hjepa-pretrain", f"run.dir={folder}"]
