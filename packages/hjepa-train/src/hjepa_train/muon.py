@@ -19,8 +19,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Steps groups with `muon=True` by Muon and the others by `torch.optim.AdamW`.
 
     Muon is `torch.optim.Muon` with Nesterov momentum, but the matrices of one shape go through each product together:
-    a model of 12 blocks has 60 products to a step and not 720. Its update is scaled to the root
-    mean square of AdamW's, so that one learning rate serves both.
+    a model of 12 blocks has 60 products to a step and not 720. Its update is scaled to the root mean square of AdamW's,
+    so that one learning rate serves both.
 
     Args:
         groups: Parameter groups; each has `params` and `muon` (bool, its parameters are matrices).
