@@ -137,3 +137,13 @@ def test_several_runs_refuse_what_only_one_could_have(capsys, word):
 def test_the_command_that_goes_on_can_be_pasted(tmp_path):
     folder = tmp_path / "a b's"
     assert shlex.split(command(folder)) == ["hjepa-pretrain", f"run.dir={folder}"]
+
+
+@pytest.mark.parametrize("words", [["run.steps=0"], ["run.steps=10", "eval.k=0", "trainer.compile_mode=max_autotune"]])
+def test_what_is_refused_says_nothing_else(words, caplog):
+    caplog.set_level("INFO")
+    with pytest.raises(settings.SettingsError):
+        settings.load(words)
+    assert not caplog.records
+    settings.load(["run.steps=10"])
+    assert "shortened to 2" in caplog.text

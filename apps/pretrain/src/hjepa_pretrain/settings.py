@@ -94,15 +94,21 @@ def load(words: Sequence[str], *, quiet: bool = False) -> tuple[PretrainConfig, 
         _derive(plain)
         if stored is None and plain.plan.dry and not given.keys() & {"model", "plan.models"}:
             plain.plan.models = list(PLANNED)
+        warmup = int(plain.trainer.learning_rate.warmup_steps)
         if stored is None and "trainer.learning_rate.warmup_steps" not in given:
-            _shorten_warmup(plain, quiet=quiet)
-        if not quiet:
-            _name_idle(plain, given)
+            _shorten_warmup(plain)
         config = OmegaConf.to_object(plain)
     except (OmegaConfBaseException, ValueError, AssertionError) as error:
         raise SettingsError(one_line(error)) from error
     if not isinstance(config, PretrainConfig):
         raise SettingsError(f"the configuration is a {type(config).__name__}, not a PretrainConfig; check conf/")
+    # A configuration that is refused gets the one line that says why.
+    if not quiet:
+        now = config.trainer.learning_rate.warmup_steps
+        if now != warmup:
+            text = "trainer.learning_rate.warmup_steps=%d shortened to %d, a fifth of run.steps=%d"
+            logger.info(text, warmup, now, config.run.steps)
+        _name_idle(plain, given)
     return config, plain
 
 
@@ -181,13 +187,10 @@ def _fit_world(plain: DictConfig) -> None:
         plain.parallel = ParallelKind.single
 
 
-def _shorten_warmup(plain: DictConfig, *, quiet: bool) -> None:
-    """Keep a recipe's warm-up within a fifth of a run that is shorter than the recipe was made for, and say so."""
+def _shorten_warmup(plain: DictConfig) -> None:
+    """Keep a recipe's warm-up within a fifth of a run that is shorter than the recipe was made for."""
     rate, limit = plain.trainer.learning_rate, plain.run.steps // 5
     if rate.unit is ScheduleUnit.steps and rate.warmup_steps > limit:
-        text = "trainer.learning_rate.warmup_steps=%d shortened to %d, a fifth of run.steps=%d"
-        if not quiet:
-            logger.info(text, rate.warmup_steps, limit, plain.run.steps)
         rate.warmup_steps = limit
 
 

@@ -84,11 +84,11 @@ def bits(
     Returns:
         Uniform int64 over its whole range, [*B, n]; ``bits(s, a, n=n)[i] == hash_int(s, a, i)`` modulo 2^64.
     """
-    leading = 0
-    while leading < len(counters) and isinstance(counters[leading], int):
-        leading += 1
-    state: int | Tensor = hash_int(seed, *(int(c) for c in counters[:leading]))
-    for counter in counters[leading:]:
+    plain = 0
+    while plain < len(counters) and isinstance(counters[plain], int):
+        plain += 1
+    state: int | Tensor = hash_int(seed, *(int(c) for c in counters[:plain]))
+    for counter in counters[plain:]:
         state = _mix(_absorb(state, counter))
     if isinstance(state, int):
         return _mix(_absorb(state, torch.arange(n, device=device)))

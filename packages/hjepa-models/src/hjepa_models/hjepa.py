@@ -177,10 +177,10 @@ class HJEPA(nn.Module, PretrainedMixin):
         self._check_views(views)
         self._check_masks(views, context_index, target_index)
         device = views[0].device
-        for view in views:
+        for grid in {self.encoder.grid_of(view) for view in views}:
             for part in (self.encoder, self.target_encoder, self.predictor):
                 if part is not None:
-                    part.positions.prepare(self.encoder.grid_of(view), device)
+                    part.positions.prepare(grid, device)
         # Filled on the device: a tensor made of a list would be copied there.
         weights = [torch.full((), weight, device=device) for weight in self.config.level_weights.level_weights(step)]
         clock = torch.full((), step, dtype=torch.int64, device=device)

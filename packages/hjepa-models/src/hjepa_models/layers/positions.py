@@ -144,7 +144,7 @@ class GridPositions(nn.Module):
 
     def prepare(self, grid: Grid, device: torch.device) -> None:
         """Keep the rotations of a grid: a compiled step then reads them, and does not compute them in every block."""
-        if self.kind is Position.rope and (grid not in self._kept or self._kept[grid][0].device != device):
+        if self.kind is Position.rope:
             self._kept[grid] = self._axial(grid, device)
 
     def init_weights(self, generator: torch.Generator, std: float) -> None:
@@ -197,13 +197,13 @@ class GridPositions(nn.Module):
                 frequencies = self.frequencies.to(torch.promote_types(self.frequencies.dtype, torch.float32))
                 angles = torch.einsum("lhfa,na->lhnf", frequencies, coordinates.to(frequencies.dtype))
             return [Place(self._rotation(angle.cos(), angle.sin(), index, prefix)) for angle in angles]
-        cos, sin = self._kept.get(grid, (None, None))
-        if cos is None or sin is None or cos.device != device:
-            cos, sin = self._axial(grid, device)
-        return [Place(self._rotation(cos, sin, index, prefix))] * self.depth
+        return [Place(self._rotation(*self._axial(grid, device), index, prefix))] * self.depth
 
     def _axial(self, grid: Grid, device: torch.device) -> tuple[Float[Tensor, "1 N F"], Float[Tensor, "1 N F"]]:
-        """Return the cosine and sine of every token's angles, the same for all layers and heads."""
+        """Return the cosine and sine of every token's angles, the same for all layers and heads; those kept, if any."""
+        kept = self._kept.get(grid)
+        if kept is not None and kept[0].device == device:
+            return kept
         angles = legacy_angles if self.legacy else rotation_angles
         angle = angles(grid_coordinates(grid, self.reference, device), self.head_dim, self.theta).unsqueeze(0)
         return angle.cos(), angle.sin()
