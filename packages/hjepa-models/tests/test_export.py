@@ -96,8 +96,8 @@ def choices():
 
 @pytest.mark.parametrize(("position", "stem", "attention", "pool"), list(choices()))
 def test_onnx_runtime_agrees_at_every_level_and_batch_size(position, stem, attention, pool, tmp_path, device):
-    norm = "batch" if stem in (Stem.conv, Stem.overlap) else "none"
-    model = small(position=position, stem=stem, stem_norm=norm, attention=attention).to(device)
+    convolutions = {"stem_norm": "batch", "stem_blocks": (1,)} if stem in (Stem.conv, Stem.overlap) else {}
+    model = small(position=position, stem=stem, attention=attention, **convolutions).to(device)
     export_onnx(model, tmp_path / "model.onnx", pool=pool)
     assert output_names(model, None) == ("encoder", "level_0", "level_1", "level_2", "global")
     assert_onnx_equals(tmp_path / "model.onnx", model, None, pool, device=device)

@@ -62,6 +62,7 @@ class EncoderConfig:
             never across its border) or `overlap` (convolutions over the whole image, in which hidden patches are
             blanked first).
         stem_channels: channels after each strided stage of a convolutional stem.
+        stem_blocks: residual blocks of two convolutions behind each of these stages; empty means none.
         stem_norm: `none`, or `batch` after each of its convolutions, over all processes. Its running statistics follow
             all patches that are encoded (`conv`) or whole images alone (`overlap`), so that training has to encode some
             (a global level or `detached` targets do).
@@ -94,6 +95,7 @@ class EncoderConfig:
     registers: int = 0
     stem: Stem = Stem.linear
     stem_channels: tuple[int, ...] = (32, 64)
+    stem_blocks: tuple[int, ...] = ()
     stem_norm: StemNorm = StemNorm.none
     activation_checkpointing: bool = False
     attention: AttentionBackend = AttentionBackend.auto
@@ -107,6 +109,7 @@ class EncoderConfig:
             value = as_tuple(field, getattr(self, field))
             setattr(self, field, check_axes(field, value) if value else ())
         self.stem_channels = check_axes("stem_channels", self.stem_channels)
+        self.stem_blocks = as_tuple("stem_blocks", self.stem_blocks)
         self.mlp = coerce_choice(MlpKind, "mlp", self.mlp)
         self.position = coerce_choice(Position, "position", self.position)
         self.upsampling = coerce_choice(Upsampling, "upsampling", self.upsampling)
@@ -149,10 +152,17 @@ class EncoderConfig:
         check_mlp("encoder", self.mlp, self.embed_dim, self.mlp_ratio)
         check_position("encoder", self.position, self.embed_dim, self.num_heads, len(self.patch_size))
         plain = self.stem in (Stem.linear, Stem.flexi)
-        if plain and self.stem_norm is not StemNorm.none:
+        for field, unset in (("stem_norm", StemNorm.none), ("stem_blocks", ())):
+            if plain and getattr(self, field) != unset:
+                raise ValueError(
+                    f"{field}={getattr(self, field)}: stem={self.stem} has no convolutions; allowed: {unset}; "
+                    "use stem=conv or overlap"
+                )
+        counts = all(isinstance(count, int) and count >= 0 for count in self.stem_blocks)
+        if self.stem_blocks and (not counts or len(self.stem_blocks) != len(self.stem_channels)):
             raise ValueError(
-                f"stem_norm={self.stem_norm}: stem={self.stem} has no convolutions; allowed: none; "
-                "use stem=conv or overlap"
+                f"stem_blocks={self.stem_blocks}: needs one count of blocks for each of stem_channels="
+                f"{self.stem_channels}; allowed: e.g. {(1,) * len(self.stem_channels)}, or empty; correct it"
             )
         if not plain and len(self.patch_size) not in CONVOLUTIONS:
             raise ValueError(
@@ -421,4 +431,5 @@ def _build_stem(config: EncoderConfig) -> LinearStem | FlexiPatchEmbed | ConvSte
         simple = LinearStem if config.stem is Stem.linear else FlexiPatchEmbed
         return simple(config.in_channels, config.patch_size, config.embed_dim)
     kind = ConvStem if config.stem is Stem.conv else OverlapStem
-    return kind(config.in_channels, config.patch_size, config.embed_dim, config.stem_channels, config.stem_norm)
+    channels, norm, blocks = config.stem_channels, config.stem_norm, config.stem_blocks
+    return kind(config.in_channels, config.patch_size, config.embed_dim, channels, norm, blocks)

@@ -26,7 +26,8 @@ EXPORTED = (
 """Fields of an encoder that timm's plain transformer has as well."""
 
 WITHOUT_EFFECT = (
-    *("rope_theta", "stem_channels", "processing_patch_size", "upsampling", "upsampler_dim", "attention", "init_std"),
+    *("rope_theta", "stem_channels", "stem_blocks", "processing_patch_size", "upsampling", "upsampler_dim"),
+    *("attention", "init_std"),
 )
 """Fields that change nothing in what an encoder returns whose other fields are exported."""
 

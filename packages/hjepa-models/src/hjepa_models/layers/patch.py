@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hjepa_models.grid import Grid, gather_tokens, num_tokens
 from hjepa_models.layers.norm import GlobalBatchNorm
@@ -108,10 +109,11 @@ class ConvStem(nn.Module):
         embed_dim: int,
         channels: tuple[int, ...],
         norm: StemNorm = StemNorm.none,
+        blocks: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.in_channels, self.patch_size = in_channels, patch_size
-        self.stages, size = halving_stages(in_channels, patch_size, channels, norm)
+        self.stages, size = halving_stages(in_channels, patch_size, channels, norm, blocks)
         self.proj = nn.Linear((in_channels, *channels)[-1] * math.prod(size), embed_dim)
 
     def forward(self, patches: Float[Tensor, "B K P"], track: bool = True) -> Float[Tensor, "B K D"]:
@@ -129,7 +131,8 @@ class OverlapStem(nn.Module):
     Neighbours that are visible are seen across the border of a patch, which an image without masks gains from. A hidden
     patch is not free here: the convolutions run over its blank pixels; the transformer behind them does not.
 
-    Source: Xiao et al., "Early convolutions help transformers see better", arXiv 2106.14881.
+    Source: Xiao et al., "Early convolutions help transformers see better", arXiv 2106.14881; with residual blocks it is
+    the hybrid of Dosovitskiy et al., arXiv 2010.11929, section 3.1.
     """
 
     def __init__(
@@ -139,10 +142,11 @@ class OverlapStem(nn.Module):
         embed_dim: int,
         channels: tuple[int, ...],
         norm: StemNorm = StemNorm.none,
+        blocks: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.stages, size = halving_stages(in_channels, patch_size, channels, norm)
+        self.stages, size = halving_stages(in_channels, patch_size, channels, norm, blocks)
         # What is left of a patch becomes one place: by a kernel of 3 where it is small, else by one that tiles it.
         kernel, padding = tuple(3 if n <= 2 else n for n in size), tuple(1 if n <= 2 else 0 for n in size)
         self.stages.append(Stage((in_channels, *channels)[-1], embed_dim, kernel, size, padding, norm, nn.Identity()))
@@ -189,13 +193,32 @@ class Stage(nn.Module):
         return out
 
 
+class ResidualBlock(nn.Module):
+    """Two convolutions of one width beside an identity.
+
+    Source: He et al., "Deep residual learning", arXiv 1512.03385, figure 5, left.
+    """
+
+    def __init__(self, width: int, axes: int, norm: StemNorm) -> None:
+        super().__init__()
+        one, three = (1,) * axes, (3,) * axes
+        self.first = Stage(width, width, three, one, one, norm, nn.ReLU())
+        self.second = Stage(width, width, three, one, one, norm, nn.Identity())
+
+    def forward(self, x: Float[Tensor, "n D *S"], track: bool) -> Float[Tensor, "n D *S"]:
+        """Return maps of the same shape."""
+        return functional.relu(x + self.second(self.first(x, track), track))
+
+
 def halving_stages(
-    in_channels: int, patch_size: Grid, channels: tuple[int, ...], norm: StemNorm
+    in_channels: int, patch_size: Grid, channels: tuple[int, ...], norm: StemNorm, blocks: tuple[int, ...]
 ) -> tuple[nn.ModuleList, Grid]:
-    """Return one stage per entry of `channels`, and the places per axis that they leave of a patch."""
+    """Return one stage per entry of `channels`, `blocks` behind each, and the places per axis left of a patch."""
     stages, size, width, axes = nn.ModuleList(), patch_size, in_channels, len(patch_size)
-    for stride, out in zip(stage_strides(patch_size, len(channels)), channels, strict=True):
+    strides = stage_strides(patch_size, len(channels))
+    for stride, out, count in zip(strides, channels, blocks or (0,) * len(channels), strict=True):
         stages.append(Stage(width, out, (3,) * axes, stride, (1,) * axes, norm, nn.GELU()))
+        stages.extend(ResidualBlock(out, axes, norm) for _ in range(count))
         size = tuple(n // s for n, s in zip(size, stride, strict=True))
         width = out
     return stages, size
