@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks and AdamW for the rest, as one optimizer with one state."""
+"""Muon for matrices and kernels and AdamW for the rest, as one optimizer with one state."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Muon is `torch.optim.Muon` with Nesterov momentum, but the matrices of one shape go through each product together:
     a model of 12 blocks has 60 products to a step and not 720. Its update is scaled to the root mean square of AdamW's,
-    so that one learning rate serves both.
+    so that one learning rate serves both. The kernel of a convolution is the matrix that its output channels are the
+    rows of.
 
     Args:
-        groups: Parameter groups; each has `params` and `muon` (bool, its parameters are matrices).
+        groups: Parameter groups; each has `params` and `muon` (bool, its parameters are matrices or kernels).
         betas: Of AdamW.
         eps: Of AdamW.
         fused: Of AdamW; a fused step is left out where `found_inf` says so, as under a gradient scaler.
@@ -84,8 +85,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         gradient = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
         before = torch.stack(buffers)
         mean = before.lerp(gradient, 1 - self._momentum)
-        update = orthogonalize(gradient.lerp(mean, self._momentum))
+        update = orthogonalize(gradient.lerp(mean, self._momentum).flatten(2))
         scale = rate * 0.2 * max(update.shape[1:]) ** 0.5
+        update = update.view(gradient.shape)
         keep: float | Tensor = 1 - rate * weight_decay
         if bad is not None:
             mean, update = torch.where(bad, before, mean), torch.where(bad, 0.0, update)

@@ -26,12 +26,12 @@ class OptimizerKind(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
-    """AdamW, Muon for the matrices of the blocks, Lion or LARS; learning rate and weight decay come from schedules."""
+    """AdamW, Muon for matrices and kernels, Lion or LARS; learning rate and weight decay come from schedules."""
 
     kind: OptimizerKind = OptimizerKind.adamw
-    """`adamw`; `muon` for the matrices named by `muon_names` and AdamW for the rest; `lion` or `lars`, of timm."""
+    """`adamw`; `muon` for what `muon_names` names and AdamW for the rest; `lion` or `lars`, of timm."""
     muon_names: tuple[str, ...] = ("blocks.",)
-    """Matrices whose full name contains one of these words are Muon's."""
+    """Matrices, and kernels of convolutions, whose full name contains one of these words are Muon's."""
     muon_scale: float = 1.0
     """Learning rate of Muon's part over that of AdamW's."""
     muon_momentum: float = 0.95
@@ -109,7 +109,7 @@ class OptimizerConfig:
         chosen = {
             parameter
             for name, parameter in module.named_parameters()
-            if parameter.ndim == 2 and any(word in name for word in self.muon_names)
+            if parameter.ndim >= 2 and any(word in name for word in self.muon_names)
         }
         decay = groups[0]
         matrices = [parameter for parameter in decay["params"] if parameter in chosen]
