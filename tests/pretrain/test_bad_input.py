@@ -1,8 +1,11 @@
 """Every mistake a user can make gives one clear line and exit code 2, and loses nothing."""
 
 import io
+import os
 import shutil
+import signal
 import tarfile
+import time
 
 import pytest
 
@@ -35,6 +38,13 @@ def refuse(finished, *words):
         (["run.steps=many"], ["run.steps", "many"]),
         (["recipe=ijpea"], ["recipe=ijpea", "ijepa", "hjepa_global"]),
         (["steps"], ["steps", "key=value"]),
+        (["--run.steps=5"], ["'--run.steps=5'", "key=value"]),
+        (["run.steps==5"], ["'run.steps==5'", "key=value"]),
+        (["run.seed=0,1"], ["run.seed=0,1", "--multirun"]),
+        (["lr=1"], ["lr is no setting", "--settings"]),
+        (["trainer.learning_rate.value=nan"], ["trainer.learning_rate.value=nan"]),
+        (["checkpoint.every_steps=0"], ["checkpoint.every_steps=0"]),
+        (["color={brightness: -1}"], ["color.brightness=-1"]),
         (["model=vit_smal_patch16"], ["vit_smal_patch16", "vit_small_patch16"]),
         (["hjepa.encoder.embed_dims=5"], ["embed_dims", "embed_dim"]),
         (["data.image_size=[36,36]"], ["36", "multiples of 8"]),
@@ -85,8 +95,11 @@ def test_a_tilde_is_the_home_folder(pretrain, tiny, tmp_path, capsys, monkeypatc
     assert not (tmp_path / "~").exists()
 
 
-def test_wrong_words_of_several_runs(pretrain, capsys):
+def test_wrong_words_of_several_runs(pretrain, tmp_path, capsys):
     refuse(pretrain.here(capsys, "run.stpes=1,2", "--multirun"), "run.stpes", "run.steps")
+    (tmp_path / "file").touch()
+    folder = f"hydra.sweep.dir={tmp_path}/file/sweep (1)"
+    refuse(pretrain.here(capsys, "run.seed=1,2", folder, "--multirun"), f"{tmp_path}/file/sweep (1)")
 
 
 def test_no_such_shard(pretrain, tiny, tmp_path, capsys):
@@ -168,6 +181,74 @@ def test_a_change_that_makes_another_run_is_refused(pretrain, finished_run, caps
     before = (finished_run / "config.yaml").read_bytes()
     refuse(pretrain.here(capsys, f"run.dir={finished_run}", change), change.split("=")[0], "another run.dir")
     assert (finished_run / "config.yaml").read_bytes() == before
+
+
+@pytest.fixture
+def copied(finished_run, tmp_path):
+    return shutil.copytree(finished_run, tmp_path / "copied")
+
+
+@pytest.mark.parametrize("content", [b"- 1\n", b"", b"\xff\xfe", b"masks: [\n", b"mask_law: [1]\n"])
+def test_a_damaged_configuration(pretrain, copied, capsys, content):
+    (copied / "config.yaml").write_bytes(content)
+    refuse(pretrain.here(capsys, f"run.dir={copied}"), str(copied / "config.yaml"), "another run.dir")
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"step": 2, "rows": [{}]}', '{"step": 2}'])
+def test_damaged_results_are_written_again(pretrain, copied, capsys, content):
+    before = (copied / "results.json").read_bytes()
+    (copied / "results.json").write_text(content)
+    assert pretrain.here(capsys, f"run.dir={copied}").code == 0
+    assert (copied / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "report.html"])
+def test_what_a_finished_run_has_lost_is_written_again(pretrain, copied, capsys, name):
+    before = (copied / name).read_bytes()
+    (copied / name).unlink()
+    assert pretrain.here(capsys, f"run.dir={copied}").code == 0
+    assert name == "report.html" or (copied / name).read_bytes() == before
+    assert (copied / name).is_file()
+
+
+def test_damaged_metrics_are_named(pretrain, copied, capsys):
+    (copied / "metrics.jsonl").write_text("{torn\n")
+    (copied / "report.html").unlink()
+    done = pretrain.here(capsys, f"run.dir={copied}", "loggers=[]")
+    assert done.code == WRONG
+    assert f"{copied / 'metrics.jsonl'}: damaged" in done.message
+
+
+def test_a_finished_run_without_checkpoints_does_not_begin_again(pretrain, copied, capsys):
+    before = {path: path.read_bytes() for path in copied.iterdir() if path.is_file()}
+    shutil.rmtree(copied / "checkpoints")
+    refuse(pretrain.here(capsys, f"run.dir={copied}"), str(copied), "results.json")
+    assert {path: path.read_bytes() for path in copied.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_two_programs_do_not_train_in_one_folder(pretrain, tiny, tmp_path, capsys, read_losses):
+    run_dir = tmp_path / "run"
+    first = pretrain.start(f"run.dir={run_dir}", *tiny, "run.steps=1000000")
+    try:
+        deadline = time.monotonic() + 120
+        while not losses_of(first, run_dir, read_losses):
+            assert time.monotonic() < deadline
+        before = (run_dir / "config.yaml").read_bytes()
+        refuse(pretrain.here(capsys, f"run.dir={run_dir}", "run.steps=3"), str(run_dir), "another program trains there")
+        assert (run_dir / "config.yaml").read_bytes() == before
+        assert first.poll() is None
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.communicate()
+    # One that was killed keeps nobody out.
+    assert pretrain.here(capsys, f"run.dir={run_dir}", "run.steps=3", "eval.at_end=false").code == 0
+
+
+def losses_of(process, run_dir, read_losses):
+    assert process.poll() is None, process.communicate()[1]
+    time.sleep(0.05)
+    return read_losses(run_dir)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(pretrain, tiny, tmp_path, capsys):

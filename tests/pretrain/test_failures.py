@@ -46,3 +46,8 @@ def test_an_error_of_the_program_is_none_of_these():
     with pytest.raises(RuntimeError) as caught:
         torch.zeros(2) @ torch.zeros(3)
     assert judge(caught.value) is None
+    # Nor is one of a library that lies in a folder of this name.
+    library = compile("raise ValueError('inner')", "/home/me/hjepa_env/lib/site-packages/other.py", "exec")
+    with pytest.raises(ValueError, match="inner") as caught:
+        exec(library, {"__name__": "other"})
+    assert judge(caught.value) is None

@@ -26,6 +26,8 @@ def test_everything_is_there(run_dir):
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "config.json", "report.html"} <= names
     assert any(name.startswith("events.") for name in names)
     assert (run_dir / "results.json").is_file()
+    shared = {(run_dir / name).stat().st_mode for name in ("model.safetensors", "config.json", "results.json")}
+    assert len(shared) == 1
 
 
 def test_rows_have_the_promised_names(run_dir, read_rows):

@@ -1,21 +1,26 @@
 """The commands, on a tiny run."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from hjepa_benchmark import rivals
+from hjepa_benchmark import probes, rivals
 from hjepa_benchmark.cli import main
 from hjepa_benchmark.quantize import measure_quantization
+from hjepa_benchmark.suite import run as suite_run
 from hjepa_data import ShardSource
-from hjepa_models import load_pretrained
+from hjepa_models import Encoder, load_pretrained
 from hjepa_models.quantization import quantize_int8, weight_bytes
 from hjepa_pretrain import settings
+from hjepa_pretrain.cli import main as pretrain
 from hjepa_pretrain.evaluation import load_pair, open_sources
 
 
@@ -48,6 +53,28 @@ def test_quantize_prints_the_accuracy_of_both_and_their_bytes(run, tmp_path, cap
     assert f"{found['bytes']['floats']:,} -> {found['bytes']['int8']:,} bytes" in printed
 
 
+def test_a_baseline_can_be_quantized(train, shards, capsys):
+    pytest.importorskip("torchao")
+    run = train("simclr", "recipe=simclr", "eval.at_end=false")
+    capsys.readouterr()
+    assert main(["quantize", str(run)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "encoder" in printed
+    # The bytes are those of the weights that are kept.
+    assert f"{weight_bytes(Encoder.from_pretrained(run)):,} ->" in printed
+    for shard in shards.glob("eval-*.tar"):
+        without_labels(shard, run / shard.name)
+    assert main(["quantize", str(run), "--eval", f"{run}/eval-*.tar"]) == 2
+    assert "no held-out image has a label" in capsys.readouterr().err
+
+
+def without_labels(shard, path):
+    with tarfile.open(shard) as tar, tarfile.open(path, "w") as bare:
+        for member in tar.getmembers():
+            if not member.name.endswith(".cls"):
+                bare.addfile(member, tar.extractfile(member))
+
+
 def test_quantized_weights_are_those_that_are_measured(run):
     pytest.importorskip("torchao")
     config, _ = settings.load([f"run.dir={run}"])
@@ -66,7 +93,7 @@ def test_quantized_weights_are_those_that_are_measured(run):
 def test_loader_compares_all_that_are_installed(shards, tmp_path):
     # In a process of its own: webdataset leaves files open.
     options = ["--size", "32", "--images", "100", "--repeats", "2", "--json", str(tmp_path / "l.json")]
-    command = [sys.executable, "-m", "hjepa_benchmark.cli", "loader", f"{shards}/train-*.tar", *options]
+    command = [sys.executable, "-m", "hjepa_benchmark", "loader", f"{shards}/train-*.tar", *options]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout
     found = json.loads((tmp_path / "l.json").read_text())
     names = [row["loader"] for row in found["rows"]]
@@ -134,6 +161,8 @@ def test_rivals_give_crops_of_the_images(shards, tmp_path):
         (["compare", "one"], "two runs"),
         (["compare", "one", "two"], "one"),
         (["sweep", "run.stpes=1,2"], "run.steps"),
+        (["sweep", "run.seed=0,1", "run.dir=x"], "run.dir=x: not with --multirun"),
+        (["sweep", "run.seed=0,1", "nonsense"], "'nonsense' is not a setting; write key=a,b"),
         (["throughput", "trainer.accumulate=2"], "trainer.accumulate=2"),
         (["throughput", "parallel=ddp"], "parallel=ddp"),
         (["probes", "nowhere", "--json", "no/rows.json"], "--json=no/rows.json"),
@@ -150,6 +179,47 @@ def test_wrong_input_is_one_line_and_code_2(arguments, expected, capsys, tmp_pat
     assert expected in message
     assert len(message.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probes, "probe_run", interrupted)
+    assert main(["probes", "run"]) == 130
+    assert capsys.readouterr().err.strip().splitlines() == ["hjepa-benchmark: interrupted; what it had written stands"]
+
+
+def test_what_cannot_be_written_is_told_before_anything_is_measured(run, tmp_path, monkeypatch, capsys):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    shutil.rmtree(copied / "benchmark", ignore_errors=True)
+    (copied / "benchmark").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(suite_run, "measure", lambda *_: pytest.fail("measured for nothing"))
+        assert main(["suite=quick", str(copied)]) == 1
+        (copied / "benchmark").unlink()
+        (copied / "metrics.jsonl").write_text("{torn")
+        assert main(["suite=quick", str(copied)]) == 2
+        patch.setattr(os, "access", lambda *_: False)
+        assert main(["suite=quick", str(copied)]) == 1
+        assert main(["probes", str(copied), "--json", str(tmp_path / "rows.json")]) == 2
+    for place, line in zip(
+        ("run/benchmark", "metrics.jsonl: damaged", "run/benchmark", "rows.json"),
+        capsys.readouterr().err.splitlines(),
+        strict=True,
+    ):
+        assert place in line
+
+
+def test_weights_that_are_gone_can_be_had_again(run, tmp_path, capsys):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    (copied / "model.safetensors").unlink()
+    assert main(["probes", str(copied)]) == 2
+    assert f"is written again by hjepa-pretrain run.dir={copied}" in capsys.readouterr().err
+    assert pretrain([f"run.dir={copied}"]) == 0
+    assert main(["probes", str(copied)]) == 0
 
 
 def test_help_needs_no_torch():

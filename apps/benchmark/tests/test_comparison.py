@@ -20,7 +20,7 @@ from hjepa_benchmark.comparison.compare import (
     paired_differences,
     read_candidates,
 )
-from hjepa_benchmark.comparison.run import _missing, _notes, show
+from hjepa_benchmark.comparison.run import _groups, _metrics, _missing, _notes, show
 from hjepa_benchmark.comparison.sweep import combinations
 from hjepa_benchmark.suite.report import error_panels
 from hjepa_eval import FeatureName, Measurement, Results
@@ -65,6 +65,23 @@ def test_mce_of_another_suite_is_noted():
     (note,) = _notes(runs, [])
     assert note.startswith("b: mCE is over other corruptions")
     assert _notes([runs[0], runs[2]], []) == []
+
+
+def test_runs_without_labels_are_grouped_too():
+    runs = [candidate(f"{seed}", [True], **{"run.seed": seed}) for seed in range(3)]
+    for run in runs:
+        run.results.measurements[:] = [Measurement(metric="rankme", name=NAME, value=5.0, n=9)]
+    assert _groups(runs, _metrics(runs)) == (
+        ["settings", "seeds", "level", "RankMe"],
+        [["all", "3", "encoder", "5.000 [5.000, 5.000]"]],
+    )
+
+
+def test_every_run_shows_its_own_number_of_neighbours():
+    runs = [candidate(f"k{k}", [True], **{"eval.k": k}) for k in (3, 20)]
+    for run, k in zip(runs, (3, 20), strict=True):
+        run.results.measurements.append(Measurement(metric=f"knn_{k}", name=NAME, value=0.5, n=9))
+    assert _metrics(runs) == ["knn_3", "knn_20", "linear"]
 
 
 def test_a_run_has_one_colour_in_all_pictures_and_corruptions_come_first(monkeypatch):
@@ -115,12 +132,14 @@ def test_compare_measures_what_is_missing(measured, train, tmp_path, capsys):
     other = train("other", *levels, "run.seed=1", "trainer.learning_rate.value=0.01")
     before = (run / "benchmark" / "results.json").read_bytes()
     words = ["compare", str(run), str(other), "--out", str(tmp_path / "c.html"), "--json", str(tmp_path / "c.json")]
+    capsys.readouterr()
     assert main(words) == 0
     assert (run / "benchmark" / "results.json").read_bytes() == before
     assert (other / "benchmark" / "results.json").is_file()
     printed = capsys.readouterr().out
     assert "| trainer.learning_rate.value |" in printed
     assert "Difference to run, same samples" in printed
+    assert "report: " not in printed  # what the suite shows goes elsewhere: the output is Markdown
     found = json.loads((tmp_path / "c.json").read_text())
     assert [one["name"] for one in found["runs"]] == ["run", "other"]
     assert found["settings"]["run.seed"] == ["0", "1"]
@@ -135,6 +154,10 @@ def test_compare_measures_what_is_missing(measured, train, tmp_path, capsys):
     assert "right.safetensors" in capsys.readouterr().err
     with pytest.raises(ValueError, match="twice"):
         read_candidates([run, run])
+    kept = (other / "benchmark" / "results.json").read_bytes()
+    (other / "benchmark" / "results.json").write_text("{")
+    assert _missing(other, "quick") == "its results cannot be read"
+    (other / "benchmark" / "results.json").write_bytes(kept)
     # Results are of the weights that were measured, and of the suite.
     assert _missing(other, "quick") is None
     assert _missing(other, "full") == "its results are of the quick suite"
@@ -153,7 +176,7 @@ def test_combinations_are_hydras():
 def test_sweep_trains_measures_and_groups(shards, tiny, tmp_path, capsys):
     words = [f"data.train={shards}/train-*.tar", f"data.eval={shards}/eval-*.tar", "run.steps=1", *tiny]
     words += ["recipe=hjepa", "hjepa.pyramid.levels=1", "hjepa.level_weights.weights=[1.0]"]
-    folder = tmp_path / "swept"
+    folder = tmp_path / "swept (1)"
     command = ["sweep", "run.seed=0,1", f"hydra.sweep.dir={folder}", *words, "eval.every_steps=null"]
     assert main([*command, "--json", str(tmp_path / "s.json")]) == 0
     printed = capsys.readouterr().out
@@ -162,6 +185,13 @@ def test_sweep_trains_measures_and_groups(shards, tiny, tmp_path, capsys):
     found = json.loads((tmp_path / "s.json").read_text())
     assert len(found["runs"]) == 2
     assert set(found["settings"]) == {"run.seed"}
+    # Of a smaller sweep into the same folder the runs are its own.
+    command[1] = "run.seed=1"
+    assert main([*command, "--json", str(tmp_path / "s.json")]) == 2
+    assert "run.seed=1: the run in" in capsys.readouterr().err
+    command[1] = "run.seed=0"
+    assert main([*command, "--json", str(tmp_path / "s.json")]) == 0
+    assert len(json.loads((tmp_path / "s.json").read_text())["runs"]) == 1
 
 
 def test_runs_of_one_name_in_folders_of_one_name_are_told_apart(measured, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from hjepa_benchmark import charts
 from hjepa_benchmark.cli import main
-from hjepa_benchmark.runs import load_checkpoint, open_run, read_config, read_rows
+from hjepa_benchmark.runs import load_checkpoint, open_run, read_config
 from hjepa_benchmark.suite import probes
 from hjepa_benchmark.suite import run as suite_run
 from hjepa_benchmark.suite.composites import compose
@@ -41,11 +42,15 @@ from hjepa_eval.robustness.severity import Corruption
 from hjepa_pretrain.demo import CLASS_NAMES
 from hjepa_pretrain.evaluation import Images
 from hjepa_pretrain.model import load_run
+from hjepa_pretrain.report.write import read_rows
 
 
 def test_the_results_follow_the_schema_and_leave_the_runs_own_alone(measured):
     own = json.loads((measured / "results.json").read_text())
     found = read_results(measured / "benchmark" / "results.json")
+    # Who may read the one may read the other.
+    modes = {(measured / "benchmark" / name).stat().st_mode for name in ("results.json", "right.safetensors")}
+    assert len(modes) == 1
     assert found.about["suite"] == "quick"
     assert found.about["images_seen"] == 32
     k = own["eval"]["k"]
@@ -251,6 +256,9 @@ def test_the_steps_are_those_of_the_weights(run, tmp_path):
         file.write('{"step": 90')
     with pytest.raises(ValueError, match=r"metrics.jsonl: damaged"):
         read_rows(longer)
+    (longer / "config.yaml").write_text(re.sub(r"eval: /.*", "eval: nowhere/eval-*.tar", config))
+    with pytest.raises(ValueError, match=r"nowhere/eval-.*--train and --eval"):
+        open_run(longer)
     (longer / "results.json").write_text("{")
     with pytest.raises(ValueError, match=r"results.json: damaged"):
         open_run(longer)

@@ -43,7 +43,9 @@ def test_the_command_prints_and_keeps_everything(tiny, tmp_path, capsys):
         PYRAMID,
     ):
         assert word in printed
+    assert "median of 3 steps" in printed
     found = json.loads((tmp_path / "t.json").read_text())
+    assert found["steps"] == 3
     assert found["images_per_second"] == pytest.approx(16e3 / found["milliseconds"])
     assert list(found["parts"]) == ["input, masks", "target", "context", PYRAMID, PREDICTOR, "optimizer", "EMA"]
     assert found["utilisation"] == pytest.approx(
@@ -54,6 +56,30 @@ def test_the_command_prints_and_keeps_everything(tiny, tmp_path, capsys):
     assert found["peak_gib"] is None
     assert found["host_synchronisations"] is None
     assert found["reference"]["speedup"] > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "every", "asked", "timed"), [("cpu", 1, 9, 9), ("cpu", 2, 3, 4), ("cuda", 1, 9, 10), ("cuda", 4, 9, 16)]
+)
+def test_the_steps_that_are_told_are_those_that_were_timed(monkeypatch, device, every, asked, timed):
+    done = []
+
+    def step(number):
+        done.append(number)
+
+    step.every = every
+    monkeypatch.setattr(measure, "milliseconds", lambda work, _: work() or 1.0)
+    _, _, told = measure._in_turn(step, None, asked, torch.device(device))
+    assert told == len(done) == timed
+
+
+def test_local_views_are_in_the_step(tiny):
+    words = ("recipe=hjepa_global", "data.train=synthetic", *tiny, "trainer.precision=fp32", "hjepa.masked_every=1")
+    local = ("data.local_views=2", "data.local_size=[16,16]")
+    alone, step = (TrainingStep(settings.load([*words, *more])[0], CPU) for more in ((), local))
+    assert [tuple(view.shape[2:]) for view in step.batch.views] == [(32, 32), (32, 32), (16, 16), (16, 16)]
+    assert operations(step) > operations(alone)
+    assert step.parts(repeats=1, warmup=0)["whole views"] > 0
 
 
 def test_a_model_is_measured_at_the_size_of_its_recipe(tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ def test_the_results_of_a_run_that_begins_again_are_new(words, tmp_path, caplog)
     assert main([f"run.dir={folder}", *words]) == 0
     before = (folder / "model.safetensors").read_bytes()
     shutil.rmtree(folder / "checkpoints")
+    (folder / "results.json").unlink()
     assert main([f"run.dir={folder}", "trainer.learning_rate.value=0.1"]) == 0
     assert "holds no checkpoint: the run begins again" in caplog.text
     assert (folder / "model.safetensors").read_bytes() != before
@@ -76,6 +77,21 @@ def test_a_demo_that_cannot_be_kept_is_one_line(tmp_path, capsys):
     assert main([f"run.dir={tmp_path}/run", f"data.cache={file}"]) == 2
     (line,) = said(capsys)
     assert f"data.cache={file}: " in line
+
+
+def test_a_demo_of_a_user_without_a_home_is_one_line(tmp_path, capsys, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987_654_321)
+    assert main([f"run.dir={tmp_path}/run"]) == 2
+    (line,) = said(capsys)
+    assert "data.cache=~/.cache/hjepa: " in line
+
+
+def test_images_that_find_themselves_are_named(words, tmp_path, caplog):
+    same = words[0].removeprefix("data.train=")
+    assert main([f"run.dir={tmp_path}/run", *words, f"data.eval={same}"]) == 0
+    assert f"data.eval={same}: the images of data.train find themselves" in caplog.text
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EIO, 1)])

@@ -17,7 +17,7 @@ from hjepa_pretrain.run import command
 @pytest.mark.parametrize("words", [["data.train=null"], ["plan.dry=false"]])
 def test_a_word_that_names_no_data_leaves_the_demo(words):
     config, _ = settings.load(words)
-    assert (config.preset, config.run.steps) == ("demo", 1800)
+    assert (config.preset, config.run.steps) == ("demo", 1500)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,8 @@ def test_a_word_that_names_no_data_leaves_the_demo(words):
         (["eval.k=2000"], "eval.k=2000: more neighbours than eval.online_samples=1500"),
         (["recipe=simclr", "data.views=1"], "data.views=1"),
         (["recipe="], "allowed: hjepa, "),
+        (["data.train=x", "early_stop={metric: eval/encoder/knn_20}"], "early_stop.metric=eval/encoder/knn_20"),
+        (["eval.every_steps=null", "early_stop={metric: eval/0/rankme}"], "early_stop.metric=eval/0/rankme"),
         (["masks=null"], "by name"),
         (["early_stop={metric:", "x}"], "quote what holds spaces"),
         (["hydra/launcher=submitit_slurm"], "--multirun"),

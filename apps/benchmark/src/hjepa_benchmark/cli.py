@@ -1,17 +1,21 @@
 """`hjepa-benchmark suite|compare|sweep|probes|quantize|throughput|loader ...`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-OTHER_ERROR, USAGE_ERROR = 1, 2
+OTHER_ERROR, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 SUITES = ("quick", "full")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a benchmark and returns the exit code: 0 done, 2 wrong input, 1 a file that cannot be written or read."""
+    """Runs a benchmark and returns the exit code.
+
+    0 done, 2 wrong input, 1 a file that cannot be written or read, 130 interrupted.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].startswith("suite="):
         words = ["suite", *words[1:], "--suite", words[0].removeprefix("suite=")]
@@ -28,13 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"hjepa-benchmark: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR if isinstance(error, ValueError) else OTHER_ERROR
+    except KeyboardInterrupt:
+        print("hjepa-benchmark: interrupted; what it had written stands", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
 def _check_output(option: str, path: Path | None) -> None:
     """Refuse a place that cannot be written before hours are spent on what should go there."""
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"--{option}={path}: no file can be made there; give the name of a file in a folder that is")
+    if path is None:
+        return
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(
+            f"--{option}={path}: no file can be written there; give the name of a file in a folder that is there and "
+            "may be written"
+        )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -176,7 +188,3 @@ def _loader(options: argparse.Namespace) -> None:
         repeats=options.repeats,
         output=options.json,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

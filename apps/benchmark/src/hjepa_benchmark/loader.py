@@ -13,6 +13,7 @@ from rich.table import Table
 
 from hjepa_benchmark.rivals import BATCH, Setup, all_loaders
 from hjepa_data import ShardSource
+from hjepa_pretrain.uncut import uncut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +84,7 @@ def print_loader(
     for row in rows:
         speeds = (row.median, min(row.speeds), max(row.speeds))
         table.add_row(row.loader, *(f"{speed:,.0f}" for speed in speeds), f"{row.ratio:.2f}")
-    Console().print(table)
+    Console(soft_wrap=True).print(uncut(table))
     if output is not None:
         found = {
             "size": size,

@@ -25,6 +25,6 @@ def probe_run(run_dir: Path, *, train: str | None, held_out: str | None, output:
     run = open_run(run_dir, train=train, held_out=held_out)
     rows = measure(load_run(run_dir, run.config), run.config, run.train, run.test, run.device)
     results = results_content(rows, run.steps, run.config)
-    Console().print(results_table(results))
+    Console(soft_wrap=True).print(results_table(results))
     if output is not None:
         output.write_text(json.dumps(results, indent=2) + "\n")

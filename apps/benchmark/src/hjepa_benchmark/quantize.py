@@ -11,10 +11,11 @@ from rich.table import Table
 
 from hjepa_benchmark.runs import open_run, read_config
 from hjepa_eval import FeatureSet, knn_accuracy
-from hjepa_models import HJEPA, load_pretrained
 from hjepa_models.quantization import quantize_int8, weight_bytes
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.evaluation import Images, level_features
+from hjepa_pretrain.model import Model, kept_part, load_run
+from hjepa_pretrain.uncut import uncut
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +36,9 @@ class LevelAccuracy:
 
 
 def measure_quantization(
-    floats: HJEPA, int8: HJEPA, config: PretrainConfig, train: Images, test: Images, device: torch.device
+    floats: Model, int8: Model, config: PretrainConfig, train: Images, test: Images, device: torch.device
 ) -> list[LevelAccuracy]:
-    """Measures kNN of the mean-pooled target branch at every level, bank and held-out images by the same weights.
+    """Measures kNN of the mean-pooled features of every level, bank and held-out images by the same weights.
 
     Args:
         floats: the trained model.
@@ -69,14 +70,13 @@ def quantize_run(run_dir: Path, *, train: str | None, held_out: str | None, outp
     Raises:
         ValueError: the folder holds no finished run, there is nothing to measure on, or torchao is not installed.
     """
-    read_config(run_dir)
-    floats = load_pretrained(run_dir)
+    floats = load_run(run_dir, read_config(run_dir))
     int8 = quantize_int8(floats)  # before the images, which take longer, for it may be refused
     run = open_run(run_dir, train=train, held_out=held_out)
     config = run.config
     rows = measure_quantization(floats, int8, config, run.train, run.test, run.device)
-    size = (weight_bytes(floats), weight_bytes(int8))
-    Console().print(_table(rows, size, config.eval.k))
+    size = (weight_bytes(kept_part(floats)), weight_bytes(kept_part(int8)))
+    Console(soft_wrap=True).print(_table(rows, size, config.eval.k))
     if output is not None:
         content = {
             "k": config.eval.k,
@@ -87,7 +87,7 @@ def quantize_run(run_dir: Path, *, train: str | None, held_out: str | None, outp
 
 
 def _accuracies(
-    model: HJEPA, config: PretrainConfig, train: Images, test: Images, device: torch.device
+    model: Model, config: PretrainConfig, train: Images, test: Images, device: torch.device
 ) -> dict[str, float]:
     bank, held_out = (level_features(model.to(device), images, config, device) for images in (train, test))
     return {level: _knn(bank[level].labelled(), held_out[level].labelled(), config.eval.k) for level in bank}
@@ -96,6 +96,8 @@ def _accuracies(
 def _knn(bank: FeatureSet, test: FeatureSet, k: int) -> float:
     if len(bank) < k:
         raise ValueError(f"eval.k={k}: more than the {len(bank)} labelled training images; give more with --train")
+    if not len(test):
+        raise ValueError("no held-out image has a label; give some that have with --eval")
     return knn_accuracy(bank.values, bank.labels, test.values, test.labels, ks=(k,))[k]
 
 
@@ -105,11 +107,11 @@ def _table(rows: list[LevelAccuracy], size: tuple[int, int], k: int) -> Table:
     )
     table.caption_justify = "left"
     table.caption = (
-        f"kNN: k={k}, cosine, top-1, mean-pooled; weights of the whole model: "
+        f"kNN: k={k}, cosine, top-1, mean-pooled; all weights: "
         f"{size[0]:,} -> {size[1]:,} bytes, {size[0] / size[1]:.2f} times fewer"
     )
     for column in ("level", "kNN floats", "kNN int8", "drop, points"):
         table.add_column(column, justify="left" if column == "level" else "right", no_wrap=True)
     for row in rows:
         table.add_row(row.level, f"{row.floats:.3f}", f"{row.int8:.3f}", f"{row.drop:+.2f}")
-    return table
+    return uncut(table)

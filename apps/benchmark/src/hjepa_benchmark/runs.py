@@ -1,17 +1,18 @@
 """A finished run, opened: configuration, images, what it logged."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hjepa_data import DataError
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.evaluation import RESULTS_FILE, Images, load_pair, open_sources
 from hjepa_pretrain.model import Model, build_model
+from hjepa_pretrain.run import command
 from hjepa_train import Checkpoint
 from hjepa_train.checkpoint.files import DamagedError
 
@@ -66,15 +67,11 @@ def finished_steps(folder: Path) -> int:
     """
     path = folder / RESULTS_FILE
     if not path.is_file():
-        raise ValueError(
-            f"{folder}: no {RESULTS_FILE}, the run is not finished; go on with: hjepa-pretrain run.dir={folder}"
-        )
+        raise ValueError(f"{folder}: no {RESULTS_FILE}, the run is not finished; go on with: {command(folder)}")
     try:
         return int(json.loads(path.read_text())["step"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: damaged ({error}); remove it and write it again with: hjepa-pretrain run.dir={folder}"
-        ) from error
+        raise ValueError(f"{path}: damaged ({error}); remove it and write it again with: {command(folder)}") from error
 
 
 def open_run(folder: Path, *, train: str | None = None, held_out: str | None = None) -> Run:
@@ -91,9 +88,16 @@ def open_run(folder: Path, *, train: str | None = None, held_out: str | None = N
     config, steps = read_config(folder), finished_steps(folder)
     config.data.train = train or config.data.train
     config.data.eval = held_out or config.data.eval
-    images = load_pair(config, open_sources(config), config.eval.train_samples, config.eval.eval_samples)
+    try:
+        sources = open_sources(config)
+    except DataError as error:
+        again = "paths are as the run was given them: go where it was started, or give --train and --eval"
+        raise ValueError(f"{folder}: {error}; {again}") from error
+    images = load_pair(config, sources, config.eval.train_samples, config.eval.eval_samples)
     if images is None:
-        raise ValueError(f"{folder}: the run has no data.eval; give held-out shards with --eval")
+        raise ValueError(
+            f"{folder}: the run has no data.eval; give held-out shards with --eval of suite, probes or quantize"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Run(folder=folder, config=config, steps=steps, train=images[0], test=images[1], device=device)
 
@@ -130,19 +134,3 @@ def training_seconds(rows: Iterable[Mapping[str, float]]) -> Iterator[tuple[Mapp
             seconds += row["train/step_ms"] / 1e3 * (row["step"] - before)
             before = row["step"]
         yield row, seconds
-
-
-def read_rows(folder: Path, steps: float = math.inf) -> list[dict[str, float]]:
-    """Rows of `metrics.jsonl` up to a step; none where the run kept none.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [row for row in rows if row["step"] <= steps]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error}); remove the line, or the file: curves are drawn of it") from error

@@ -309,6 +309,12 @@ class PretrainConfig:
                 f"plan.world_size={self.plan.world_size}: parallel=single is one process; allowed: 1, or "
                 "parallel=ddp or fsdp"
             )
+        measured = self.eval.every_steps is not None and (self.data.train is None or self.data.eval is not None)
+        if self.early_stop is not None and self.early_stop.metric.startswith("eval/") and not measured:
+            raise ValueError(
+                f"early_stop.metric={self.early_stop.metric}: nothing is measured on the way; give data.eval and "
+                "eval.every_steps, or leave early_stop out"
+            )
         channels = self.hjepa.encoder.in_channels
         if channels != 3:
             raise ValueError(f"hjepa.encoder.in_channels={channels}: images of shards are decoded to 3; allowed: 3")

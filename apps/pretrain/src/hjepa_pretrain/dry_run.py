@@ -10,6 +10,7 @@ from rich.table import Table
 from hjepa_models import Block
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
+from hjepa_pretrain.uncut import uncut
 from hjepa_train.graph import recompute_activations
 from hjepa_train.plan import Plan, StepCost, fake_tensors, plan_step, step_cost
 
@@ -87,7 +88,7 @@ def table(plans: dict[str, Plan], config: PretrainConfig) -> Table:
     grid.add_row("  compute", *(f"{p.compute_seconds * 1e3:,.1f} ms" for p in each))
     grid.add_row("  send", *(f"{p.send_seconds * 1e3:,.1f} ms" for p in each))
     grid.add_row("images/s, all ranks", *(f"{config.data.batch_size / p.seconds:,.0f}" for p in each))
-    return grid
+    return uncut(grid)
 
 
 def _images(config: PretrainConfig) -> int:

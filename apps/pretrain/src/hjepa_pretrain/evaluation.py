@@ -21,6 +21,7 @@ from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.demo import CLASS_NAMES
 from hjepa_pretrain.demo.shards import demo_shards
 from hjepa_pretrain.model import Model, build_model, feature_branch
+from hjepa_pretrain.uncut import uncut
 from hjepa_train import Trainer
 
 logger = logging.getLogger(__name__)
@@ -88,12 +89,13 @@ def open_sources(config: PretrainConfig) -> tuple[Source, Source | None]:
     if train is None:
         try:
             train, demo_eval = demo_shards(config.data.cache)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter is pathlib's for a user who has no home
             where = "~/.cache/hjepa" if config.data.cache is None else config.data.cache
-            raise DataError(
-                f"data.cache={where}: the demo cannot be written ({error.strerror}); choose another"
-            ) from error
+            reason = getattr(error, "strerror", error)
+            raise DataError(f"data.cache={where}: the demo cannot be written ({reason}); choose another") from error
         held_out = held_out or demo_eval
+    if held_out == train:
+        logger.warning("data.eval=%s: the images of data.train find themselves, and accuracies say nothing", held_out)
     trained, measured = _open(train), [] if held_out is None else _open(held_out)
     _check_classes([*trained, *measured])
     return _joined(trained, config.data.weights or None), _joined(measured) if measured else None
@@ -261,8 +263,10 @@ def read_results(config: PretrainConfig, step: int, folder: Path) -> dict[str, A
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except ValueError:
+        content: dict[str, Any] = dict(json.loads(path.read_text()))
+        if content["rows"]:
+            results_table(content)
+    except (ValueError, TypeError, LookupError, AttributeError):
         logger.warning("%s is damaged; it is written again", path)
         return None
     same = content.get("step") == step and _measured_on(config).items() <= content.items()
@@ -284,10 +288,13 @@ def results_caption(results: Mapping[str, Any]) -> str:
     """Say what the numbers of a table were measured on."""
     row = results["rows"][0]
     k = next((key.removeprefix("knn_") for key in row if key.startswith("knn_")), "-")
-    return (
-        f"step {results['step']}; kNN: k={k}, cosine, top-1; linear: logistic regression, top-1; {row['n_train']} "
-        f"labelled training and {row['n_test']} held-out images; ranks of {row['n_rank']} training images"
+    accuracies = (
+        f"kNN: k={k}, cosine, top-1; linear: logistic regression, top-1; {row['n_train']} labelled training and "
+        f"{row['n_test']} held-out images"
     )
+    if row["linear"] is None:
+        accuracies = "without labels no accuracies"
+    return f"step {results['step']}; {accuracies}; ranks of {row['n_rank']} training images"
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
@@ -301,4 +308,4 @@ def results_table(results: Mapping[str, Any]) -> Table:
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         ends = following is None or following["features"] != row["features"]
         table.add_row(*result_cells(row), style="bold" if row["features"] == "trained" else None, end_section=ends)
-    return table
+    return uncut(table)

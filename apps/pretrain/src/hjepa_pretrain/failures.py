@@ -80,8 +80,8 @@ def _broken(error: BaseException) -> Failure | None:
 
 def _is_refusal(error: ValueError) -> bool:
     """Tell a value that this project or its configuration refuses from an error of arithmetic deep inside."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return not frames or "/hjepa_" in frames[-1].filename or type(error) is not ValueError
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return not modules or modules[-1].startswith("hjepa_") or type(error) is not ValueError
 
 
 def broken_machine(error: BaseException) -> str | None:

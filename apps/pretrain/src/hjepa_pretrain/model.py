@@ -1,5 +1,6 @@
 """What a run trains: an H-JEPA, or a baseline around the same encoder; how it is built, kept and read again."""
 
+import shlex
 from pathlib import Path
 
 from hjepa_models import HJEPA, Encoder, load_pretrained, save_pretrained
@@ -21,9 +22,16 @@ def feature_branch(model: Model) -> str:
     return "target" if model.ema_pairs() else "online"
 
 
+def kept_part(model: Model) -> HJEPA | Encoder:
+    """Return what users take away: of an HJEPA all, of a baseline the encoder."""
+    return model.encoder if isinstance(model, Baseline) else model
+
+
 def save_model(model: Model, folder: Path) -> None:
-    """Write the weights that users take away: of an HJEPA all, of a baseline the encoder."""
-    save_pretrained(model.encoder if isinstance(model, Baseline) else model, folder)
+    """Write the weights of the part that is kept."""
+    save_pretrained(kept_part(model), folder)
+    # safetensors leaves a file to its owner alone; who may read the others of a run may read its weights.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def load_run(folder: Path, config: PretrainConfig) -> Model:
@@ -39,8 +47,12 @@ def load_run(folder: Path, config: PretrainConfig) -> Model:
     Raises:
         ValueError: the folder holds no such weights.
     """
-    if config.baseline is None:
-        return load_pretrained(folder)
-    model = build_baseline(config.baseline, config.hjepa, seed=config.run.seed)
-    model.encoder = Encoder.from_pretrained(folder)
+    try:
+        if config.baseline is None:
+            return load_pretrained(folder)
+        model = build_baseline(config.baseline, config.hjepa, seed=config.run.seed)
+        model.encoder = Encoder.from_pretrained(folder)
+    except ValueError as error:
+        again = shlex.join(["hjepa-pretrain", f"run.dir={folder}"])
+        raise ValueError(f"{error}; a file that is missing or was removed is written again by {again}") from error
     return model

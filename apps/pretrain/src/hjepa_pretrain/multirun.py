@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # What the trainer saves on; Slurm sends it `hydra.launcher.signal_delay_s` before the end.
 _SIGNAL = "USR1"
 _SWEEP_DIR = "hydra.sweep.dir=runs/multirun-${now:%Y%m%d-%H%M%S}"
-_codes: list[int] = []
+_ended: dict[Path, int] = {}
 
 
 def multirun(words: Sequence[str]) -> int:
@@ -40,12 +40,12 @@ def multirun(words: Sequence[str]) -> int:
     Returns:
         0, or the largest exit code of the runs of this machine; 2 for wrong words.
     """
-    for word in words:
-        if word.startswith("-") or word.startswith("run.dir="):
-            allowed = "key=value, and hydra.sweep.dir=FOLDER for the folders of all runs"
-            print(f"hjepa-pretrain: {word}: not with --multirun; allowed: {allowed}", file=sys.stderr)
-            return EXIT_WRONG_INPUT
-    _codes.clear()
+    try:
+        check(words)
+    except settings.SettingsError as error:
+        print(f"hjepa-pretrain: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    _ended.clear()
     settings.register()
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", _SIGNAL)
     own = [] if any(word.startswith("hydra.sweep.dir=") for word in words) else [_SWEEP_DIR]
@@ -55,10 +55,32 @@ def multirun(words: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(config_path="pkg://hjepa_pretrain.conf", config_name="config", version_base="1.3")(_run_one)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, OSError) as error:
         print(f"hjepa-pretrain: {settings.one_line(error)}", file=sys.stderr)
         return EXIT_WRONG_INPUT
-    return max(_codes, default=0)
+    return max(_ended.values(), default=0)
+
+
+def check(words: Sequence[str]) -> None:
+    """Refuse what has no meaning for several runs.
+
+    Args:
+        words: as `multirun` takes them.
+
+    Raises:
+        SettingsError: a word names one folder, or is an option.
+    """
+    for word in words:
+        if word.startswith("-") or word.startswith("run.dir="):
+            raise settings.SettingsError(
+                f"{word}: not with --multirun; allowed: key=value, and hydra.sweep.dir=FOLDER for the folders of all "
+                "runs"
+            )
+
+
+def ended_runs() -> list[Path]:
+    """Return the folders of the runs that the last `multirun` of this process has done here, in their order."""
+    return list(_ended)
 
 
 def _run_one(_: DictConfig) -> int:
@@ -80,8 +102,11 @@ def _run_one(_: DictConfig) -> int:
         Singleton.set_state(outer)
     if slurm and code == EXIT_PREEMPTED and os.environ["RANK"] == "0":
         _queue_again()
-    _codes.append(code)
+    _ended[folder] = code
     if not slurm and code == EXIT_PREEMPTED and not any(word.startswith("run.time_limit=") for word in words):
+        print(
+            f"the runs after it: the same command with hydra.sweep.dir={HydraConfig.get().sweep.dir}", file=sys.stderr
+        )
         # hydra would go on with the next run, which a stopped program must not.
         raise SystemExit(code)
     return code

@@ -15,6 +15,7 @@ from hjepa_pretrain.config import PlanConfig, PretrainConfig
 from hjepa_pretrain.report import figures
 from hjepa_pretrain.settings import SettingsError
 from hjepa_pretrain.task import PretrainTask
+from hjepa_pretrain.uncut import uncut
 from hjepa_train import ProgressBar, RateSweep, ScheduleConfig, ScheduleUnit, Stream, World, find_rate
 
 SCHEDULES_FILE, RATES_FILE = "schedules.png", "learning_rate.png"
@@ -65,7 +66,7 @@ def show_schedules(config: PretrainConfig, console: Console) -> None:
     for lines in schedules(config, shown).values():
         for name, numbers in lines.items():
             table.add_row(name, *(f"{number:.3g}" for number in numbers))
-    console.print(table)
+    console.print(uncut(table))
     steps = np.unique(np.linspace(0, last, min(_POINTS, config.run.steps)).round().astype(np.int64))
     drawn = schedules(config, steps)
     figure, all_axes = plt.subplots(len(drawn), 1, figsize=(6.4, 1.7 * len(drawn)), sharex=True, squeeze=False)

@@ -4,6 +4,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from hjepa_data import DataError, Decode, DevicePrefetcher, Source
 from hjepa_models import Block
 from hjepa_pretrain import settings
 from hjepa_pretrain.baselines import BaselineKind
+from hjepa_pretrain.claim import claim
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.dry_run import dry_run
 from hjepa_pretrain.evaluation import (
@@ -55,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 Sources = tuple[Source, Source | None]
 T = TypeVar("T")
+# What a finished run holds beside its results.
+_LEFT = ("model.safetensors", "config.json", "report.html")
 
 
 class OtherRankError(ValueError):
@@ -151,18 +155,19 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
         dry_run(words, config, console)
         return Outcome.DONE
     world = init_world(config.trainer.parallel)
-    try:
-        sources = _sources(config, world)
-        config.trainer.samples_per_epoch = len(sources[0])
-        if config.plan.show or config.plan.find_lr:
-            _plan(config, plain, sources, world, console)
-            return Outcome.DONE
-        trainer, folder = _prepare(config, plain, words, sources, world, console, started)
-        outcome = trainer.fit()
-    finally:
-        leave_world()
-    if outcome is Outcome.DONE and world.is_main:
-        _finish(config, trainer, sources, folder, console)
+    with ExitStack() as held:
+        try:
+            sources = _sources(config, world)
+            config.trainer.samples_per_epoch = len(sources[0])
+            if config.plan.show or config.plan.find_lr:
+                _plan(config, plain, sources, world, console)
+                return Outcome.DONE
+            trainer, folder = _prepare(config, plain, words, sources, world, console, started, held)
+            outcome = trainer.fit()
+        finally:
+            leave_world()
+        if outcome is Outcome.DONE and world.is_main:
+            _finish(config, trainer, sources, folder, console)
     return outcome
 
 
@@ -212,6 +217,7 @@ def _prepare(
     world: World,
     console: Console,
     started: float,
+    held: ExitStack,
 ) -> tuple[Trainer, Path]:
     _count_classes(config, plain, sources[0])
     # Drop path draws from the global generator; checkpoints carry it.
@@ -221,6 +227,7 @@ def _prepare(
     # Processes that torchrun starts again go back to the folder of the first ones.
     stamp = world.first("run", int(time.time()))
     folder = _together(world, lambda: _folder(config, plain, stamp))
+    _together(world, lambda: held.enter_context(claim(folder)) if world.is_main else None)
     callbacks = _together(world, lambda: _callbacks(config, plain, sources, folder, console, started))
     trainer = Trainer(
         task,
@@ -276,6 +283,11 @@ def _folder(config: PretrainConfig, plain: DictConfig, stamp: int) -> Path:
                 f"run.dir={folder}: holds {', '.join(strange)} but no {settings.CONFIG_FILE}, so it is no run of this "
                 "program; choose another folder"
             )
+    elif (folder / RESULTS_FILE).is_file() and not any((folder / "checkpoints").glob("step_*")):
+        raise settings.SettingsError(
+            f"run.dir={folder}: a finished run without its checkpoints, which would begin again; choose another "
+            f"folder, or remove its {RESULTS_FILE}"
+        )
     return folder
 
 
@@ -332,7 +344,7 @@ def _levels(config: PretrainConfig) -> str:
 def _finish(config: PretrainConfig, trainer: Trainer, sources: Sources, folder: Path, console: Console) -> None:
     """Write weights, report and results; a run that was finished before only shows its table."""
     results = read_results(config, trainer.step, folder)
-    if results is None:
+    if results is None or not all((folder / name).is_file() for name in _LEFT):
         model = _final_model(config, trainer)
         # Those of an earlier end are not of the weights that come now.
         (folder / RESULTS_FILE).unlink(missing_ok=True)

@@ -55,7 +55,7 @@ DERIVED = {
 }
 # What a dry run without a model compares.
 PLANNED = ("vit_large_patch16", "vit_huge_patch14", "vit_giant_patch14")
-_PATHS = ("run.dir", "data.train", "data.eval", "data.cache", "plan.dir")
+_PATHS = ("run.dir", "data.train", "data.eval", "data.cache", "plan.dir", "hydra.sweep.dir")
 # What the name of a model says about its encoder.
 _NAMED = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
@@ -99,7 +99,7 @@ def load(words: Sequence[str], *, quiet: bool = False) -> tuple[PretrainConfig, 
             _shorten_warmup(plain)
         config = OmegaConf.to_object(plain)
     except (OmegaConfBaseException, ValueError, AssertionError) as error:
-        raise SettingsError(one_line(error)) from error
+        raise SettingsError(_in_full(one_line(error), given)) from error
     if not isinstance(config, PretrainConfig):
         raise SettingsError(f"the configuration is a {type(config).__name__}, not a PretrainConfig; check conf/")
     # A configuration that is refused gets the one line that says why.
@@ -146,17 +146,19 @@ def plain_keys() -> list[str]:
 
 
 def _parse(words: Sequence[str]) -> list[Override]:
-    try:
-        overrides = list(OverridesParser.create().parse_overrides(overrides=[quoted(word) for word in words]))
-    except HydraException as error:
-        bad = next((word for word in words if "=" not in word), None)
-        if bad is not None:
+    parser, overrides = OverridesParser.create(), []
+    for word in words:
+        try:
+            overrides.append(parser.parse_override(quoted(word)))
+        except HydraException as error:
             raise SettingsError(
-                f"{bad!r} is not a setting; write key=value, as in run.steps=1000, and quote what holds spaces"
+                f"{word!r} is not a setting; write key=value, as in run.steps=1000, lists as [1,2], parts as {{a: 1}}, "
+                "and quote what holds spaces"
             ) from error
-        raise SettingsError(one_line(error)) from error
     for override in overrides:
-        if override.type is not OverrideType.CHANGE or override.is_sweep_override():
+        if override.is_sweep_override():
+            raise SettingsError(f"{override.input_line}: several values make several runs; add --multirun, or give one")
+        if override.type is not OverrideType.CHANGE:
             raise SettingsError(f"{override.input_line}: settings are written key=value; null switches a part off")
     return overrides
 
@@ -215,8 +217,9 @@ def _name_idle(plain: DictConfig, given: Mapping[str, object]) -> None:
             logger.warning("without %s nothing reads %s", needed, ", ".join(idle))
     if plain.baseline is None:
         return
-    read = ("hjepa.encoder", "hjepa.predictor") if plain.baseline.kind is BaselineKind.mae else ("hjepa.encoder",)
-    idle = sorted(key for key in given if key.startswith("hjepa.") and not key.startswith(read))
+    masks = plain.baseline.kind is BaselineKind.mae
+    read = ("hjepa.encoder", "hjepa.predictor", "masks") if masks else ("hjepa.encoder",)
+    idle = sorted(key for key in given if key.startswith(("hjepa.", "masks")) and not key.startswith(read))
     if idle:
         logger.warning("recipe=%s does not read %s", plain.recipe, ", ".join(idle))
 
@@ -299,11 +302,11 @@ def _stored(given: Mapping[str, object]) -> DictConfig | None:
     if not path.is_file():
         return None
     try:
-        content = yaml.safe_load(path.read_text())
+        content = dict(yaml.safe_load(path.read_text()))
         content.pop("provenance", None)
         law = {"masks": OmegaConf.structured(MASK_LAWS[content.get("mask_law", "multiblock")])}
         merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), law, content)
-    except (yaml.YAMLError, AttributeError, KeyError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, TypeError, ValueError, KeyError, OmegaConfBaseException) as error:
         detail = str(error).strip().splitlines()[0]
         raise SettingsError(f"{path} cannot be read as a configuration ({detail}); start another run.dir") from error
     assert isinstance(merged, DictConfig)
@@ -377,12 +380,21 @@ def one_line(error: BaseException) -> str:
     return f"{key[1]}: {reason[0]}" if key else " ".join(reason)
 
 
+def _in_full(line: str, given: Mapping[str, object]) -> str:
+    """Give a field the name that the user wrote: the class that refuses it does not know where it stands."""
+    name, _, rest = line.partition("=")
+    found = [key for key in given if key.endswith(f".{name}")]
+    if len(found) > 1:
+        found = [key for key in found if rest.startswith(f"{given[key]}:")]
+    return f"{found[0]}={rest}" if len(found) == 1 else line
+
+
 def _unknown(key: str, known: Sequence[str]) -> str:
     if key in known:
         return f"{key} is no setting of this mask law; hjepa-pretrain --settings masks=NAME lists its own"
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:
         last = {name.rsplit(".", 1)[-1]: name for name in known}
-        near = [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.6)]
+        near = [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.7)]
     hint = f"did you mean {near[0]}?" if near else "hjepa-pretrain --settings lists all"
     return f"{key} is no setting; {hint}"

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from hjepa_benchmark import charts
 from hjepa_benchmark.comparison.compare import (
     SEED,
@@ -98,13 +100,16 @@ def measure_missing(folders: Sequence[Path], suite: str) -> None:
         why = _missing(folder, suite)
         if why:
             print(f"{folder}: {why}, measuring (suite={suite})", file=sys.stderr, flush=True)
-            run_suite(folder, suite=suite)
+            run_suite(folder, suite=suite, console=Console(stderr=True, soft_wrap=True))
 
 
 def _missing(folder: Path, suite: str) -> str | None:
     if not (folder / FOLDER / RESULTS_FILE).is_file():
         return "no results yet"
-    about = read_results(folder / FOLDER / RESULTS_FILE).about
+    try:
+        about = read_results(folder / FOLDER / RESULTS_FILE).about
+    except ValueError:
+        return "its results cannot be read"
     if about.get("weights") != weights_id(load_run(folder, read_config(folder))):
         return "its results are of other weights"
     return "its results are of the quick suite" if (suite, about.get("suite")) == ("full", "quick") else None
@@ -112,8 +117,8 @@ def _missing(folder: Path, suite: str) -> str | None:
 
 def _metrics(runs: Sequence[Candidate]) -> list[str]:
     seen = dict.fromkeys(one.metric for run in runs for one in run.trained())
-    knn = [metric for metric in seen if metric.startswith("knn_") and metric == f"knn_{runs[0].settings.get('eval.k')}"]
-    return [*knn, *(metric for metric in TITLES if metric in seen)]
+    own = {f"knn_{run.settings.get('eval.k')}" for run in runs}
+    return [*(metric for metric in seen if metric in own), *(metric for metric in TITLES if metric in seen)]
 
 
 def _results(runs: Sequence[Candidate], metrics: Sequence[str]) -> Table:
@@ -135,7 +140,9 @@ def _cells(run: Candidate, subject: str, level: str, metrics: Sequence[str]) -> 
 def _groups(runs: Sequence[Candidate], metrics: Sequence[str]) -> Table:
     rows = []
     for label, group in group_by_settings(runs).items():
-        levels = dict.fromkeys(one.name.level for run in group for one in run.trained() if one.metric == "linear")
+        levels = dict.fromkeys(
+            one.name.level for run in group for one in run.trained() if one.metric in ("linear", "rankme")
+        )
         for level in levels:
             cells = [cell(group_interval(group, metric, level)) for metric in metrics]
             rows.append([label, str(len(group)), level, *cells])

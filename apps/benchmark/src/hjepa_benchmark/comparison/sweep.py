@@ -1,6 +1,7 @@
 """Train every combination of settings, then compare them, seeds together."""
 
 import itertools
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from hjepa_benchmark.comparison.compare import read_candidates
 from hjepa_benchmark.comparison.run import measure_missing, show
 from hjepa_pretrain import settings
 from hjepa_pretrain.evaluation import RESULTS_FILE
-from hjepa_pretrain.multirun import multirun
+from hjepa_pretrain.multirun import check, ended_runs, multirun
 
 _DIR = "hydra.sweep.dir="
 
@@ -32,16 +33,21 @@ def sweep(words: Sequence[str], *, suite: str = "quick", page: Path | None, outp
     """
     given = [word.removeprefix(_DIR) for word in words if word.startswith(_DIR)]
     folder = Path(given[0] if given else f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
+    check(words)
     for combination in combinations(words):
-        settings.load(combination)
+        settings.load(combination, quiet=True)
     command = list(sys.argv)
     try:
         code = multirun([*words, *([] if given else [f"{_DIR}{folder}"])])
     finally:
         sys.argv = command
     if code:
-        raise ValueError(f"a run below {folder} ended with exit code {code}; its line above says why")
-    folders = sorted(
+        raise ValueError(
+            f"a run below {folder} ended with exit code {code}; its line above says why; the same words with "
+            f"{shlex.quote(f'{_DIR}{folder}')} go on"
+        )
+    # What an earlier sweep left in the folder is none of these; jobs of Slurm ran in processes of their own.
+    folders = ended_runs() or sorted(
         (one for one in folder.iterdir() if (one / settings.CONFIG_FILE).is_file()),
         key=lambda one: (len(one.name), one.name),
     )
@@ -61,11 +67,14 @@ def combinations(words: Sequence[str]) -> Iterator[list[str]]:
     Raises:
         ValueError: a word is no setting.
     """
-    own = [settings.quoted(word) for word in words if not word.startswith("hydra")]
-    try:
-        overrides = OverridesParser.create().parse_overrides(overrides=own)
-    except HydraException as error:
-        raise ValueError(f"{' '.join(str(error).split())}; write key=a,b, as in run.seed=0,1") from error
+    parser, overrides = OverridesParser.create(), []
+    for word in words:
+        if word.startswith("hydra"):
+            continue
+        try:
+            overrides.append(parser.parse_override(settings.quoted(word)))
+        except HydraException as error:
+            raise ValueError(f"{word!r} is not a setting; write key=a,b, as in run.seed=0,1") from error
     choices = [
         [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
         if one.is_sweep_override()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from hjepa_benchmark.suite.subjects import subject_of
@@ -77,7 +77,7 @@ def images_hash(images: Images) -> str:
 def save_right(right: Mapping[str, Tensor], folder: Path) -> None:
     """Write which samples were right, one byte each, whole or not at all."""
     temporary = folder / (RIGHT_FILE + ".tmp")
-    save_file({key: value.to(torch.uint8) for key, value in right.items()}, temporary)
+    temporary.write_bytes(save({key: value.to(torch.uint8) for key, value in right.items()}))
     temporary.replace(folder / RIGHT_FILE)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hjepa_benchmark import charts
-from hjepa_benchmark.runs import Run, read_rows
+from hjepa_benchmark.runs import Run
 from hjepa_benchmark.suite.findings import Findings, find, known
 from hjepa_benchmark.suite.subjects import PIXELS, SUBJECTS, TRAINED, UNTRAINED, subject_of
 from hjepa_benchmark.suite.summary import NAMES, cell, latex, markdown, summarize
@@ -21,7 +21,7 @@ from hjepa_pretrain import settings
 from hjepa_pretrain.evaluation import Images
 from hjepa_pretrain.model import Model
 from hjepa_pretrain.report.page import Section, code, notice, page, table
-from hjepa_pretrain.report.write import feature_section, loss_section, neighbour_section, rank_section
+from hjepa_pretrain.report.write import feature_section, loss_section, neighbour_section, rank_section, read_rows
 
 _CLASSES = 25
 _UNLABELLED = {

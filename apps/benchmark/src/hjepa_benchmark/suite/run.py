@@ -1,6 +1,8 @@
 """The suite: measure a run, keep the results, write the page."""
 
+import errno
 import importlib.metadata
+import os
 import shlex
 import sys
 import time
@@ -12,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from hjepa_benchmark.runs import Run, open_run, read_rows, training_seconds
+from hjepa_benchmark.runs import Run, open_run, training_seconds
 from hjepa_benchmark.suite.composites import measure_composites
 from hjepa_benchmark.suite.findings import Findings, images_hash, known, save_right
 from hjepa_benchmark.suite.plan import PLANS, Plan
@@ -32,6 +34,7 @@ from hjepa_benchmark.suite.summary import summary_table
 from hjepa_eval import Results, weights_hash, write_results
 from hjepa_pretrain import settings
 from hjepa_pretrain.provenance import provenance
+from hjepa_pretrain.report.write import read_rows
 
 FOLDER, RESULTS_FILE, PAGE_FILE = "benchmark", "results.json", "report.html"
 _ATTENTION_IMAGES = 8
@@ -75,13 +78,16 @@ def run_suite(
     run = open_run(folder, train=train, held_out=held_out)
     if others:
         check_folders(others, names, run.train)
+    target = folder / FOLDER
+    target.mkdir(exist_ok=True)
+    if not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, "cannot be written; measure a copy of the run", str(target))
+    read_rows(folder, run.steps)  # damage is told now, and not when all has been measured
     began = time.monotonic()
     torch.set_num_threads(run.config.run.threads or torch.get_num_threads())
     findings, pictures = measure(run, plan, others, names)
     about = _about(run, suite, pictures.trained, time.monotonic() - began)
     results = Results(model=run.name, data=run.data, measurements=findings.measurements, about=about)
-    target = folder / FOLDER
-    target.mkdir(exist_ok=True)
     save_right(findings.right, target)
     write_results(results, target / RESULTS_FILE)
     write_page(target / PAGE_FILE, run, results, findings, pictures)

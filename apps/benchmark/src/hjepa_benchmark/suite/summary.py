@@ -11,6 +11,7 @@ from rich.table import Table
 from hjepa_benchmark.suite.findings import find
 from hjepa_benchmark.suite.subjects import TRAINED, subject_of
 from hjepa_eval import Measurement, Results
+from hjepa_pretrain.uncut import uncut
 
 NAMES = ("features", "level", "pooling")
 TITLES = {
@@ -135,7 +136,7 @@ def summary_table(results: Results) -> Table:
         table.add_column(column, justify="left" if column in NAMES else "right", no_wrap=True)
     for row, own in zip(summary.rows, summary.trained, strict=True):
         table.add_row(*row[:2], *row[len(NAMES) :], style="bold" if own else None)
-    return table
+    return uncut(table)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], names: int = len(NAMES)) -> str:

@@ -24,6 +24,7 @@ from hjepa_benchmark.throughput.reference import ReferenceStep
 from hjepa_benchmark.throughput.step import TrainingStep
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
+from hjepa_pretrain.uncut import uncut
 from hjepa_train import ParallelKind
 from hjepa_train.graph import CompileMode
 
@@ -57,6 +58,7 @@ class Throughput:
     Attributes:
         images_per_second: images (not views) of one process.
         milliseconds: median length of a step, over groups with one masked step each.
+        steps: how many were timed: those asked for, or what fills the last group.
         parts: milliseconds of each part, timed apart from the whole and from one another.
         operations: floating-point operations of the matrix products of a step, forward and backward.
         matmul_peak: operations a second that large matrix products reach here, in the step's precision.
@@ -71,6 +73,7 @@ class Throughput:
 
     images_per_second: float
     milliseconds: float
+    steps: int
     parts: dict[str, float]
     operations: float
     matmul_peak: float
@@ -118,7 +121,7 @@ def measure_throughput(config: PretrainConfig, *, steps: int, reference: bool = 
             plain()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-    ours, theirs = _in_turn(step, plain, steps, device)
+    ours, theirs, timed = _in_turn(step, plain, steps, device)
     length = statistics.median(ours)
     found = None
     if plain is not None:
@@ -134,6 +137,7 @@ def measure_throughput(config: PretrainConfig, *, steps: int, reference: bool = 
     return Throughput(
         images_per_second=1e3 * len(step.batch) / length,
         milliseconds=length,
+        steps=timed,
         parts=step.parts(repeats=max(3, steps // step.every // 2), warmup=2),
         operations=counted,
         matmul_peak=flops_peak,
@@ -185,7 +189,7 @@ def print_throughput(words: Sequence[str], *, steps: int, reference: bool, outpu
         found = measure_throughput(config, steps=steps, reference=reference)
     finally:
         torch.set_num_threads(threads)
-    Console(soft_wrap=True).print(_table(found, config, steps))
+    Console(soft_wrap=True).print(_table(found, config))
     if output is not None:
         content = {"command": ["hjepa-benchmark", "throughput", *words], **_about(config), **asdict(found)}
         output.write_text(json.dumps(content, indent=2) + "\n")
@@ -193,9 +197,10 @@ def print_throughput(words: Sequence[str], *, steps: int, reference: bool, outpu
 
 def _in_turn(
     step: TrainingStep, plain: ReferenceStep | None, steps: int, device: torch.device
-) -> tuple[list[float], list[float]]:
+) -> tuple[list[float], list[float], int]:
     """Milliseconds of a step in groups with as many masked steps as a run has, and of the plain steps between them.
 
+    The third is how many steps of ours that were.
     A GPU is given several groups at once: as in a run, the host is ahead of it and prepares the next step.
     """
     ours, theirs = [], []
@@ -215,7 +220,7 @@ def _in_turn(
         ours.append(milliseconds(groups, device) / together / step.every)
         if plain is not None:
             theirs.append(milliseconds(plain_steps, device) / together)
-    return ours, theirs
+    return ours, theirs, len(ours) * together * step.every
 
 
 def _peak_of(plain: ReferenceStep, held: int, device: torch.device) -> float:
@@ -232,6 +237,7 @@ def _about(config: PretrainConfig) -> dict[str, object]:
         "model": config.model,
         "batch_size": config.data.batch_size,
         "views": config.data.views,
+        "local_views": config.data.local_views,
         "image_size": list(config.data.image_size),
         "precision": str(config.trainer.precision),
         "compiled": config.trainer.compile,
@@ -243,12 +249,12 @@ def _about(config: PretrainConfig) -> dict[str, object]:
     }
 
 
-def _table(found: Throughput, config: PretrainConfig, steps: int) -> Table:
+def _table(found: Throughput, config: PretrainConfig) -> Table:
     about = _about(config)
-    size = "x".join(map(str, config.data.image_size))
+    views = [f"{group.count} views of {'x'.join(map(str, group.size))}" for group in config.data.stream(1).views]
     blocks, tokens = found.target_tokens
     table = Table(
-        title=f"{config.recipe} {config.model}, batch {config.data.batch_size}, {config.data.views} views of {size}, "
+        title=f"{config.recipe} {config.model}, batch {config.data.batch_size}, {' and '.join(views)}, "
         f"{found.context_tokens} context tokens, targets {blocks}x{tokens}, {about['precision']}, "
         f"{'compiled' if config.trainer.compile else 'eager'}, {about['device']}",
         title_justify="left",
@@ -257,7 +263,7 @@ def _table(found: Throughput, config: PretrainConfig, steps: int) -> Table:
         pad_edge=False,
     )
     table.caption, table.caption_justify = (
-        f"median of {steps} steps; parts are timed in {sum(found.parts.values()):.1f} ms steps of their own",
+        f"median of {found.steps} steps; parts are timed in {sum(found.parts.values()):.1f} ms steps of their own",
         "left",
     )
     table.add_column("what")
@@ -297,7 +303,7 @@ def _table(found: Throughput, config: PretrainConfig, steps: int) -> Table:
     row("host synchronisations", "-" if found.host_synchronisations is None else str(found.host_synchronisations))
     if other is not None:
         row("speed over the plain step", f"{other.speedup:.2f}", "1")
-    return table
+    return uncut(table)
 
 
 def _rate(operations: float, milliseconds: float) -> str:

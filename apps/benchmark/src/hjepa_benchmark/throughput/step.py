@@ -131,7 +131,9 @@ class TrainingStep:
         if not model.config.encoder.output_patch_size:
             found.append((PYRAMID, self._pyramid(model, targets.flatten(1)), share))
         if model.global_level is not None:
-            found.append(("whole views", self._both(model.encoder, torch.cat(images)), 1.0))
+            # In one batch where they have one shape, else one by one, as in the step.
+            full = [torch.cat(images)] if len({view.shape for view in images}) == 1 else images
+            found.append(("whole views", self._both(partial(_encode, model.encoder), *full), 1.0))
         return found
 
     def _forward(self, module: torch.nn.Module, *arguments: Tensor) -> Callable[[], object]:
@@ -143,7 +145,7 @@ class TrainingStep:
 
         return work
 
-    def _both(self, module: torch.nn.Module, *arguments: Tensor) -> Callable[[], object]:
+    def _both(self, module: Callable[..., Tensor], *arguments: Tensor) -> Callable[[], object]:
         call = self._maybe_compiled(module)
 
         def work() -> None:
@@ -192,13 +194,19 @@ class TrainingStep:
         return torch.compile(call, dynamic=False, backend=trainer.compile_backend)
 
 
+def _encode(encoder: torch.nn.Module, *views: Tensor) -> Tensor:
+    """Tokens [n, D] of views, each of a size of its own."""
+    return torch.cat([encoder(view).flatten(0, 1) for view in views])
+
+
 def synthetic_batch(config: PretrainConfig, device: torch.device) -> Batch:
-    """Random pixels of a batch of the run, on the device."""
+    """Random pixels of a batch of the run, local views among them, on the device."""
     generator = torch.Generator().manual_seed(0)
     count, channels = config.data.batch_size, config.hjepa.encoder.in_channels
-    shape = (count, channels, *config.data.image_size)
     views = tuple(
-        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(config.data.views)
+        torch.randint(0, 256, (count, channels, *group.size), dtype=torch.uint8, generator=generator)
+        for group in config.data.stream(1).views
+        for _ in range(group.count)
     )
     classes = None if config.baseline is None else config.baseline.num_classes
     labels = torch.full((count,), -1) if classes is None else torch.arange(count) % classes

@@ -1,6 +1,7 @@
 """Gathers what a run left and writes `report.html`."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ def write_report(
     Returns:
         The path of the page.
     """
-    metrics = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    rows = read_rows(folder)
     sections = [_learned(results), loss_section(rows), rank_section(rows)]
     if images is not None:
         train, test = images
@@ -51,8 +51,24 @@ def write_report(
     sections += [_speed(rows), Section(title="Configuration", body=code((folder / "config.yaml").read_text()))]
     path = folder / "report.html"
     subtitle = f"{config.recipe}, {config.model}, {results['step']:,} steps of {config.data.batch_size} images"
-    path.write_text(page(f"hjepa run {folder.name}", subtitle, sections))
+    path.write_text(page(f"hjepa run {folder.resolve().name}", subtitle, sections), "utf-8")
     return path
+
+
+def read_rows(folder: Path, steps: float = math.inf) -> list[dict[str, Any]]:
+    """Rows of `metrics.jsonl` up to a step; none where the run kept none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [row for row in rows if row["step"] <= steps]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); remove the line, or the file: curves are drawn of it") from error
 
 
 def _learned(results: dict[str, Any]) -> Section:
