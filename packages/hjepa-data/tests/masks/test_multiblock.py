@@ -285,3 +285,17 @@ def test_256_images_take_milliseconds():
         torch.set_num_threads(threads)
     # 4 to 5 ms on an idle core; the limit leaves room for a busy one.
     assert sorted(times)[5] < 0.025
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"grid": (1, 1)}, r"^grid=\(1, 1\): a spatial grid of one cell has no context beside a target"),
+        ({"grid": (4, 1, 1), "tube": True}, r"^grid=\(4, 1, 1\): a spatial grid of one cell"),
+        ({"context_ratio": 1.0}, r"^context_ratio=1.0: no part of the grid; allowed: above 0, below 1"),
+        ({"target_aspect": (1.0, math.inf)}, r"^target_aspect=\(1.0, inf\): no range of aspects"),
+    ],
+)
+def test_what_no_draw_can_meet_is_refused_at_once(fields, words):
+    with pytest.raises(ValueError, match=words):
+        MultiBlockConfig(**fields)

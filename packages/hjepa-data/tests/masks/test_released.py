@@ -174,3 +174,16 @@ def test_what_cannot_be_is_refused_with_numbers(fields, words):
         ReleasedMaskConfig(**fields).build(0)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_size_that_only_one_step_in_thousands_draws():
+    """Step 4454 draws blocks of 198 cells, a size that none of the 1024 levels has, where Kt is 200."""
+    config = ReleasedMaskConfig(
+        grid=(32, 32), target_scale=(0.2, 0.3), target_aspect=(0.5, 2.0), context_tokens=64, num_targets=2
+    )
+    assert config.target_size(0.08001822233200073) == (11, 18)
+    assert config.target_cells == 200
+    masks = config.build(seed=0)(4454, torch.arange(3))
+    assert masks.targets.shape == (3, 2, 200)
+    for context, targets in zip(masks.context, masks.targets, strict=True):
+        assert not set(context.tolist()) & set(targets.flatten().tolist())

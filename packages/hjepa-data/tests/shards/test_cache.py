@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import threading
 import time
@@ -290,3 +291,19 @@ def test_a_source_reaches_other_processes(served, cache, jpeg):
     source.read(0)
     copy = pickle.loads(pickle.dumps(source))
     assert copy.read(7).image == jpeg(7)
+
+
+def test_a_disk_that_is_full_is_not_asked_for_each_sample(served, cache):
+    patient = CacheConfig(folder=cache.folder, first_wait=0.001, retry_after=60.0)
+    source = ShardSource(f"{served.url}/train-000000.tar", cache=patient)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(DataError, match="cannot be used: File too large"):
+            source.read(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # There is room now, but the shard was given up for a minute.
+    with pytest.raises(DataError, match="cannot be used: File too large"):
+        source.read(1)
+    assert not list(Path(cache.folder).glob("*.part"))

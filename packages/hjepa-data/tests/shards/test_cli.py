@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from hjepa_data import ShardSource
 from hjepa_data.shards.cli import main
@@ -409,3 +410,72 @@ def test_a_folder_with_the_name_of_a_command(tmp_path, capsys, monkeypatch, jpeg
     monkeypatch.chdir(tmp_path)
     assert call(capsys, "./check", "out")[0] == 0
     assert len(ShardSource("out")) == 1
+
+
+@pytest.fixture
+def splits(tmp_path, jpeg):
+    folder = tmp_path / "set"
+    for split in ("train", "test", "val"):
+        (folder / split / "cat").mkdir(parents=True)
+        (folder / split / "cat" / "1.jpg").write_bytes(jpeg(1))
+    return folder
+
+
+def test_a_fraction_for_val_beside_splits_is_refused(splits, tmp_path, capsys):
+    code, _, err = call(capsys, splits, tmp_path / "out", "--val-fraction", "0.5", "--workers", 1)
+    assert code == 2
+    assert "val_fraction=0.5: the images have the splits test, train, val, which are kept; allowed: 0" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_val_comes_before_test_in_the_next_command(splits, tmp_path, capsys):
+    code, out, _ = call(capsys, splits, tmp_path / "out", "--workers", 1)
+    assert code == 0
+    assert re.search(r"data.train='\S*/train-000000.tar' data.eval='\S*/val-000000.tar'", out)
+
+
+def test_overwrite_deletes_nothing_but_shards(flat, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(capsys, flat, out, "--workers", 1)[0] == 0
+    (out / "train-2024-backup.tar").write_bytes(b"precious")
+    assert call(capsys, flat, out, "--workers", 1, "--overwrite")[0] == 0
+    assert (out / "train-2024-backup.tar").read_bytes() == b"precious"
+
+
+def test_names_of_classes_go_with_the_shards(classes, flat, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(capsys, classes, out, "--workers", 1)[0] == 0
+    assert (out / "classes.json").exists()
+    assert call(capsys, flat, out, "--workers", 1, "--overwrite")[0] == 0
+    assert not (out / "classes.json").exists()
+
+
+def test_splits_of_other_classes_do_not_share_a_folder(classes, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(capsys, f"torchvision:ImageFolder:{classes}", out, "--workers", 1)[0] == 0
+    other = tmp_path / "other"
+    (other / "test" / "cow").mkdir(parents=True)
+    (classes / "cat" / "0.jpg").rename(other / "test" / "cow" / "0.jpg")
+    code, _, err = call(capsys, other, out, "--workers", 1)
+    assert code == 2
+    assert "of a split with other classes" in err
+    assert json.loads((out / "classes.json").read_text()) == ["cat", "dog", "emu"]
+
+
+@pytest.mark.parametrize(("encoding", "side"), [("webp", 17_000), ("jpeg", 66_000)])
+def test_what_a_format_cannot_hold_is_left_out(tmp_path, capsys, jpeg, encoding, side):
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    (folder / "good.jpg").write_bytes(jpeg(1))
+    Image.new("RGB", (side, 2)).save(folder / "panorama.png")
+    code, out, err = call(capsys, folder, tmp_path / "out", "--encode", encoding, "--workers", 1)
+    assert code == 0, err
+    assert re.search(r"too_large\s+│\s+1 │", out)
+    assert len(ShardSource(tmp_path / "out")) == 1
+
+
+def test_names_are_printed_as_they_are(tmp_path, capsys):
+    name = r"a:dog:\[b] [red]x"
+    code, _, err = call(capsys, "check", tmp_path / name)
+    assert code == 2
+    assert name in err

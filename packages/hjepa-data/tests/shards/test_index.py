@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import zlib
 
@@ -104,3 +105,30 @@ def test_a_shard_that_is_cut_off_gets_no_index(shard):
     with pytest.raises(DataError, match="truncated at byte 3000"):
         write_index(shard)
     assert not index_path(shard).exists()
+
+
+def test_an_index_that_overflows_is_damaged(shard):
+    raw = json.loads(index_path(shard).read_text())
+    for fields in ({"sizes": [2**63 - 1] * 6}, {"size": 2**70}):
+        index_path(shard).write_text(json.dumps(raw | fields))
+        with pytest.raises(ValueError, match="is damaged"):
+            load_index(shard)
+        assert len(ShardSource(shard)) == 6
+
+
+def test_processes_that_index_the_same_shard_do_not_share_a_file(shard, monkeypatch):
+    """Another process, between the writing of the index and its renaming, writes and renames its own."""
+    replace, names = os.replace, []
+
+    def slow(old, new):
+        names.append(old.name)
+        if len(names) == 1:
+            child = multiprocessing.get_context("fork").Process(target=write_index, args=(shard,))
+            child.start()
+            child.join(20)
+            assert child.exitcode == 0
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", slow)
+    write_index(shard)
+    assert len(load_index(shard).index) == 6

@@ -140,3 +140,23 @@ def test_urls_stand_beside_files(folder):
 def test_commands_in_urls_are_refused(url):
     with pytest.raises(DataError, match="commands are not run"):
         expand_locations(url)
+
+
+def test_a_directory_is_its_visible_tar_files(folder):
+    (folder / "._train-000000.tar").write_bytes(b"what macOS leaves")
+    assert len(expand_shards(folder)) == 13
+    odd = folder / "odd[1]"
+    odd.mkdir()
+    (odd / "a.tar").write_bytes(b"")
+    assert names(expand_shards(odd)) == ["a.tar"]
+    (odd / "b.tar").mkdir()
+    with pytest.raises(DataError, match=r"b.tar' is a directory, not a shard"):
+        expand_shards(odd)
+
+
+def test_list_files_are_utf8(folder):
+    (folder / "all.txt").write_bytes("\ufefftrain-000001.tar\r\n".encode())
+    assert names(expand_shards(folder / "all.txt")) == ["train-000001.tar"]
+    (folder / "all.txt").write_bytes(b"caf\xe9.tar\n")
+    with pytest.raises(DataError, match=r"list file '.*all.txt' cannot be read: .*; write it in UTF-8"):
+        expand_shards(folder / "all.txt")

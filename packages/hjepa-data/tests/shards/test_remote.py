@@ -1,6 +1,7 @@
 """Shards behind a real HTTP server on this machine, and behind fsspec."""
 
 import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from hjepa_data import DataError, ShardSource, StreamConfig, ViewGroup, WorkerConfig
 from hjepa_data.shards.cache import CacheConfig
 from hjepa_data.shards.patterns import expand_locations
-from hjepa_data.shards.remote import check_url, index_url, retry, shown
+from hjepa_data.shards.remote import RemoteError, check_url, index_url, retry, shown
 
 NAMES = "train-{000000..000005}.tar"
 
@@ -276,3 +277,15 @@ def test_pauses_double_and_differ(monkeypatch):
             full = min(30.0, 2.0**k)
             assert full / 2 <= pause < full
     assert pauses["http://a"] != pauses["http://b"]
+
+
+def test_a_thousand_attempts(monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+
+    def fails():
+        raise RemoteError("busy", passing=True)
+
+    with pytest.raises(DataError, match=r"busy \(1100 attempts\)"):
+        retry(fails, "http://host/a.tar", attempts=1100, first_wait=0.5)
+    assert max(waits) <= 30

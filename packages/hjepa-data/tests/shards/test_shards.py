@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import tarfile
 
 import numpy as np
@@ -184,3 +185,107 @@ def test_shard_size_in_bytes(tmp_path, jpeg):
     paths = write_shards([jpeg(n) for n in range(30)], tmp_path, max_bytes=20_000)
     assert len(paths) > 2
     assert all(path.stat().st_size >= 20_000 for path in paths[:-1])
+
+
+def tar_of(path, members, **options):
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            add(tar, name, data)
+    return path
+
+
+def test_the_first_image_and_the_first_label_of_a_key_belong_together(tmp_path, jpeg):
+    members = [("a.jpg", jpeg(1)), ("a.cls", b"1"), ("b.jpg", jpeg(2)), ("a.jpg", jpeg(3)), ("a.cls", b"2")]
+    source = ShardSource(tar_of(tmp_path / "repeated.tar", members))
+    assert source.read(0).image == jpeg(1)
+    assert source.labels.tolist() == [1, -1]
+
+
+def test_a_plain_extension_is_the_image_of_its_sample(tmp_path, jpeg):
+    depth, photo = jpeg(7, kind="PNG"), jpeg(8)
+    source = ShardSource(tar_of(tmp_path / "a.tar", [("x.depth.png", depth), ("x.jpg", photo), ("x.seg.png", depth)]))
+    assert [source.read(number).image for number in range(len(source))] == [photo]
+    source = ShardSource(tar_of(tmp_path / "b.tar", [("x.v2.png", depth), ("x.v1.jpg", photo)]))
+    assert [source.read(number).image for number in range(len(source))] == [depth]
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_a_sparse_member_is_refused_by_its_name(tmp_path, jpeg, kind):
+    info = tarfile.TarInfo("GNUSparseFile.0/hole.jpg")
+    data = jpeg(1)
+    info.size = len(data)
+    if kind == "gnu":
+        info.type, info.name = b"S", "hole.jpg"
+    else:
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "hole.jpg"}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "whole.jpg", data)
+        tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(DataError, match=r"'hole.jpg' without its holes.*--sparse; 1 complete samples precede it"):
+        ShardSource(tmp_path / "a.tar")
+
+
+def test_what_cannot_be_read_as_a_tar_is_one_line(tmp_path):
+    (tmp_path / "a.tar").mkdir()
+    with pytest.raises(DataError, match=r"a.tar' cannot be read: Is a directory"):
+        scan_shard(tmp_path / "a.tar")
+
+
+def test_a_key_is_written_once_into_a_shard(tmp_path, jpeg):
+    with ShardWriter(tmp_path, samples_per_shard=2) as writer:
+        writer.write(jpeg(0), key="a")
+        with pytest.raises(DataError, match=r"key 'a': the shard has a sample of that key"):
+            writer.write(jpeg(1), key="a")
+        writer.write(jpeg(1), key="b")
+        writer.write(jpeg(2), key="a")
+    assert len(ShardSource(tmp_path)) == writer.num_samples == 3
+
+
+@pytest.mark.parametrize("label", [-2, 1.0, "3", 10**18])
+def test_a_label_that_no_reader_would_see_is_refused(tmp_path, jpeg, label):
+    with ShardWriter(tmp_path) as writer:
+        writer.write(jpeg(0), label=10**18 - 1)
+        writer.write(jpeg(1), label=np.int64(4))
+        writer.write(jpeg(2), label=-1)
+        with pytest.raises(DataError, match=r"^label .* of sample 3 is no class number; allowed: 0 and more"):
+            writer.write(jpeg(3), label=label)
+    assert ShardSource(tmp_path).labels.tolist() == [10**18 - 1, 4, -1]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((3, 8, 8), np.uint8),
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((8, 8), np.float32),
+        Image.new("CMYK", (8, 8)),
+        bytearray(b"\xff\xd8\xff"),
+    ],
+    ids=["channels first", "floats", "grey floats", "CMYK", "bytearray"],
+)
+def test_pixels_that_are_no_image_are_one_line(tmp_path, image):
+    with ShardWriter(tmp_path) as writer, pytest.raises(DataError, match=r"sample 0 is no image \(.*\); allowed: "):
+        writer.write(image)
+
+
+def test_an_opened_image_is_written_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 10)).save(buffer, format="JPEG", exif=exif)
+    write_shards([Image.open(buffer)], tmp_path)
+    assert Image.open(io.BytesIO(ShardSource(tmp_path).read(0).image)).size == (10, 20)
+
+
+@pytest.mark.parametrize("sizes", [[2500] * 30, [9000, 9000]], ids=["in a member", "at the end"])
+def test_a_full_disk_leaves_no_half_shard(tmp_path, jpeg, sizes):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The same as a full disk: the system refuses to write on.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_shards((jpeg(number) + bytes(size) for number, size in enumerate(sizes)), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.__context__ is None
+    assert list(tmp_path.iterdir()) == []

@@ -244,3 +244,32 @@ def test_rows_on_the_disk_are_not_copied_into_workers(rows, tmp_path):
     rows.save_to_disk(tmp_path / "rows")
     source = HuggingFaceSource(datasets.load_from_disk(str(tmp_path / "rows")))
     assert len(pickle.dumps(source)) < sum(os.path.getsize(p) for p in (tmp_path / "rows").glob("*.arrow")) / 3
+
+
+def test_class_numbers_of_any_integers(rows):
+    labels = datasets.Features({"pixels": datasets.Image(), "kind": datasets.Value("uint8")})
+    images = rows.cast_column("pixels", datasets.Image(decode=False))["pixels"][:3]
+    source = HuggingFaceSource(
+        datasets.Dataset.from_dict({"pixels": images, "kind": [200, 2, None]}, features=labels), label="kind"
+    )
+    assert source.labels.tolist() == [200, 2, -1]
+
+
+class FirstDamaged:
+    targets = (0, 1)
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return Image.open(io.BytesIO(self.data[index])).convert("RGB"), self.targets[index]
+
+
+def test_a_damaged_first_image_is_left_out_like_any_other(jpeg):
+    source = TorchvisionSource(FirstDamaged([jpeg(0, size=(200, 200))[:300], jpeg(1)]))
+    with pytest.raises(SkipImageError):
+        source.read(0)
+    assert source.read(1).label == 1

@@ -8,7 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hjepa_data import DataError, FolderSource, MixtureSource, ShardSource, StreamConfig, ViewGroup, write_shards
+from hjepa_data import (
+    DataError,
+    FileSource,
+    FolderSource,
+    MixtureSource,
+    ShardSource,
+    StreamConfig,
+    ViewGroup,
+    write_shards,
+)
 from hjepa_data.sources.mixture import shares_of
 from hjepa_data.stream.order import MixtureOrder, StreamOrder, order_of
 
@@ -248,3 +257,17 @@ def test_a_damaged_image_of_one_source_is_replaced(pets, tmp_path, jpeg):
     assert 31 + 3 not in seen
     assert len(seen) == 40
     assert sum(stream.skipped.values()) >= 1
+
+
+def test_weights_that_would_not_count_are_refused(shards):
+    source = ShardSource(shards)
+    weighted = MixtureSource([source, source], weights=[9, 1])
+    with pytest.raises(ValueError, match=r"^weights=None: a source is a mixture whose own weights would not count"):
+        MixtureSource([weighted, source])
+    assert isinstance(order_of(MixtureSource([weighted, source], weights=[1, 1]), 4, 0), MixtureOrder)
+
+
+def test_a_source_without_samples_is_refused_when_the_stream_is_built():
+    empty = FileSource([], np.empty(0, dtype=np.int64))
+    with pytest.raises(DataError, match="the FileSource has no samples"):
+        StreamConfig(views=(ViewGroup(size=(8, 8)),)).build(empty, seed=0)

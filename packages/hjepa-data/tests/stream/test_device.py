@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from hjepa_data import DataError, ShardSource, StreamConfig, ViewGroup, WorkerConfig
+from hjepa_data import DataError, ShardSource, StreamConfig, ViewGroup, WorkerConfig, write_shards
 from hjepa_data.stream.device import DevicePrefetcher
 
 SEED = 5
@@ -94,3 +94,36 @@ def test_memory_is_kept_until_the_computation_is_done(shards):
         del batch
     assert [int(s) for s in sums] == [int(batch.views[0].long().sum()) for batch in reference]
     stream.close()
+
+
+def test_images_that_are_left_out_count_once_however_often_it_is_closed(tmp_path, jpeg):
+    write_shards([jpeg(n) if n % 4 else jpeg(n, size=(200, 200))[:300] for n in range(40)], tmp_path)
+    config = StreamConfig(global_batch_size=10, views=(ViewGroup(size=(8, 8)),), max_skipped_fraction=1.0)
+    plain = config.build(ShardSource(tmp_path), seed=SEED)
+    ahead = DevicePrefetcher(config.build(ShardSource(tmp_path), seed=SEED), "cpu")
+    for _ in range(4):
+        assert same(next(ahead), next(plain))
+        assert ahead.skipped == plain.skipped
+        ahead.close()
+    assert sum(ahead.skipped.values()) == 10
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_an_interrupt_loses_no_batch(shards, device, first):
+    stream, reference = build(shards), take(build(shards), 4)
+    read, calls = stream.source.read, itertools.count()
+
+    def interrupted(index):
+        if next(calls) == 6 * first + 3:
+            raise KeyboardInterrupt
+        return read(index)
+
+    stream.source.read = interrupted
+    ahead, given, state = DevicePrefetcher(stream, device), [], None
+    while len(given) < 4:
+        state = ahead.state_dict()
+        try:
+            given.append(next(ahead))
+        except KeyboardInterrupt:
+            assert ahead.state_dict() == state
+    assert all(same(one, two) for one, two in zip(given, reference, strict=True))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hjepa_data import (
+    DataError,
     FolderSource,
     MixtureSource,
     RawSample,
@@ -236,3 +237,9 @@ def test_64_streams_over_1000_shards_read_each_sample_once(jpeg):
     # 7 steps of 320 are an epoch of 2,000 and 240 images of the next one.
     assert seen == Counter(range(2000))
     assert len(source.reads) == 7 * 320
+
+
+def test_a_state_of_something_else_is_one_line(shards):
+    stream = build(ShardSource(shards))
+    with pytest.raises(DataError, match="the saved state lacks order, position, samples: it is not that of a stream"):
+        stream.load_state_dict({"epoch": 1})

@@ -230,3 +230,29 @@ def test_256_small_images_take_milliseconds():
         torch.set_num_threads(threads)
     # About 2 ms on an idle core; the limit leaves room for a busy one.
     assert sorted(times)[5] < 0.012
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1)])
+def test_blur_of_a_line_of_pixels(device, size):
+    images = torch.rand(3, 3, *size, device=device)
+    augment = ColorConfig(**(OFF | {"blur": 1.0})).build(0)
+    blurred = augment(images, 0, torch.arange(3, device=device), 0)
+    # Mirrored at the border of one pixel, nothing else is near.
+    torch.testing.assert_close(blurred, images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_floats_are_cast(device, dtype):
+    images, sample = batch(device)
+    images = (images.float() / 255).to(dtype)
+    augment = ColorConfig(blur=0.5).build(0)
+    assert torch.equal(augment(images, 0, sample, 0), augment(images.float(), 0, sample, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int64, torch.bool])
+def test_integers_of_unknown_range_are_refused(dtype):
+    images = torch.ones(2, 3, 4, 4, dtype=dtype)
+    with pytest.raises(ValueError, match=r"^images='torch.*pixels of unknown range; allowed: uint8"):
+        normalize(images)
+    with pytest.raises(ValueError, match=r"^images='torch.*pixels of unknown range; allowed: uint8"):
+        ColorConfig().build(0)(images, 0, torch.arange(2), 0)

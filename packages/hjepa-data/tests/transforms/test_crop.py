@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 
-from hjepa_data import SkipReason, ViewGroup
+from hjepa_data import EvalConfig, SkipReason, StreamConfig, ViewGroup
 from hjepa_data.random import Draws
+from hjepa_data.shards.check import CheckConfig
+from hjepa_data.shards.make import MakeConfig
+from hjepa_data.shards.show import SheetConfig
 from hjepa_data.transforms.crop import random_views, resized_crop_box
 from hjepa_data.transforms.decode import SkipImageError, open_image
 
@@ -214,3 +217,33 @@ def test_wrong_fields_are_refused():
     ):
         with pytest.raises(ValueError, match=word):
             ViewGroup(**fields)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_damaged_exif_does_not_cost_the_image(kind):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    whole = exif.tobytes()
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for place in rng.integers(6, len(whole), 3):
+            damaged[place] = rng.integers(256)
+        upright = open_image(encoded(Image.new("RGB", (20, 10)), kind, exif=bytes(damaged)), max_pixels=LIMIT)
+        assert sorted((upright.width, upright.height)) == [10, 20]
+        assert upright.decode(1.0).size == (upright.width, upright.height)
+
+
+@pytest.mark.parametrize("build", [StreamConfig, EvalConfig, MakeConfig, CheckConfig, SheetConfig])
+def test_a_limit_on_pixels_that_pillow_does_not_reach_is_refused(build):
+    most = 2 * Image.MAX_IMAGE_PIXELS
+    assert build(max_pixels=most).max_pixels == most
+    for pixels in (0, most + 1):
+        with pytest.raises(ValueError, match=f"^max_pixels={pixels}: no limit on pixels; allowed: 1 to {most}"):
+            build(max_pixels=pixels)
+
+
+def test_an_aspect_without_end_is_refused():
+    with pytest.raises(ValueError, match=r"^ratio=.*no range of aspects"):
+        ViewGroup(ratio=(1.0, math.inf))

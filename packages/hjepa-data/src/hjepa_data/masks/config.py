@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hjepa_data.errors import refuse
-from hjepa_data.masks.budget import MaskConfig
+from hjepa_data.masks.budget import MaskConfig, check_ratio, check_scale
 
 if TYPE_CHECKING:
     from hjepa_data.masks.multiblock import MultiBlockMasks
@@ -43,30 +43,25 @@ class MultiBlockConfig(MaskConfig):
     context_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        self.grid = tuple(int(side) for side in self.grid)
         self.target_scale = tuple(self.target_scale)
         self.target_aspect = tuple(self.target_aspect)
         self.context_scale = tuple(self.context_scale)
         self._check_grid()
         for name in ("target_scale", "context_scale"):
-            scale = getattr(self, name)
-            if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-                refuse(name, scale, "no range of areas", "allowed: 0 < smallest <= largest <= 1")
-        if len(self.target_aspect) != 2 or not 0 < self.target_aspect[0] <= self.target_aspect[1]:
+            check_scale(name, getattr(self, name))
+        if len(self.target_aspect) != 2 or not 0 < self.target_aspect[0] <= self.target_aspect[1] < math.inf:
             refuse("target_aspect", self.target_aspect, "no range of aspects", "allowed: 0 < smallest <= largest")
         if self.num_targets < 1:
             refuse("num_targets", self.num_targets, "an image has at least one target block", "allowed: 1 and more")
-        if not 0 < self.context_ratio <= 1:
-            refuse("context_ratio", self.context_ratio, "no part of the grid", "allowed: above 0, below 1")
+        check_ratio("context_ratio", self.context_ratio)
         self._check_budgets()
 
     def _check_grid(self) -> None:
-        if not self.grid or min(self.grid) < 1:
-            refuse("grid", self.grid, "no grid", "allowed: positive integers (h, w), or (t, h, w) with tube=True")
         if len(self.grid) == 3 and not self.tube:
             refuse("grid", self.grid, "blocks are spatial, and this grid has time", "allowed: (h, w), or set tube=True")
         if len(self.grid) != (3 if self.tube else 2):
             refuse("grid", self.grid, f"{len(self.grid)} axes", "allowed: (h, w), or (t, h, w) with tube=True")
+        self.check_grid()
 
     def _check_budgets(self) -> None:
         cells, largest = self.num_cells, max(1, math.ceil(self.target_scale[1] * self.num_cells))

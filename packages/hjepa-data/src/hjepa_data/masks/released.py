@@ -90,7 +90,7 @@ class ReleasedMaskConfig(MaskConfig):
             setattr(self, name, tuple(getattr(self, name)))
         check_scale("target_scale", self.target_scale)
         check_scale("context_scale", self.context_scale)
-        if len(self.target_aspect) != 2 or not 0 < self.target_aspect[0] <= self.target_aspect[1]:
+        if len(self.target_aspect) != 2 or not 0 < self.target_aspect[0] <= self.target_aspect[1] < math.inf:
             refuse("target_aspect", self.target_aspect, "no range of aspects", "allowed: 0 < smallest <= largest")
         if self.num_targets < 1:
             refuse("num_targets", self.num_targets, "an image has at least one target block", "allowed: 1 and more")
@@ -175,8 +175,8 @@ class ReleasedMasks:
         blocks, key = config.num_targets, hash_int(self._seed, _RELEASED, step)
         # The sizes are those of the step: they are drawn on the host and nothing waits for the device.
         sizes = Draws(key, _SIZES)
-        target_size, context_size = config.target_size(sizes.uniform()), config.context_size(sizes.uniform())
-        candidates = self._num_candidates.get((target_size, context_size), _MAX_CANDIDATES)
+        target_size, context_size = self._planned(sizes.uniform(), sizes.uniform())
+        candidates = self._num_candidates[target_size, context_size]
         sets = {_PLACES: candidates * (blocks + 1) * 2, _TARGET_CELLS: blocks * math.prod(target_size)}
         of_places, of_targets = bits_of_sets(key, sets, sample).tensor_split((sets[_PLACES],), dim=1)
         places, origin = _sizes_of_boxes(constants, blocks, target_size, context_size)
@@ -193,6 +193,17 @@ class ReleasedMasks:
             targets=repeat_over_time(
                 self._keep_targets(of_targets, start[:, :-1], *target_size), config.num_cells, config.repeats
             ),
+        )
+
+    def _planned(self, target: float, context: float) -> tuple[Size, Size]:
+        """Sizes of the blocks from two numbers in [0, 1)."""
+        config = self.config
+        found = config.target_size(target), config.context_size(context)
+        # What is rarer than one in ``_LEVELS`` may be in no budget: then the sizes of its level count.
+        return (
+            found
+            if found in self._num_candidates
+            else (config.target_size(_level(target)), config.context_size(_level(context)))
         )
 
     def _keep_targets(
@@ -242,6 +253,11 @@ def _block_size(number: float, scale: tuple[float, ...], aspect: tuple[float, ..
     return min(max(sides[0], 1), grid[0] - 1), min(max(sides[1], 1), grid[1] - 1)
 
 
+def _level(number: float) -> float:
+    """Round a number in [0, 1) to the middle of its level."""
+    return (math.floor(number * _LEVELS) + 0.5) / _LEVELS
+
+
 @lru_cache(maxsize=64)
 def _sizes(
     grid: tuple[int, ...],
@@ -249,7 +265,7 @@ def _sizes(
     target_aspect: tuple[float, ...],
     context_scale: tuple[float, ...],
 ) -> tuple[tuple[tuple[Size, Size], float], ...]:
-    numbers = [(level + 0.5) / _LEVELS for level in range(_LEVELS)]
+    numbers = [_level(level / _LEVELS) for level in range(_LEVELS)]
     targets = Counter(_block_size(number, target_scale, target_aspect, grid) for number in numbers)
     contexts = Counter(_block_size(number, context_scale, (1.0, 1.0), grid) for number in numbers)
     return tuple(((t, c), targets[t] * contexts[c] / _LEVELS**2) for t in targets for c in contexts)

@@ -180,7 +180,8 @@ class ShardCache:
         if time.monotonic() < until:
             raise DataError(failure)
         try:
-            with self._fetched(shard.url, key, shard) as (part, _):
+            # A full disk is given up, too.
+            with self._writing(), self._fetched(shard.url, key, shard) as (part, _):
                 return self._keep(part, path)
         except DataError as error:
             self._given_up[shard.url] = (time.monotonic() + self.config.retry_after, str(error))

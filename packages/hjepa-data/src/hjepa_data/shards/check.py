@@ -29,7 +29,7 @@ from hjepa_data.shards.index import (
 )
 from hjepa_data.shards.pool import map_in_order
 from hjepa_data.shards.tar import Member, scan_tar
-from hjepa_data.transforms.decode import SkipImageError, SkipReason, open_image
+from hjepa_data.transforms.decode import SkipImageError, SkipReason, check_max_pixels, open_image
 
 __all__ = ["PICKLES", "CheckConfig", "Damage", "ShardReport", "check_shard", "check_shards"]
 
@@ -55,7 +55,8 @@ class CheckConfig:
     max_image_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
-        for name in ("workers", "max_pixels", "max_image_bytes"):
+        check_max_pixels(self.max_pixels)
+        for name in ("workers", "max_image_bytes"):
             if getattr(self, name) < 1:
                 refuse(name, getattr(self, name), "too small", "allowed: 1 and more")
 

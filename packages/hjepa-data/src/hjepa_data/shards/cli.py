@@ -21,7 +21,7 @@ from hjepa_data.shards.index import IndexState, ShardIndex, refresh_index
 from hjepa_data.shards.make import Encoding, MakeConfig, MakePlan, make_shards, plan_folder, plan_sources
 from hjepa_data.shards.patterns import expand_shards
 from hjepa_data.shards.pool import map_in_order
-from hjepa_data.shards.report import escape, report_check, report_index, report_make
+from hjepa_data.shards.report import plain, report_check, report_index, report_make
 from hjepa_data.shards.show import SheetConfig, draw_samples, read_classes, sheet_html, sheet_png
 from hjepa_data.sources.open import is_adapter, open_adapter
 
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _RUN[options.command](options, out, log)
     except (ValueError, OSError) as error:
-        log.print(f"[bold red]error:[/] {escape(one_line(error))}", soft_wrap=True, highlight=False)
+        log.print("[bold red]error:[/]", plain(one_line(error)), soft_wrap=True, highlight=False)
         return _WRONG_INPUT
     except KeyboardInterrupt:
         done = "; the shards that were complete remain" if options.command in {"make", "index"} else ""
@@ -162,7 +162,7 @@ def _make(options: argparse.Namespace, out: Console, log: Console) -> int:
         overwrite=options.overwrite,
     )
     begin = time.monotonic()
-    with log.status(f"looking for images in {escape(options.source)}"):
+    with log.status(plain(f"looking for images in {options.source}")):
         plan = _plan(options.source, config)
     bar = _progress(log)
     task = bar.add_task("images", total=plan.num_images)
@@ -204,7 +204,7 @@ def _index(options: argparse.Namespace, out: Console, log: Console) -> int:
         for shard, result in map_in_order(index, shards, workers=options.workers, started=bar.start):
             if isinstance(result, str):
                 failed += 1
-                console.print(escape(one_line(result)), soft_wrap=True, highlight=False)
+                console.print(plain(one_line(result)), soft_wrap=True, highlight=False)
             else:
                 done.append((shard, *result))
             bar.advance(task)
@@ -232,7 +232,7 @@ def _check(options: argparse.Namespace, out: Console, log: Console) -> int:
         for report in check_shards(shards, config, started=bar.start):
             reports.append(report)
             for damage in report.damage:
-                console.print(escape(str(damage)), soft_wrap=True, highlight=False)
+                console.print(plain(damage), soft_wrap=True, highlight=False)
             bar.advance(task)
     finally:
         bar.stop()
@@ -259,7 +259,7 @@ def _show(options: argparse.Namespace, out: Console, log: Console) -> int:
     damaged = sum(sample.image is None for sample in samples)
     found = f", {damaged} damaged: hjepa-shards check" if damaged else ""
     line = f"{options.out}: {len(samples):,} of {total:,} samples in {count}, seed {config.seed}{found}"
-    out.print(escape(line), soft_wrap=True, highlight=False)
+    out.print(plain(line), soft_wrap=True, highlight=False)
     return 0
 
 

@@ -23,6 +23,7 @@ from hjepa_data.shards.tar import BLOCK, Member, scan_tar
 
 __all__ = [
     "IMAGE_EXTENSIONS",
+    "MAX_LABEL_BYTES",
     "IndexState",
     "ShardIndex",
     "group_members",
@@ -38,7 +39,7 @@ __all__ = [
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 _FORMAT = "hjepa-shard-index-1"
-_MAX_LABEL_BYTES = 18
+MAX_LABEL_BYTES = 18
 
 Int64Array = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -76,12 +77,14 @@ class Sample:
         size: bytes of its image.
         label: class number, -1 if unknown.
         name: name of the member that is its image.
+        parted: whether the extension of that member has several parts, such as ``depth.png``.
     """
 
     offset: int = -1
     size: int = 0
     label: int = -1
     name: str = ""
+    parted: bool = False
 
 
 class IndexState(StrEnum):
@@ -195,14 +198,15 @@ def load_index(shard: Path) -> StoredIndex | None:
         # Indexes of the first writers have no checksums.
         names = ("offsets", "sizes", "labels", *(("crc32",) if "crc32" in raw else ()))
         columns = {name: np.asarray(raw[name], dtype=np.int64) for name in names}
-        size, time = int(raw["size"]), int(raw["mtime"])
+        size, time = int(np.int64(raw["size"])), int(raw["mtime"])
         sha256 = raw.get("sha256")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError("is damaged: that is no index of a shard") from None
     if {column.shape for column in columns.values()} != {(len(keys),)} or not isinstance(sha256, str | None):
         raise ValueError("is damaged: its columns have different lengths")
-    ends = columns["offsets"] + columns["sizes"]
-    if keys and not (columns["offsets"].min() >= BLOCK and columns["sizes"].min() >= 0 and ends.max() <= size):
+    offsets, sizes = columns["offsets"], columns["sizes"]
+    # A sum of both could pass the end of 64 bits.
+    if keys and not (offsets.min() >= BLOCK and sizes.min() >= 0 and (sizes <= size - offsets).all()):
         raise ValueError("is damaged: it points outside of the shard")
     return StoredIndex(ShardIndex(keys=keys, sha256=sha256, **columns), (size, time))
 
@@ -282,7 +286,8 @@ def write_index(shard: Path) -> ShardIndex:
         "crc32": sums,
     }
     path = index_path(shard)
-    temporary = path.with_name(path.name + ".tmp")
+    # Two processes may index the same shard.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
     os.replace(temporary, path)
     return index
@@ -296,7 +301,8 @@ def scan_shard(shard: Path, *, allow_truncated: bool = False) -> ShardIndex:
         allow_truncated: keep the complete samples of a tar that is cut off, instead of refusing it.
 
     Returns:
-        The index of its samples that have an image; of several images of a sample the first counts.
+        The index of its samples that have an image. Of several images of a sample the first counts, and before it the
+        first whose extension has no other part: ``<key>.jpg`` rather than ``<key>.depth.png``.
 
     Raises:
         DataError: the shard is missing, damaged, cut off, or holds no image.
@@ -308,6 +314,8 @@ def scan_shard(shard: Path, *, allow_truncated: bool = False) -> ShardIndex:
     try:
         members, problem, _ = scan_tar(file)
         samples = group_members(file, members)
+    except OSError as error:
+        raise DataError(f"shard '{shard}' cannot be read: {error.strerror}") from None
     finally:
         os.close(file)
     found = {key: sample for key, sample in samples.items() if sample.offset >= 0}
@@ -328,7 +336,8 @@ def scan_shard(shard: Path, *, allow_truncated: bool = False) -> ShardIndex:
 def group_members(file: int, members: list[Member]) -> dict[str, Sample]:
     """Group members into samples by key: the path up to the first dot of the file name.
 
-    Only images and class numbers count; nothing else is read, and no object is ever made of it.
+    Only images and class numbers count; nothing else is read, and no object is ever made of it. Where a key occurs
+    again, its first image and its first class number count.
 
     Args:
         file: the tar, an open file descriptor.
@@ -344,10 +353,10 @@ def group_members(file: int, members: list[Member]) -> dict[str, Sample]:
         if not dot or not stem:
             continue
         sample = samples.setdefault(folder + slash + stem, Sample())
-        kind = extension.rpartition(".")[2].lower()
-        if kind in IMAGE_EXTENSIONS and sample.offset < 0:
-            sample.offset, sample.size, sample.name = member.offset, member.size, member.name
-        elif extension == "cls" and member.size <= _MAX_LABEL_BYTES:
+        _, part, kind = extension.lower().rpartition(".")
+        if kind in IMAGE_EXTENSIONS and (sample.offset < 0 or (sample.parted and not part)):
+            sample.offset, sample.size, sample.name, sample.parted = member.offset, member.size, member.name, bool(part)
+        elif extension == "cls" and sample.label < 0 and member.size <= MAX_LABEL_BYTES:
             text = os.pread(file, member.size, member.offset).strip()
             sample.label = int(text) if text.isdigit() else -1
     return samples

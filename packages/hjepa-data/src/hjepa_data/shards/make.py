@@ -27,11 +27,12 @@ from hjepa_data.sources.base import Source
 from hjepa_data.sources.files import FileSource
 from hjepa_data.sources.layout import digest_of, read_layout
 from hjepa_data.sources.mixture import MixtureSource
-from hjepa_data.transforms.decode import SkipImageError, open_image
+from hjepa_data.transforms.decode import SkipImageError, SkipReason, check_max_pixels, open_image
 
 __all__ = ["Encoding", "MakeConfig", "MakePlan", "MakeResult", "make_shards", "plan_folder", "plan_sources"]
 
 _CLASS_LIST = "classes.json"
+_SHARD = re.compile(r"(.+)-\d{6,}\.tar")
 _TAR_BLOCK = 512
 _SIZE_UNKNOWN = 1 << 62
 _MAX_QUALITY = 100
@@ -59,7 +60,8 @@ class MakeConfig:
         resize: longest allowed shorter side, pixels; larger images are re-encoded. None copies every byte.
         encoding: format of every image; ``keep`` copies the bytes of a JPEG, PNG or WebP that needs no resizing.
         quality: of the images that are re-encoded as JPEG or WebP, 1 to 100.
-        val_fraction: part of the images that goes to ``val-*.tar``, chosen by the hash of the name.
+        val_fraction: part of the images that goes to ``val-*.tar``, chosen by the hash of the name; 0 where the images
+            have splits of their own.
         labels: whether there are class numbers: the first folder level names the class; None finds out.
         check: decode every image, so that damaged ones are left out now and not in each epoch.
         overwrite: replace shards of the same names.
@@ -79,7 +81,8 @@ class MakeConfig:
     max_pixels: int = 89_478_485
 
     def __post_init__(self) -> None:
-        for name in ("shard_bytes", "workers", "max_pixels"):
+        check_max_pixels(self.max_pixels)
+        for name in ("shard_bytes", "workers"):
             if getattr(self, name) < 1:
                 refuse(name, getattr(self, name), "too small", "allowed: 1 and more")
         for name in ("samples_per_shard", "resize"):
@@ -164,9 +167,11 @@ def plan_folder(folder: Path, config: MakeConfig) -> MakePlan:
         The plan.
 
     Raises:
-        DataError: no such folder, or no image in it.
+        DataError: no such folder, no image in it, or it has splits and there is to be another.
     """
     layout = read_layout(folder, labels=config.labels)
+    if layout.by_split:
+        _refuse_fraction(config, sorted({name.partition("/")[0] for name in layout.names}))
     source = FileSource(layout.names, layout.labels, root=str(folder))
     planner = _Planner(config, layout.left_out)
     for index, name in enumerate(layout.names):
@@ -186,7 +191,12 @@ def plan_sources(sources: Mapping[str, Source], classes: Sequence[str], config: 
 
     Returns:
         The plan.
+
+    Raises:
+        DataError: there are several splits, and there is to be another.
     """
+    if len(sources) > 1:
+        _refuse_fraction(config, list(sources))
     whole = MixtureSource(list(sources.values()))
     planner = _Planner(config, Counter())
     first = 0
@@ -200,6 +210,14 @@ def plan_sources(sources: Mapping[str, Source], classes: Sequence[str], config: 
             )
         first += len(source)
     return planner.plan(whole, list(classes) if config.labels is not False else [])
+
+
+def _refuse_fraction(config: MakeConfig, splits: list[str]) -> None:
+    if config.val_fraction:
+        raise DataError(
+            f"val_fraction={config.val_fraction}: the images have the splits {', '.join(splits)}, which are kept; "
+            "allowed: 0, or give one of them alone"
+        )
 
 
 def _mean_size(source: Source, config: MakeConfig) -> int:
@@ -233,7 +251,8 @@ class _Planner:
 
     def plan(self, source: Source, classes: list[str]) -> MakePlan:
         """Cut the images of each split into shards."""
-        splits = sorted(self._by_split, key=lambda name: (not name.startswith("train"), name))
+        # Train on the first, evaluate on the second.
+        splits = sorted(self._by_split, key=lambda name: (not name.startswith("train"), name.startswith("test"), name))
         shards = [
             _Shard(split, place, images)
             for split in splits
@@ -259,13 +278,13 @@ def make_shards(
         What was written.
 
     Raises:
-        DataError: there are such shards already, or every image is damaged.
+        DataError: there are such shards already, or those of other splits and other classes, or every image is damaged.
     """
     out.mkdir(parents=True, exist_ok=True)
     _clear(plan, out, config.overwrite)
     result = MakeResult(classes=plan.classes, left_out=plan.left_out.copy())
     if plan.classes:
-        (out / _CLASS_LIST).write_text(json.dumps(plan.classes, indent=1, ensure_ascii=False) + "\n")
+        (out / _CLASS_LIST).write_text(_class_list(plan.classes), encoding="utf-8")
     write = partial(_write_shard, source=plan.source, out=out, config=config)
     for shard, path, written, left_out in map_in_order(
         write, plan.shards, workers=config.workers, started=lambda: progress(0)
@@ -334,8 +353,16 @@ def _encode(image: Image.Image, kind: str | None, quality: int) -> bytes:
     if kind == "PNG":
         return encode_png(image)
     buffer = io.BytesIO()
-    image.save(buffer, format=kind, quality=quality)
+    try:
+        image.save(buffer, format=kind, quality=quality)
+    except (OSError, ValueError):
+        # A JPEG has sides of up to 65,500 pixels, a WebP of up to 16,383.
+        raise SkipImageError(SkipReason.TOO_LARGE) from None
     return buffer.getvalue()
+
+
+def _class_list(classes: list[str]) -> str:
+    return json.dumps(classes, indent=1, ensure_ascii=False) + "\n"
 
 
 def _key(name: str) -> str:
@@ -356,7 +383,7 @@ def _cut(images: list[_Image], config: MakeConfig) -> Iterator[list[_Image]]:
         return
     sizes = [_size_in_tar(image) for image in images]
     total = sum(sizes)
-    # Equal shards, none above the size, rather than full ones and a small last one.
+    # Equal shards, of about the size, rather than full ones and a small last one.
     limit = total / -(-total // config.shard_bytes)
     shard: list[_Image] = []
     number, size = 1, 0
@@ -376,20 +403,29 @@ def _size_in_tar(image: _Image) -> int:
 
 
 def _clear(plan: MakePlan, out: Path, overwrite: bool) -> None:
-    old = [path for split in plan.splits for path in sorted(out.glob(f"{split}-[0-9]*.tar"))]
+    shards = [(found[1], path) for path in sorted(out.iterdir()) if (found := _SHARD.fullmatch(path.name))]
+    old = [path for split, path in shards if split in plan.splits]
     if old and not overwrite:
         raise DataError(f"'{out}' holds shards already, such as '{old[0].name}'; give another folder, or --overwrite")
-    others = [
-        path
-        for path in sorted(out.glob("*.tar"))
-        if (split := re.fullmatch(r"(.+)-\d{6}\.tar", path.name)) and split[1] not in plan.splits
-    ]
+    others = [path for split, path in shards if split not in plan.splits]
     # Splits may be written one after the other; but what replaces a split may have taken in the images of another.
     if old and others:
         raise DataError(
             f"'{out}' also holds '{others[0].name}', of a split that is not written now and may hold the same images; "
             "remove it, or give another folder"
         )
+    classes = out / _CLASS_LIST
+    if (
+        others
+        and plan.classes
+        and classes.is_file()
+        and classes.read_text(encoding="utf-8") != _class_list(plan.classes)
+    ):
+        raise DataError(
+            f"'{out}' also holds '{others[0].name}', of a split with other classes ('{classes}'); give another folder"
+        )
+    if old:
+        classes.unlink(missing_ok=True)
     for path in old:
         index_path(path).unlink(missing_ok=True)
         path.unlink()

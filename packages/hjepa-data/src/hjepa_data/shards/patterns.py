@@ -87,10 +87,10 @@ def _expand_one(text: str, urls: bool) -> list[Shard]:
         return _expand_braces(text, urls)
     path = Path(text)
     if path.is_dir():
-        found = sorted(path.glob("*.tar"))
+        found = sorted(Path(name) for name in glob.glob(os.path.join(glob.escape(text), "*.tar")))
         if not found:
             raise DataError(f"no *.tar in directory '{text}': {_content(path)}")
-        return [*found]
+        return [_checked(shard) for shard in found]
     if path.is_file():
         return _expand_list(path, urls) if path.suffix in {".txt", ".list"} else [_checked(path)]
     if glob.has_magic(text):
@@ -159,7 +159,10 @@ def _braces(text: str) -> list[str]:
 
 
 def _expand_list(path: Path, urls: bool) -> list[Shard]:
-    lines = [line.strip() for line in path.read_text().splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(one_line(f"list file '{path}' cannot be read: {error}; write it in UTF-8")) from None
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise DataError(f"list file '{path}' names no shard; write one pattern a line")

@@ -233,7 +233,7 @@ def retry(action: Callable[[], T], url: str, *, attempts: int = 5, first_wait: f
                 times = "1 attempt" if attempt == 0 else f"{attempt + 1} attempts"
                 raise DataError(f"'{shown(url)}' cannot be fetched: {error} ({times})") from None
         jitter = 0.5 + hash_int(zlib.crc32(url.encode()), os.getpid(), attempt) / 2**65
-        time.sleep(min(_LONGEST_WAIT, first_wait * 2**attempt) * jitter)
+        time.sleep(min(_LONGEST_WAIT, first_wait * 2.0 ** min(attempt, 64)) * jitter)
     raise AssertionError("attempts >= 1")
 
 

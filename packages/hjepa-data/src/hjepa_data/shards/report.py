@@ -9,17 +9,18 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hjepa_data.shards.check import ShardReport
 from hjepa_data.shards.index import IndexState, ShardIndex
 from hjepa_data.shards.make import MakeResult
 
-__all__ = ["escape", "next_command", "report_check", "report_index", "report_make"]
+__all__ = ["next_command", "plain", "report_check", "report_index", "report_make"]
 
 
-def escape(text: str) -> str:
-    """Keep the console from reading brackets as markup."""
-    return text.replace("[", r"\[")
+def plain(text: object) -> Text:
+    """Keep the console from reading brackets as markup, and words between colons as pictures."""
+    return Text(str(text))
 
 
 def report_index(done: Sequence[tuple[Path, ShardIndex, IndexState]], failed: int, out: Console) -> None:
@@ -104,13 +105,13 @@ def report_make(result: MakeResult, folder: Path, seconds: float, out: Console) 
         seconds: that it took.
         out: where to.
     """
-    out.print(f"shards in {escape(str(folder))}", soft_wrap=True, highlight=False)
+    out.print(plain(f"shards in {folder}"), soft_wrap=True, highlight=False)
     table = Table()
     for name in ("split", "shards", "images", "MB"):
         table.add_column(name, justify="left" if name == "split" else "right")
     for split, shards in result.shards.items():
         megabytes = result.num_bytes[split] / 1e6
-        table.add_row(split, str(len(shards)), f"{result.images[split]:,}", f"{megabytes:,.1f}")
+        table.add_row(plain(split), str(len(shards)), f"{result.images[split]:,}", f"{megabytes:,.1f}")
     out.print(table)
     if result.classes:
         shown = ", ".join(result.classes[:5]) + (", ..." if len(result.classes) > 5 else "")
@@ -118,7 +119,7 @@ def report_make(result: MakeResult, folder: Path, seconds: float, out: Console) 
         line = f"{count} class{'es' if count > 1 else ''} ({shown}), listed in {folder / 'classes.json'}"
     else:
         line = "no labels: images do not lie in one folder a class"
-    out.print(escape(line), soft_wrap=True, highlight=False)
+    out.print(plain(line), soft_wrap=True, highlight=False)
     if result.left_out:
         total = result.left_out.total()
         out.print(f"{total:,} file{'' if total == 1 else 's'} left out", highlight=False)
@@ -127,14 +128,14 @@ def report_make(result: MakeResult, folder: Path, seconds: float, out: Console) 
         reasons.add_column("files", justify="right")
         reasons.add_column("for example", overflow="fold")
         for reason, count in result.left_out.most_common():
-            reasons.add_row(reason, f"{count:,}", escape(result.examples.get(reason, "")))
+            reasons.add_row(reason, f"{count:,}", plain(result.examples.get(reason, "")))
         out.print(reasons)
     else:
         out.print("nothing left out")
     total = result.images.total()
     out.print(f"{total:,} images in {seconds:.1f} s ({total / seconds:,.0f} a second)", highlight=False)
     out.print("next:", style="bold")
-    out.print(f"  {escape(next_command(result))}", soft_wrap=True, highlight=False)
+    out.print(plain(f"  {next_command(result)}"), soft_wrap=True, highlight=False)
 
 
 def next_command(result: MakeResult) -> str:

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hjepa_data.errors import DataError, one_line, refuse
 from hjepa_data.shards.index import index_shard
-from hjepa_data.transforms.decode import SkipImageError, open_image
+from hjepa_data.transforms.decode import SkipImageError, check_max_pixels, open_image
 
 __all__ = ["SheetConfig", "SheetSample", "draw_samples", "read_classes", "sheet_html", "sheet_png"]
 
@@ -47,6 +47,7 @@ class SheetConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.count <= _MAX_COUNT:
             refuse("count", self.count, "no number of samples for a sheet", f"allowed: 1 to {_MAX_COUNT}")
+        check_max_pixels(self.max_pixels)
         if self.seed < 0:
             refuse("seed", self.seed, "negative", "allowed: 0 and more")
         if not 16 <= self.tile <= 1024:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hjepa_data.errors import DataError
+from hjepa_data.errors import DataError, refuse
 from hjepa_data.shards.cache import CacheConfig, RemoteShard, ShardCache
 from hjepa_data.shards.columns import SharedArrays
 from hjepa_data.shards.index import Int64Array, ShardIndex, index_shard
@@ -56,6 +56,7 @@ class ShardSource:
         cache: of remote shards; None is ``CacheConfig()``.
 
     Raises:
+        ValueError: ``num_threads`` is below 1.
         DataError: a shard is missing, damaged, cut off, holds no image, does not fit its index when verified, or cannot
             be fetched.
     """
@@ -69,6 +70,8 @@ class ShardSource:
         verify: bool = False,
         cache: CacheConfig | None = None,
     ) -> None:
+        if num_threads < 1:
+            refuse("num_threads", num_threads, "nobody would index the shards", "allowed: 1 and more")
         self.shards: list[Shard] = expand_locations(pattern)
         self._cache = ShardCache(cache if cache is not None else CacheConfig())
         index = partial(self._index, allow_truncated=allow_truncated, verify=verify)

@@ -60,11 +60,14 @@ def scan_tar(file: int) -> tuple[list[Member], str | None, int]:
             problem = f"is truncated at byte {end}: member '{name}' should end at byte {content + size}"
             return members, problem, position
         kind = header[156:157]
+        if kind == b"S" or any(key.startswith("GNU.sparse.") for key in override):
+            name = override.get("GNU.sparse.name") or override.get("path") or _name(header)
+            return members, f"holds '{name}' without its holes at byte {position}; make it without --sparse", position
         if kind == b"x":
             override |= _pax(os.pread(file, size, content))
         elif kind == b"L":
             override["path"] = os.pread(file, size, content).rstrip(b"\0").decode("utf-8", "replace")
-        elif kind in {b"0", b"\0"}:
+        elif kind in {b"0", b"\0", b"7"}:
             members.append(Member(name=override.get("path") or _name(header), offset=content, size=size))
             override = {}
         elif kind not in {b"g", b"K"}:
@@ -99,4 +102,4 @@ def _pax(content: bytes) -> dict[str, str]:
         record, content = content[: int(length)], content[int(length) :]
         key, _, value = record[len(length) + 1 : -1].decode("utf-8", "replace").partition("=")
         found[key] = value
-    return {key: found[key] for key in ("path", "size") if key in found}
+    return found

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import operator
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from hjepa_data.errors import DataError, refuse
-from hjepa_data.shards.index import IMAGE_EXTENSIONS, index_path, write_index
+from hjepa_data.errors import DataError, one_line, refuse
+from hjepa_data.shards.index import IMAGE_EXTENSIONS, MAX_LABEL_BYTES, index_path, write_index
 
 __all__ = ["ImageLike", "ShardWriter", "encode_png", "image_extension", "write_shards"]
 
@@ -87,34 +89,48 @@ class ShardWriter:
         self._next = first
         self._file: IO[bytes] | None = None
         self._tar: Any = None
-        self._in_shard = 0
+        self._in_shard: set[str] = set()
 
     def write(self, image: ImageLike, *, label: int | None = None, key: str | None = None) -> None:
         """Add a sample.
 
         Args:
-            image: encoded JPEG, PNG or WebP bytes, or pixels (uint8 [H, W, 3] or a PIL image), which are stored as PNG.
-            label: class number, or None.
-            key: name of the sample, without a dot; by default its number.
+            image: encoded JPEG, PNG or WebP bytes, or pixels (uint8 [H, W, 3] or a PIL image, which is turned upright),
+                which are stored as PNG.
+            label: class number; None, or -1, if it is unknown.
+            key: name of the sample in its shard, without a dot; by default its number.
 
         Raises:
-            DataError: the bytes are no image of a known format, or the key has a dot.
+            DataError: this is no image of a known format, the label is no class number, or the key has a dot or is
+                that of another sample of the shard.
         """
-        data = image if isinstance(image, bytes) else encode_png(image)
+        try:
+            if isinstance(image, Image.Image):
+                image = ImageOps.exif_transpose(image)
+            data = image if isinstance(image, bytes) else encode_png(image)
+        except (AttributeError, TypeError, OSError, SyntaxError) as error:
+            raise DataError(
+                one_line(
+                    f"sample {self.num_samples} is no image ({error}); allowed: bytes of "
+                    f"{', '.join(IMAGE_EXTENSIONS)}, uint8 [H, W, 3] or [H, W], or a PIL image that PNG can hold"
+                )
+            ) from None
         extension = image_extension(data)
         if extension is None:
             raise DataError(f"sample {self.num_samples} is no image; allowed: bytes of {', '.join(IMAGE_EXTENSIONS)}")
         key = f"{self.num_samples:09d}" if key is None else key
         if not key or "." in key or key.startswith("/"):
             raise DataError(f"key '{key}': a sample's key has no dot, no leading slash and is not empty")
+        if key in self._in_shard:
+            raise DataError(f"key '{key}': the shard has a sample of that key; a reader would see one of them only")
         members: dict[str, Any] = {"__key__": key, extension: data}
         if label is not None:
-            members["cls"] = str(label).encode()
+            members["cls"] = self._label(label)
         self._tar_for_next().write(members)
-        self._in_shard += 1
+        self._in_shard.add(key)
         self.num_samples += 1
         assert self._file is not None
-        if self._in_shard >= self._limits[0] or self._file.tell() >= self._limits[1]:
+        if len(self._in_shard) >= self._limits[0] or self._file.tell() >= self._limits[1]:
             self._finish()
 
     def close(self) -> None:
@@ -125,10 +141,26 @@ class ShardWriter:
     def abort(self) -> None:
         """Drop the shard that is not complete."""
         if self._file is not None:
-            self._tar.close()
-            self._file.close()
+            # On a full disk the end of the tar cannot be written either.
+            with suppress(OSError):
+                self._tar.close()
+            with suppress(OSError):
+                self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
             self._file = self._tar = None
+            self._in_shard.clear()
+
+    def _label(self, label: int) -> bytes:
+        try:
+            text = str(operator.index(label))
+        except TypeError:
+            text = ""
+        if not (text.isdigit() and len(text) <= MAX_LABEL_BYTES) and text != "-1":
+            raise DataError(
+                f"label {label!r} of sample {self.num_samples} is no class number; allowed: 0 and more, of up to "
+                f"{MAX_LABEL_BYTES} digits, or -1 or None if it is unknown"
+            )
+        return text.encode()
 
     def _tar_for_next(self) -> Any:  # noqa: ANN401 (webdataset has no types)
         if self._file is None:
@@ -160,7 +192,7 @@ class ShardWriter:
         self.shards.append(shard)
         self._file = self._tar = None
         self._next += 1
-        self._in_shard = 0
+        self._in_shard.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -168,9 +200,10 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        finally:
             self.abort()
 
 

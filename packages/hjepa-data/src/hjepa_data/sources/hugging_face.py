@@ -78,7 +78,7 @@ class HuggingFaceSource(LabelledSource):
         """
         self.check(index)
         found = self._rows[index][self._image]
-        if found is None:
+        if found is None or (found["bytes"] is None and found["path"] is None):
             raise SkipImageError(SkipReason.EMPTY)
         data = found["bytes"]
         if data is None:
@@ -168,5 +168,5 @@ def _labels(dataset: Any, label: str | None) -> Int64Array:  # noqa: ANN401
             f"label={label!r}: that column holds {column.type}, no class numbers; "
             f"dataset.class_encode_column({label!r}) numbers them"
         )
-    labels: Int64Array = column.fill_null(-1).to_numpy().astype(np.int64)
+    labels: Int64Array = column.cast("int64").fill_null(-1).to_numpy().astype(np.int64)
     return labels

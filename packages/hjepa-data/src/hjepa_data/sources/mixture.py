@@ -26,7 +26,7 @@ class MixtureSource:
     Args:
         sources: one or more.
         weights: share of each source in training batches, of any sum, rounded to a ten-thousandth; each source has its
-            own epochs then. None shows each sample of all sources once an epoch.
+            own epochs then. None shows each sample of all sources once an epoch; none of them has weights of its own.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None) -> None:
@@ -34,6 +34,10 @@ class MixtureSource:
             refuse("sources", sources, "nothing to mix", "allowed: one source or more")
         if weights is not None and len(weights) != len(sources):
             refuse("weights", list(weights), f"there are {len(sources)} sources", "allowed: a weight for each, or None")
+        if weights is None and any(
+            isinstance(source, MixtureSource) and source.shares is not None for source in sources
+        ):
+            refuse("weights", weights, "a source is a mixture whose own weights would not count", "allowed: weights")
         self.sources = tuple(sources)
         self.shares: Int64Array | None = None if weights is None else shares_of(weights)
         self.group_sizes: Int64Array = np.concatenate([source.group_sizes for source in self.sources])

@@ -86,7 +86,7 @@ def open_adapter(text: str) -> Mapping[str, HuggingFaceSource | TorchvisionSourc
 
 def _holds_images(folder: str) -> bool:
     """Tell a folder of images from one of shards by what lies there."""
-    shards = sum(name.endswith(".tar") for name in os.listdir(folder))
+    shards = sum(name.endswith(".tar") and not name.startswith(".") for name in os.listdir(folder))
     image = next(find_images(folder, Counter()), None)
     if shards and image is not None:
         raise DataError(

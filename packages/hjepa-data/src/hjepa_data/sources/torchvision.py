@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -55,10 +56,10 @@ class TorchvisionSource(LabelledSource):
         self._dataset: Any = None
         files = _files(dataset)
         if files is None:
-            image = _pair(dataset, 0)[0]
-            if not isinstance(image, Image.Image):
-                raise DataError(f"{self._name}[0] holds a {type(image).__name__}, where a source needs a PIL image")
             self._dataset = dataset
+            # One that is damaged is left out when its turn comes, the first like any other.
+            with suppress(SkipImageError):
+                self._image(0)
         else:
             self._files = FileSource(files, np.full(len(files), -1, dtype=np.int64))
         super().__init__(_labels(dataset, labels), group_size)

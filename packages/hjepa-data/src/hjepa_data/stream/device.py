@@ -58,17 +58,20 @@ class DevicePrefetcher(Iterator[Batch]):
         return self._skipped
 
     def __next__(self) -> Batch:
-        batch = self._take() if self._ahead is None else self._ahead
-        self._ahead = self._state = None
+        if self._ahead is None:
+            self._state, self._ahead = self.stream.state_dict(), self._take()
+        batch = self._ahead
         if isinstance(batch, Exception):
+            self._ahead = self._state = None
             raise batch
         if self._copies is not None:
             present = torch.cuda.current_stream(self.device)
             present.wait_stream(self._copies)
             # Its memory belongs to the stream of the copies, which must not use it again before this one is done.
             batch.record_stream(present)
-        self._state, self._skipped = self.stream.state_dict(), self.stream.skipped
-        self._ahead = self._take()
+        state, skipped = self.stream.state_dict(), self.stream.skipped
+        # What is ahead is let go when the next one is here, so that an interrupt loses no batch.
+        self._ahead, self._state, self._skipped = self._take(), state, skipped
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,10 +84,8 @@ class DevicePrefetcher(Iterator[Batch]):
         self.stream.load_state_dict(state)
 
     def close(self) -> None:
-        """End the workers; the batch ahead is loaded again if another is asked for."""
-        state = self.state_dict()
+        """End the workers; the batch ahead is kept for the next that is asked for."""
         self.stream.close()
-        self.load_state_dict(state)
 
     def _take(self) -> Batch | Exception:
         """Take the next batch and start its copy; an error waits until the batch before it was handed out."""

@@ -12,6 +12,7 @@ from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
 from hjepa_data.stream.train import DEFAULT_MAX_PIXELS
 from hjepa_data.stream.worker import EvalTasks, UnreadablePolicy
 from hjepa_data.transforms.crop import Interpolation, size_of
+from hjepa_data.transforms.decode import check_max_pixels
 
 __all__ = ["EvalConfig", "EvalStream"]
 
@@ -56,6 +57,7 @@ class EvalConfig:
             refuse("crop_fraction", self.crop_fraction, "no part of an image", "allowed: above 0, up to 1")
         if not 0 <= self.max_skipped_fraction <= 1:
             refuse("max_skipped_fraction", self.max_skipped_fraction, "no fraction", "allowed: 0 to 1")
+        check_max_pixels(self.max_pixels)
 
     def build(self, source: Source, *, rank: int = 0, world_size: int = 1) -> EvalStream:
         """Build the stream of one rank.

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hjepa_data.errors import refuse
+from hjepa_data.errors import DataError, refuse
 from hjepa_data.random import bits_numpy, hash_int
 from hjepa_data.shards.index import Int64Array
 from hjepa_data.sources.base import Source
@@ -249,7 +249,12 @@ def order_of(source: Source, window_shards: int, seed: int) -> Order:
 
     Returns:
         Its order; that of a mixture with weights deals positions to its sources, each of which has its own order.
+
+    Raises:
+        DataError: the source has no samples.
     """
+    if not len(source):
+        raise DataError(f"the {type(source).__name__} has no samples; a stream needs one at least")
     if not isinstance(source, MixtureSource) or source.shares is None:
         return StreamOrder(source.group_sizes, window_shards, seed)
     parts = source.sources

@@ -18,6 +18,7 @@ from hjepa_data.stream.order import order_of
 from hjepa_data.stream.pool import BatchPool, PooledTasks
 from hjepa_data.stream.worker import Loaded, TrainTasks, UnreadablePolicy
 from hjepa_data.transforms.crop import ViewGroup
+from hjepa_data.transforms.decode import check_max_pixels
 
 __all__ = ["DEFAULT_MAX_PIXELS", "StreamConfig", "TrainStream"]
 
@@ -74,8 +75,7 @@ class StreamConfig:
             refuse("cache_bytes", self.cache_bytes, "no size", "allowed: 0 (keep nothing) and more")
         if self.cache_bytes and self.decode is Decode.GPU:
             refuse("cache_bytes", self.cache_bytes, "decode='gpu' leaves no decoded image to keep", "allowed: 0")
-        if self.max_pixels < 1:
-            refuse("max_pixels", self.max_pixels, "every image is larger", "allowed: 1 and more pixels")
+        check_max_pixels(self.max_pixels)
 
     @property
     def num_views(self) -> int:
@@ -241,8 +241,12 @@ class TrainStream(Iterator[Batch]):
             state: what ``state_dict`` gave.
 
         Raises:
-            DataError: the state belongs to another source, seed, ``window_shards`` or weights.
+            DataError: this is no state of a stream, or that of another seed, ``window_shards`` or weights, or of a
+                source of other sizes.
         """
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise DataError(f"the saved state lacks {', '.join(missing)}: it is not that of a stream; start anew")
         if int(state["samples"]) != self.samples_per_epoch:
             raise DataError(
                 f"the saved stream had {state['samples']} samples, this source has {self.samples_per_epoch}: its "

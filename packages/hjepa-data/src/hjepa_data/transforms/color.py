@@ -79,7 +79,7 @@ class ColorConfig:
             refuse("tint", self.tint, "out of range", "allowed: 0 to 3, in units of log gain")
         if not 0 <= self.hue <= 0.5:
             refuse("hue", self.hue, "out of range", "allowed: 0 to 0.5 turns")
-        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf:
             refuse("blur_sigma", self.blur_sigma, "no range", "allowed: 0 < smallest <= largest, pixels")
         if not 0 <= self.solarize_threshold <= 1:
             refuse("solarize_threshold", self.solarize_threshold, "out of range", "allowed: 0 to 1")
@@ -125,7 +125,7 @@ class ColorAugment:
             Floats in [0, 1].
 
         Raises:
-            ValueError: the images have not three channels.
+            ValueError: the images have not three channels, or are of other integers.
         """
         if images.ndim < 3 or images.shape[1] != 3:
             refuse("images", tuple(images.shape), "colours need three channels", "allowed: [B, 3, H, W]")
@@ -163,8 +163,9 @@ def normalize(
         Floats.
 
     Raises:
-        ValueError: mean and std have not a number for each channel.
+        ValueError: mean and std have not a number for each channel, or the images are of other integers.
     """
+    _check_type(images)
     channels = images.shape[1]
     if len(mean) != channels or len(std) != channels:
         refuse(
@@ -186,8 +187,14 @@ def _constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
 
 
 def to_unit(images: Num[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
-    """Turn uint8 pixels into floats in [0, 1]; floats pass."""
-    return images * _constant((1 / 255,), images.device) if images.dtype == torch.uint8 else images
+    """Turn uint8 pixels into float32 in [0, 1]; floats are cast."""
+    _check_type(images)
+    return images * _constant((1 / 255,), images.device) if images.dtype == torch.uint8 else images.float()
+
+
+def _check_type(images: Tensor) -> None:
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        refuse("images", str(images.dtype), "pixels of unknown range", "allowed: uint8, or floats in [0, 1]")
 
 
 def _color_affine(
@@ -233,7 +240,7 @@ def _gaussian_blur(
     images: Float[Tensor, "B C *S"], sigma: Float[Tensor, " B"], largest: float
 ) -> Float[Tensor, "B C *S"]:
     # Three deviations hold 99.7 % of the kernel; with two a blur is a tenth narrower than its name.
-    radius = max(1, min(math.ceil(3 * largest), min(images.shape[-2:]) - 1))
+    radius = min(math.ceil(3 * largest), min(images.shape[-2:]) - 1)
     exponent = _constant(tuple(-(place**2) for place in range(-radius, radius + 1)), images.device)
     kernel = torch.exp(exponent / (2 * sigma[:, None] ** 2))
     kernel = kernel / kernel.sum(1, keepdim=True)

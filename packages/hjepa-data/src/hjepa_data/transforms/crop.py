@@ -83,7 +83,7 @@ class ViewGroup:
         self.ratio = tuple(self.ratio)
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             refuse("scale", self.scale, "no range of areas", "allowed: 0 < smallest <= largest <= 1")
-        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
+        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
             refuse("ratio", self.ratio, "no range of aspects", "allowed: 0 < smallest <= largest")
         if not 0 <= self.flip <= 1:
             refuse("flip", self.flip, "no probability", "allowed: 0 to 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,9 +13,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from hjepa_data.errors import refuse
 from hjepa_data.transforms.jpeg import can_decode_jpeg, decode_jpeg
 
-__all__ = ["SMALLEST_SHRINK", "SkipImageError", "SkipReason", "Upright", "open_image"]
+__all__ = ["SMALLEST_SHRINK", "SkipImageError", "SkipReason", "Upright", "check_max_pixels", "open_image"]
 
 _FORMATS = ("JPEG", "PNG", "WEBP")
 # Of files that are no members of shards. Never all that Pillow knows: it hands EPS to Ghostscript, a program.
@@ -43,6 +45,13 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def check_max_pixels(max_pixels: int) -> None:
+    """Refuse a limit on the pixels of an image that none can keep, or that Pillow does not let it reach."""
+    most = sys.maxsize if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+    if not 1 <= max_pixels <= most:
+        refuse("max_pixels", max_pixels, "no limit on pixels", f"allowed: 1 to {most}, what Pillow opens")
 
 
 class SkipReason(StrEnum):
@@ -169,7 +178,6 @@ def open_image(data: bytes | Image.Image, *, max_pixels: int, any_format: bool =
             image = data
         else:
             image = Image.open(io.BytesIO(data), formats=_FILE_FORMATS if any_format else _FORMATS)
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if "exif" in image.info else 1
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise SkipImageError(SkipReason.TOO_LARGE) from None
     except _DECODER_ERRORS:
@@ -177,11 +185,20 @@ def open_image(data: bytes | Image.Image, *, max_pixels: int, any_format: bool =
     width, height = image.size
     if width * height > max_pixels:
         raise SkipImageError(SkipReason.TOO_LARGE)
+    orientation = _orientation(image)
     turn = _TURNS.get(orientation)
     if orientation in {5, 6, 7, 8}:
         width, height = height, width
     jpeg = data if isinstance(data, bytes) and turn is None and can_decode_jpeg(data, image) else b""
     return Upright(image=image, turn=turn, width=width, height=height, jpeg=jpeg)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1)) if "exif" in image.info else 1
+    except _DECODER_ERRORS:
+        # Damaged EXIF says nothing of the pixels.
+        return 1
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
