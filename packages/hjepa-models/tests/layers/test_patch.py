@@ -98,7 +98,7 @@ def test_batch_norm_of_a_stem_follows_whole_images(device, stem, blocks):
     described |= {"stem_channels": (4,), "stem_blocks": blocks}
     encoder = EncoderConfig(**described, stem=stem, stem_norm="batch").build(device=device)
     images = 3 + 2 * torch.randn(64, 3, 8, 8, device=device)
-    for _ in range(80):
+    for _ in range(120):
         training = encoder.train()(images)
     torch.testing.assert_close(encoder.eval()(images), training, atol=5e-3, rtol=5e-3)
     norms = [layer for layer in encoder.stem.modules() if isinstance(layer, GlobalBatchNorm)]
