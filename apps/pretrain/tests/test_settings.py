@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hjepa_pretrain import multirun, settings
+from hjepa_pretrain.model import command
 from hjepa_pretrain.plan import schedules
-from hjepa_pretrain.run import command
 
 
 @pytest.mark.parametrize("words", [["data.train=null"], ["plan.dry=false"]])

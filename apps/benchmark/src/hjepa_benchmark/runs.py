@@ -11,8 +11,7 @@ from hjepa_data import DataError
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.evaluation import RESULTS_FILE, Images, load_pair, open_sources
-from hjepa_pretrain.model import Model, build_model
-from hjepa_pretrain.run import command
+from hjepa_pretrain.model import Model, build_model, command
 from hjepa_train import Checkpoint
 from hjepa_train.checkpoint.files import DamagedError
 

@@ -60,7 +60,8 @@ def _run(words: list[str]) -> int:
 
     from hjepa_pretrain import settings
     from hjepa_pretrain.failures import Stopped, judge
-    from hjepa_pretrain.run import command, pretrain
+    from hjepa_pretrain.model import command
+    from hjepa_pretrain.run import pretrain
     from hjepa_train.signals import StopSignals
 
     try:

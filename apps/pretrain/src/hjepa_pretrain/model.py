@@ -34,6 +34,11 @@ def save_model(model: Model, folder: Path) -> None:
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
+def command(folder: str | Path) -> str:
+    """Return what goes on with the run of a folder, to be pasted into a shell."""
+    return shlex.join(["hjepa-pretrain", f"run.dir={folder}"])
+
+
 def load_run(folder: Path, config: PretrainConfig) -> Model:
     """Read what `save_model` wrote.
 
@@ -53,6 +58,6 @@ def load_run(folder: Path, config: PretrainConfig) -> Model:
         model = build_baseline(config.baseline, config.hjepa, seed=config.run.seed)
         model.encoder = Encoder.from_pretrained(folder)
     except ValueError as error:
-        again = shlex.join(["hjepa-pretrain", f"run.dir={folder}"])
-        raise ValueError(f"{error}; a file that is missing or was removed is written again by {again}") from error
+        again = f"a file that is missing or was removed is written again by {command(folder)}"
+        raise ValueError(f"{error}; {again}") from error
     return model

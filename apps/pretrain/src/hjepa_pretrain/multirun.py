@@ -7,6 +7,7 @@ processes. A job that is preempted, or whose time is almost over, saves, asks Sl
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -104,9 +105,8 @@ def _run_one(_: DictConfig) -> int:
         _queue_again()
     _ended[folder] = code
     if not slurm and code == EXIT_PREEMPTED and not any(word.startswith("run.time_limit=") for word in words):
-        print(
-            f"the runs after it: the same command with hydra.sweep.dir={HydraConfig.get().sweep.dir}", file=sys.stderr
-        )
+        word = shlex.quote(f"hydra.sweep.dir={HydraConfig.get().sweep.dir}")
+        print(f"the runs after it: the same command with {word}", file=sys.stderr)
         # hydra would go on with the next run, which a stopped program must not.
         raise SystemExit(code)
     return code

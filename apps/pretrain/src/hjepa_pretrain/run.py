@@ -1,7 +1,6 @@
 """A run from its configuration to its folder: data, task, trainer, results, report."""
 
 import logging
-import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -31,7 +30,7 @@ from hjepa_pretrain.evaluation import (
     results_table,
     save_results,
 )
-from hjepa_pretrain.model import Model, save_model
+from hjepa_pretrain.model import Model, command, save_model
 from hjepa_pretrain.plan import find_learning_rate, show_schedules
 from hjepa_pretrain.provenance import provenance
 from hjepa_pretrain.report import write_report
@@ -327,11 +326,6 @@ def _announce(config: PretrainConfig, task: PretrainTask, images: int, folder: P
         highlight=False,
     )
     console.print(f"run folder: {folder} (to go on after a stop: {command(folder)})", highlight=False)
-
-
-def command(folder: str | Path) -> str:
-    """Return what goes on with the run of a folder, to be pasted into a shell."""
-    return shlex.join(["hjepa-pretrain", f"run.dir={folder}"])
 
 
 def _levels(config: PretrainConfig) -> str:
