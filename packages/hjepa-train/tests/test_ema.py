@@ -47,6 +47,18 @@ def test_momentum_one_stays_and_zero_copies(device):
     assert not target[0].weight.requires_grad
 
 
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_step_that_the_device_calls_bad_moves_nothing(device, bad):
+    online, target = _pair(device)
+    with torch.no_grad():
+        online[0].weight.add_(float("nan") if bad else 1.0)
+    before, expected = copy.deepcopy(target), copy.deepcopy(target)
+    EMA([(online, target)]).update(0.9, unless=torch.tensor(bad, device=device))
+    EMA([(online, expected)]).update(0.9)
+    for name, value in (before if bad else expected).state_dict().items():
+        torch.testing.assert_close(target.state_dict()[name], value, msg=name)
+
+
 def test_a_bfloat16_online_branch_is_averaged_in_float32(device):
     online, target = _pair(device)
     online = online.to(torch.bfloat16)

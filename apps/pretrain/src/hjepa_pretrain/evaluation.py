@@ -167,15 +167,15 @@ def measure(model: Model, config: PretrainConfig, train: Images, test: Images, d
         config: of the run; its seed makes the untrained model.
         train: labelled images for the kNN bank and the linear probe.
         test: held-out images.
-        device: where features are computed.
+        device: where features are computed, and measured.
     """
     rows = []
     for name, one in (("trained", model), ("untrained", build_model(config))):
         bank, held_out = (level_features(one.to(device), images, config, device) for images in (train, test))
-        rows += [Row(features=name, scores=_scores(bank[level], held_out[level], config)) for level in bank]
+        rows += [Row(features=name, scores=_scores(bank[level], held_out[level], config, device)) for level in bank]
     bank, held_out = (extract(_pixels, images.batches(config.data.mean, config.data.std), branch="-", level="pixels",
                               pooling="flatten") for images in (train, test))  # fmt: skip
-    rows.append(Row(features="pixels", scores=_scores(bank["pixels"], held_out["pixels"], config)))
+    rows.append(Row(features="pixels", scores=_scores(bank["pixels"], held_out["pixels"], config, device)))
     return rows
 
 
@@ -196,8 +196,8 @@ def level_features(
     return found
 
 
-def _scores(train: FeatureSet, test: FeatureSet, config: PretrainConfig) -> Scores:
-    return evaluate(train, test, ks=(config.eval.k,), rank_samples=_RANK_SAMPLES)
+def _scores(train: FeatureSet, test: FeatureSet, config: PretrainConfig, device: torch.device) -> Scores:
+    return evaluate(train, test, ks=(config.eval.k,), rank_samples=_RANK_SAMPLES, device=device)
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -219,13 +219,13 @@ class OnlineEvaluation:
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         """Return the measurements of the model as it is."""
-        config, k = self._config, self._config.eval.k
+        config, k, device = self._config, self._config.eval.k, trainer.world.device
         trainer.module.eval()
         banks, tests = (
             extract(
                 lambda pixels: trainer.call("all_features", pixels),
                 images.batches(config.data.mean, config.data.std),
-                device=trainer.world.device,
+                device=device,
                 pooling="mean",
             )
             for images in (self._train, self._test)
@@ -233,10 +233,11 @@ class OnlineEvaluation:
         trainer.module.train()
         row: dict[str, float] = {}
         for level, features in banks.items():
-            row[f"eval/{level}/rankme"] = float(rankme(features.some(_RANK_SAMPLES).values))
+            row[f"eval/{level}/rankme"] = float(rankme(features.some(_RANK_SAMPLES).values.to(device)))
             bank, test = features.labelled(), tests[level].labelled()
             if len(bank) >= k and len(test):
-                found = knn_accuracy(bank.values, bank.labels, test.values, test.labels, ks=(k,))
+                on_device = [part.to(device) for part in (bank.values, bank.labels, test.values, test.labels)]
+                found = knn_accuracy(*on_device, ks=(k,))
                 row[f"eval/{level}/knn_{k}"] = found[k]
         return row
 

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hjepa_models.layers import attention
 from hjepa_models.layers.attention import Attention, AttentionBackend, attend, flex, group_mask
 from hjepa_models.layers.positions import GridPositions, Place, Position
 
@@ -42,6 +43,28 @@ def test_explicit_attention_equals_a_loop_in_float64(device):
             ]
             expected = sum(s * value[0, h, j].double() for s, j in zip(scores, seen, strict=True)) / sum(scores)
             torch.testing.assert_close(result[0, h, i].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [3, 64, 65])
+def test_few_tokens_go_to_the_efficient_kernel_of_a_gpu(device, monkeypatch, tokens):
+    """Where there is no GPU the same path runs on the CPU, which computes it plainly."""
+    if device.type == "cpu":
+        monkeypatch.setattr(attention, "_slow_when_fused", lambda query: False)
+        monkeypatch.setattr(attention, "_short_on_gpu", lambda query: query.shape[-2] <= 64)
+    kernels = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            kernels.append(operator.name())
+            return operator(*arguments, **(options or {}))
+
+    query, key, value = torch.randn(3, 2, 2, tokens, 16, device=device, dtype=torch.bfloat16).requires_grad_()
+    with Recorder():
+        short = attend(query, key, value, Place())
+    expected = attend(query, key, value, Place(), AttentionBackend.explicit)
+    torch.testing.assert_close(short, expected, atol=0.03, rtol=0.03)
+    plain = any("efficient" in name or name.endswith("softmax") for name in kernels)
+    assert plain == (tokens <= 64), kernels
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hjepa_models.grid import grid_coordinates
 from hjepa_models.layers.positions import (
+    _rotate_by_token,
     ROTARY,
     GridPositions,
     Position,
@@ -59,6 +60,22 @@ def test_angles_stay_in_float32_under_autocast(device):
         angle = rotation_angles(torch.full((1, 1), 1001.0, device=device), 8, 100.0)
     assert angle.dtype == torch.float32
     assert angle[0, 0] == 1001.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 5, 4), (2, 1, 5, 4), (2, 3, 5, 4)])
+def test_the_form_for_gpus_is_the_same_rotation_with_the_heads_of_a_token_side_by_side(device, dtype, shape):
+    query = torch.randn(2, 3, 5, 8, dtype=dtype, requires_grad=True)
+    angle, wish = torch.randn(shape), torch.randn(2, 3, 5, 8, dtype=dtype)
+    plain = rotate(query, Rotation(angle.cos(), angle.sin()))
+    placed = query.detach().to(device).requires_grad_()
+    turned = _rotate_by_token(placed, angle.cos().to(device), angle.sin().to(device))
+    # A GPU rounds a product and a sum at once.
+    exact = {"rtol": 0.0, "atol": 0.0} if device.type == "cpu" else {}
+    torch.testing.assert_close(turned.cpu(), plain, **exact)
+    gradients = torch.autograd.grad(plain, query, wish)[0], torch.autograd.grad(turned, placed, wish.to(device))[0]
+    torch.testing.assert_close(gradients[1].cpu(), gradients[0], **exact)
+    assert turned.transpose(1, 2).is_contiguous()
 
 
 def test_channels_that_axes_cannot_share_are_not_rotated(device):

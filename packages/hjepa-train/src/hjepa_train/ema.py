@@ -52,10 +52,21 @@ class EMA:
             if unless is None:
                 torch._foreach_lerp_(target, online, 1.0 - momentum)
             else:
-                # With a weight that lies on the device a lerp would be one kernel for each tensor.
-                change = torch._foreach_sub(online, target)
-                torch._foreach_mul_(change, torch.where(unless, 0.0, 1.0 - momentum))
-                torch._foreach_add_(target, change)
+                # A step of SGD towards the online tensors by a decay of -1: target - (m - 1) (online - target), one
+                # kernel that reads on the device whether to move. A lerp by such a weight is one for each tensor.
+                torch._fused_sgd_(
+                    target,
+                    online,
+                    [],
+                    weight_decay=-1.0,
+                    momentum=0.0,
+                    lr=momentum - 1.0,
+                    dampening=0.0,
+                    nesterov=False,
+                    maximize=False,
+                    is_first_step=False,
+                    found_inf=unless.float(),
+                )
         for source, copy in self._copied:
             kept = local(source) if unless is None else torch.where(unless, local(copy), local(source))
             local(copy).copy_(kept)

@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hjepa_models.layers.positions import Place, rotate
 
@@ -15,7 +16,7 @@ class AttentionBackend(StrEnum):
     """How the softmax attention is computed; the results agree to 1e-5 in float32.
 
     `auto`: `explicit` where it is faster, which is in training in half precision on a CPU up to 1,024 tokens; elsewhere
-    `sdpa`.
+    `sdpa`, on a GPU up to 64 tokens by its efficient kernel, which is the fastest there.
     `sdpa`: PyTorch's fused kernels; `torch.nn.attention.sdpa_kernel` around a call picks flash, cuDNN, efficient, math.
     `explicit`: plain products with a softmax between them.
     `flex`: FlexAttention, which adds biases and groups inside a fused kernel and never lays them out in memory; on a
@@ -74,7 +75,17 @@ def attend(
     if place.bias is not None:
         bias = place.bias.to(query.dtype)
         mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    fused = torch.nn.functional.scaled_dot_product_attention
+    if backend is AttentionBackend.auto and mask is None and _short_on_gpu(query):
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return fused(query, key, value)
+    return fused(query, key, value, attn_mask=mask)
+
+
+def _short_on_gpu(query: Tensor) -> bool:
+    """Whether the efficient kernel is the fastest of a GPU's: for few tokens, in half precision."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and query.shape[-2] <= _LONGEST_EFFICIENT
 
 
 def _slow_when_fused(query: Tensor) -> bool:
@@ -90,6 +101,7 @@ def _flex_helps(query: Tensor, place: Place) -> bool:
 
 
 _LONGEST_EXPLICIT = 1024
+_LONGEST_EFFICIENT = 64
 _NARROWEST_FLEX = 16
 _compiled_flex: Any = None
 
@@ -143,7 +155,8 @@ class Attention(nn.Module):
         return attention_logits(query, key, place).softmax(dim=-1)
 
     def _project(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = rearrange(self.qkv(x), "b k (three h d) -> three b h k d", three=3, h=self.num_heads)
+        parts = rearrange(self.qkv(x), "b k (three h d) -> b k three h d", three=3, h=self.num_heads).unbind(2)
+        query, key, value = (part.transpose(1, 2) for part in parts)
         query, key = self.query_norm(query).to(value.dtype), self.key_norm(key).to(value.dtype)
         if place.rotation is not None:
             query, key = rotate(query, place.rotation), rotate(key, place.rotation)

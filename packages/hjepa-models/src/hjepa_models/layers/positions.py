@@ -97,8 +97,24 @@ def rotate(x: Float[Tensor, "B H K d"], rotation: Rotation) -> Float[Tensor, "B 
         even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
         turned = torch.stack([-odd, even], dim=-1).flatten(-2)
         return (x.float() * cos + turned * sin).to(x.dtype)
+    if not x.is_cpu:
+        return _rotate_by_token(x, cos, sin)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _rotate_by_token(
+    x: Float[Tensor, "B H K d"], cos: Float[Tensor, "B H K F"], sin: Float[Tensor, "B H K F"]
+) -> Float[Tensor, "B H K d"]:
+    """Do the same in a form that a compiler for GPUs makes one kernel of, backward together with queries and values.
+
+    In memory the heads of a token lie side by side in the result, and so in what attention makes of it: no kernel has to
+    bring them together afterwards.
+    """
+    cos, sin = (one.transpose(1, 2).unsqueeze(-2) for one in (cos, sin))
+    halves = x.transpose(1, 2).float().unflatten(-1, (2, -1))
+    turned = halves * cos + halves.flip(-2) * torch.cat([-sin, sin], dim=-2)
+    return turned.flatten(-2).to(x.dtype).contiguous().transpose(1, 2)
 
 
 class GridPositions(nn.Module):
