@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -117,6 +118,8 @@ def test_operations_are_those_of_the_matrix_products(step, config):
     assert len(step.batch) == config.data.batch_size
     x = torch.randn(8, 16)
     assert operations_of(lambda: x @ x.T) == 2 * 8 * 16 * 8
+    ending_in_gelu = partial(torch._addmm_activation, torch.zeros(8), x, x.T, use_gelu=True)
+    assert operations_of(ending_in_gelu) == 2 * 8 * 16 * 8
 
 
 def test_what_is_done_twice_is_counted_once(tiny, monkeypatch):
