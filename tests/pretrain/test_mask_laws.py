@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 
+from hjepa_benchmark.throughput.step import synthetic_batch
 from hjepa_data.masks import MASK_LAWS
 from hjepa_pretrain import settings
 from hjepa_pretrain.task import build_task
@@ -25,6 +26,23 @@ def test_a_law_trains_and_resumes(pretrain, tiny, tmp_path, capsys, law, read_lo
     assert targets.shape[2] == config.masks.num_target_tokens
     assert pretrain.here(capsys, run, "run.steps=3").code == 0
     assert [step for step, _ in read_losses(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps"),
+    [("hjepa", [0, 1, 2, 3]), ("hjepa_global", [3]), ("mae", [0, 1, 2, 3]), ("simclr", []), ("supervised", [])],
+)
+def test_masks_are_drawn_at_the_steps_that_need_them(tiny, monkeypatch, recipe, steps):
+    words = [word for word in tiny if not word.startswith("masks.")]
+    words += ["baseline.num_classes=3"] if recipe == "supervised" else []
+    config, _ = settings.load([*words, f"recipe={recipe}", "preset=demo", "data.train=synthetic"])
+    task, drawn = build_task(config), []
+    draw = task.draw_masks
+    monkeypatch.setattr(task, "draw_masks", lambda step, sample: drawn.append(step) or draw(step, sample))
+    batch = synthetic_batch(config, torch.device("cpu"))
+    for step in range(4):
+        assert task(batch, step).loss.isfinite()
+    assert drawn == steps
 
 
 def test_a_run_keeps_its_law(pretrain, tiny, tmp_path, capsys):

@@ -189,6 +189,15 @@ def test_masked_every_computes_the_term_at_every_kth_step(device):
         small_config(masked_every=2)
 
 
+def test_a_step_without_a_masked_term_needs_no_masks(device):
+    model = small_config("detached", with_global=True, masked_every=3).build(device=device)
+    views, *masks = batch(device, views=2)
+    assert [step for step in range(6) if model.needs_masks(step)] == [2, 5]
+    assert torch.equal(model(views, None, None, 0).loss, model(views, *masks, 0).loss)
+    with pytest.raises(ValueError, match="masks: None at step 2, which has a masked term"):
+        model(views, None, None, 2)
+
+
 def test_a_step_at_which_no_level_counts_yet_has_a_loss_of_zero_and_a_backward_pass(device):
     weights = LevelWeightsConfig(kind="curriculum", ramp_start=(20, 15, 10), ramp_end=(30, 25, 20))
     output = small_config(level_weights=weights).build(device=device)(*batch(device), step=0)

@@ -36,7 +36,7 @@ def test_rows_tell_waiting_from_working_and_from_saving(device, tmp_path):
         rows = ()
 
         def on_step_end(self, trainer, result):
-            time.sleep(0.1)
+            time.sleep(0.4)
 
         def on_row(self, trainer, row):
             self.rows = (*self.rows, row)
@@ -46,6 +46,6 @@ def test_rows_tell_waiting_from_working_and_from_saving(device, tmp_path):
     cadence = CheckpointConfig(every_steps=1)
     Trainer(ToyModule(), Slow(), config, run_dir=tmp_path, callbacks=[slow], checkpoint=cadence).fit()
     last = slow.rows[-1]
-    assert 30 <= last["train/step_ms"] < 100
+    assert 30 <= last["train/step_ms"] < 400
     assert last["train/data_wait"] > 0.3
     assert last["train/images_per_second"] == pytest.approx(16 / last["train/step_ms"] * 1000, rel=1e-6)

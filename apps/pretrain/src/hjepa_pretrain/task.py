@@ -65,7 +65,8 @@ class PretrainTask(nn.Module):
     def forward(self, batch: Batch, step: int) -> StepOutput:
         """Return loss, losses by level and embeddings of one micro-batch."""
         views = [self._prepare(view, step, batch.sample, number) for number, view in enumerate(batch.views)]
-        context, targets = self.draw_masks(step, batch.sample)
+        # Drawn of (seed, step, sample): those of a step that needs none are missed by no other.
+        context, targets = self.draw_masks(step, batch.sample) if self.model.needs_masks(step) else (None, None)
         output = self.run_model(views, context, targets, batch.labels, step)
         metrics = {f"loss_level_{level}": loss for level, loss in output.level_losses.items()}
         return StepOutput(loss=output.loss, metrics=metrics, embeddings=output.embeddings)
@@ -73,8 +74,8 @@ class PretrainTask(nn.Module):
     def run_model(
         self,
         views: Sequence[Float[Tensor, "B C H W"]],
-        context_index: Int[Tensor, "R Kc"],
-        target_index: Int[Tensor, "R M Kt"],
+        context_index: Int[Tensor, "R Kc"] | None,
+        target_index: Int[Tensor, "R M Kt"] | None,
         labels: Int[Tensor, " B"],
         step: int,
     ) -> HJEPAOutput:
@@ -82,10 +83,10 @@ class PretrainTask(nn.Module):
         if not isinstance(self.model, Baseline):
             output: HJEPAOutput = self.model(views, context_index, target_index, step)
             return output
-        first = slice(len(labels))
-        inputs = Inputs(
-            views=views, context_index=context_index[first], target_index=target_index[first], labels=labels
+        context_index, target_index = (
+            None if index is None else index[: len(labels)] for index in (context_index, target_index)
         )
+        inputs = Inputs(views=views, context_index=context_index, target_index=target_index, labels=labels)
         output = self.model(inputs)
         return output
 

@@ -138,6 +138,10 @@ class HJEPA(nn.Module, PretrainedMixin):
         masked = any(active) and (step + 1) % config.masked_every == 0
         return StepPlan(masked, active, config.output_patch(step))
 
+    def needs_masks(self, step: int) -> bool:
+        """Return whether a step has a masked term."""
+        return self.plan(step).masked
+
     def compile_step(self, **options: Any) -> None:  # noqa: ANN401
         """Compile the forward pass in place; its backward follows.
 
@@ -152,8 +156,8 @@ class HJEPA(nn.Module, PretrainedMixin):
     def forward(
         self,
         views: Sequence[Float[Tensor, "B C *S"]],
-        context_index: Int[Tensor, "R Kc"],
-        target_index: Int[Tensor, "R M Kt"],
+        context_index: Int[Tensor, "R Kc"] | None,
+        target_index: Int[Tensor, "R M Kt"] | None,
         step: int,
     ) -> HJEPAOutput:
         """Return the loss of one batch.
@@ -164,8 +168,8 @@ class HJEPA(nn.Module, PretrainedMixin):
             views: normalised pixels of each view of the same images; one is enough without a global level.
             context_index: flat positions of the visible patches, on the grid that the blocks see. R rows:
                 masked_views * B (view-major), or at most B: then the first R images of each masked view share them, and
-                only those images carry the masked term.
-            target_index: flat positions of the hidden patches, M blocks.
+                only those images carry the masked term. None where the step `needs_masks` not.
+            target_index: flat positions of the hidden patches, M blocks; likewise.
             step: the step of the run; decides level weights, output patch size and everything that is drawn.
 
         Returns:
@@ -175,8 +179,11 @@ class HJEPA(nn.Module, PretrainedMixin):
             ValueError: for too few views, views that do not fit one another, or masks that do not fit the batch.
         """
         self._check_views(views)
-        self._check_masks(views, context_index, target_index)
-        device = views[0].device
+        plan, device = self.plan(step), views[0].device
+        if context_index is not None and target_index is not None:
+            self._check_masks(views, context_index, target_index)
+        elif plan.masked:
+            raise ValueError(f"masks: None at step {step}, which has a masked term; draw them where needs_masks(step)")
         for grid in {self.encoder.grid_of(view) for view in views}:
             for part in (self.encoder, self.target_encoder, self.predictor):
                 if part is not None:
@@ -185,13 +192,13 @@ class HJEPA(nn.Module, PretrainedMixin):
         weights = [torch.full((), weight, device=device) for weight in self.config.level_weights.level_weights(step)]
         clock = torch.full((), step, dtype=torch.int64, device=device)
         run = self._compiled_step or HJEPA._step
-        return run(self, views, context_index, target_index, torch.stack(weights), clock, self.plan(step))
+        return run(self, views, context_index, target_index, torch.stack(weights), clock, plan)
 
     def _step(
         self,
         views: Sequence[Tensor],
-        context_index: Tensor,
-        target_index: Tensor,
+        context_index: Tensor | None,
+        target_index: Tensor | None,
         weights: Float[Tensor, " L"],
         step: Int[Tensor, ""],
         plan: StepPlan,
@@ -201,6 +208,8 @@ class HJEPA(nn.Module, PretrainedMixin):
         if full is not None:
             output.embeddings["encoder"] = full[0].detach().mean(1)
         if plan.masked:
+            assert context_index is not None
+            assert target_index is not None
             self._masked_term(views, full, context_index, target_index, weights, step, plan, output)
         if full is not None:
             self._global_term(full, step, output)

@@ -3,8 +3,8 @@ import torch
 from timm.layers import DropPath, LayerScale
 
 from hjepa_models.encoder import EncoderConfig
-from hjepa_models.layers.attention import AttentionBackend
 from hjepa_models.layers import block as block_module
+from hjepa_models.layers.attention import AttentionBackend
 from hjepa_models.layers.block import Block, DropPathSchedule, MlpKind, Transformer, build_mlp, feed_forward
 
 OPTIONS = {"mlp": MlpKind.mlp, "mlp_ratio": 4.0, "qk_norm": False, "attention": AttentionBackend.sdpa}

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from hjepa_models.grid import grid_coordinates
 from hjepa_models.layers.positions import (
-    _rotate_by_token,
     ROTARY,
     GridPositions,
     Position,
     Rotation,
+    _rotate_by_token,
     legacy_angles,
     rotate,
     rotation_angles,

@@ -120,9 +120,10 @@ class TrainingStep:
         def prepare() -> None:
             for view in self.batch.views:
                 normalize(view, config.data.mean, config.data.std)
-            self.task.draw_masks(0, self.batch.sample)
 
-        found: list[tuple[str, Callable[[], object], float]] = [("input, masks", prepare, 1.0)]
+        found: list[tuple[str, Callable[[], object], float]] = [("input", prepare, 1.0)]
+        if any(model.needs_masks(self.step_of(number)) for number in range(self.every)):
+            found.append(("masks", partial(self.task.draw_masks, 0, self.batch.sample), share))
         if not isinstance(model, HJEPA):
             return found
         if model.target_encoder is not None:

@@ -18,14 +18,14 @@ class Inputs:
 
     Attributes:
         views: normalised pixels of each view of the same images.
-        context_index: flat positions of the visible patches of the first view.
-        target_index: flat positions of its hidden patches, M blocks.
+        context_index: flat positions of the visible patches of the first view; None for a method that hides nothing.
+        target_index: flat positions of its hidden patches, M blocks; likewise.
         labels: class numbers, -1 where unknown.
     """
 
     views: Sequence[Float[Tensor, "B C *S"]]
-    context_index: Int[Tensor, "B Kc"]
-    target_index: Int[Tensor, "B M Kt"]
+    context_index: Int[Tensor, "B Kc"] | None
+    target_index: Int[Tensor, "B M Kt"] | None
     labels: Int[Tensor, " B"]
 
 
@@ -38,6 +38,8 @@ class Baseline(nn.Module, ABC):
 
     feature_levels: tuple[str | int, ...] = ("encoder",)
     may_skip_parameters = False
+    masked = False
+    """Whether it hides patches."""
 
     def __init__(self, encoder: EncoderConfig) -> None:
         super().__init__()
@@ -47,6 +49,10 @@ class Baseline(nn.Module, ABC):
         """Fill the encoder first: from one seed it starts equal under every method."""
         self.encoder.init_weights(generator)
         self.init_head(generator)
+
+    def needs_masks(self, step: int) -> bool:
+        """Return whether a step hides patches: all of them or none."""
+        return self.masked
 
     def compile_step(self, **options: Any) -> None:  # noqa: ANN401
         """Compile the forward pass in place, with options of `torch.compile`."""

@@ -21,6 +21,8 @@ class MAE(Baseline):
         He et al. 2021 (arXiv 2111.06377), sections 3 and 4.1 (normalised pixels).
     """
 
+    masked = True
+
     def __init__(self, config: BaselineConfig, hjepa: HJEPAConfig) -> None:
         super().__init__(hjepa.encoder)
         self.normalize_pixels = config.normalize_pixels
@@ -39,6 +41,8 @@ class MAE(Baseline):
         """Return the mean squared error over the hidden patches of the first view."""
         images = inputs.views[0]
         context_index, target_index = inputs.context_index, inputs.target_index
+        assert context_index is not None
+        assert target_index is not None
         seen = self.encoder(images, context_index)
         guess = self.pixels(self.decoder(seen, context_index, target_index).flatten(1, 2))
         wanted = gather_tokens(self.encoder.patchify(images), target_index.flatten(1)).float()

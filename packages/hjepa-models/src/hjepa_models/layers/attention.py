@@ -83,13 +83,13 @@ def attend(
 
 
 def _short_on_gpu(query: Tensor) -> bool:
-    """Whether the efficient kernel is the fastest of a GPU's, for few tokens in half precision, and no one chose others."""
+    """Whether the efficient kernel is a GPU's fastest, for few tokens in half precision, and no one chose others."""
     half = query.dtype in (torch.bfloat16, torch.float16)
     few = query.is_cuda and half and query.shape[-2] <= _LONGEST_EFFICIENT
     if not few or torch.compiler.is_compiling():
         return few
     cuda = torch.backends.cuda
-    return cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled()
+    return bool(cuda.flash_sdp_enabled() and cuda.mem_efficient_sdp_enabled())  # type: ignore[no-untyped-call]
 
 
 def _slow_when_fused(query: Tensor) -> bool:

@@ -5,6 +5,7 @@ from functools import reduce
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -108,11 +109,11 @@ def _rotate_by_token(
 ) -> Float[Tensor, "B H K d"]:
     """Do the same in a form that a compiler for GPUs makes one kernel of, backward together with queries and values.
 
-    In memory the heads of a token lie side by side in the result, and so in what attention makes of it: no kernel has to
-    bring them together afterwards.
+    In memory the heads of a token lie side by side in the result, and so in what attention makes of it: no kernel has
+    to bring them together afterwards.
     """
     cos, sin = (one.transpose(1, 2).unsqueeze(-2) for one in (cos, sin))
-    halves = x.transpose(1, 2).float().unflatten(-1, (2, -1))
+    halves: Tensor = rearrange(x.float(), "b h k (half f) -> b k h half f", half=2)
     turned = halves * cos + halves.flip(-2) * torch.cat([-sin, sin], dim=-2)
     return turned.flatten(-2).to(x.dtype).contiguous().transpose(1, 2)
 
