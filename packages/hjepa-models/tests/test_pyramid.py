@@ -13,6 +13,7 @@ from hjepa_models import (
     scatter_to_canvas,
 )
 from hjepa_models.grid import grid_coordinates
+from hjepa_models.layers import positions
 from hjepa_models.layers.level_attention import LevelAttention
 from hjepa_models.layers.positions import Rotation, rotate, rotation_angles
 
@@ -219,3 +220,12 @@ def test_bad_configs(fields, message):
         return
     with pytest.raises(ValueError, match=message):
         PyramidConfig(**fields).build((4, 4), 16)
+
+
+def test_attention_between_levels_takes_the_form_of_other_devices_too(monkeypatch):
+    """Rotations of the CPU and of a GPU are written apart: both see the shapes of this layer."""
+    pyramid = PyramidConfig(levels=2, attention_heads=1).build((4, 4), 16)
+    canvas = dense_canvas(torch.randn(2, 16, 16), (4, 4))
+    plain = pyramid(canvas)[0].values
+    monkeypatch.setattr(positions.Tensor, "is_cpu", False)
+    torch.testing.assert_close(pyramid(canvas)[0].values, plain)

@@ -47,6 +47,17 @@ def test_momentum_one_stays_and_zero_copies(device):
     assert not target[0].weight.requires_grad
 
 
+def test_branches_may_lie_in_memory_in_other_orders(device):
+    online = nn.Conv2d(3, 4, 3).to(device)
+    target, expected = copy.deepcopy(online), copy.deepcopy(online)
+    online = online.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        online.weight.add_(torch.randn_like(online.weight))
+    EMA([(online, target)]).update(0.9, unless=torch.tensor(False, device=device))
+    EMA([(online, expected)]).update(0.9)
+    torch.testing.assert_close(target.weight, expected.weight)
+
+
 @pytest.mark.parametrize("bad", [False, True])
 def test_a_step_that_the_device_calls_bad_moves_nothing(device, bad):
     online, target = _pair(device)

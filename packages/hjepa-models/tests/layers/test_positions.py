@@ -63,7 +63,7 @@ def test_angles_stay_in_float32_under_autocast(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 5, 4), (2, 1, 5, 4), (2, 3, 5, 4)])
+@pytest.mark.parametrize("shape", [(5, 4), (1, 1, 5, 4), (2, 1, 5, 4), (2, 3, 5, 4)])
 def test_the_form_for_gpus_is_the_same_rotation_with_the_heads_of_a_token_side_by_side(device, dtype, shape):
     query = torch.randn(2, 3, 5, 8, dtype=dtype, requires_grad=True)
     angle, wish = torch.randn(shape), torch.randn(2, 3, 5, 8, dtype=dtype)

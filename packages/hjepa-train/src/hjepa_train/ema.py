@@ -47,7 +47,7 @@ class EMA:
             unless: On the device: where it is True nothing moves, and the host does not wait to hear of it.
         """
         if self._averaged:
-            online = [local(source).float() for source, _ in self._averaged]
+            online = [_laid_out(local(source).float(), local(copy)) for source, copy in self._averaged]
             target = [local(copy) for _, copy in self._averaged]
             if unless is None:
                 torch._foreach_lerp_(target, online, 1.0 - momentum)
@@ -70,6 +70,11 @@ class EMA:
         for source, copy in self._copied:
             kept = local(source) if unless is None else torch.where(unless, local(copy), local(source))
             local(copy).copy_(kept)
+
+
+def _laid_out(source: Tensor, copy: Tensor) -> Tensor:
+    """Return the source with the strides of its copy, which the fused kernel takes for granted."""
+    return source if source.stride() == copy.stride() else torch.empty_like(copy).copy_(source)
 
 
 def _matched(online: nn.Module, target: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

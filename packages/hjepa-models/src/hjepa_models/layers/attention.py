@@ -16,7 +16,8 @@ class AttentionBackend(StrEnum):
     """How the softmax attention is computed; the results agree to 1e-5 in float32.
 
     `auto`: `explicit` where it is faster, which is in training in half precision on a CPU up to 1,024 tokens; elsewhere
-    `sdpa`, on a GPU up to 64 tokens by its efficient kernel, which is the fastest there.
+    `sdpa`, on a GPU up to 64 tokens by its efficient kernel, which is the fastest there (a compiled step takes it
+    whatever `sdpa_kernel` is around it: take `sdpa` to choose).
     `sdpa`: PyTorch's fused kernels; `torch.nn.attention.sdpa_kernel` around a call picks flash, cuDNN, efficient, math.
     `explicit`: plain products with a softmax between them.
     `flex`: FlexAttention, which adds biases and groups inside a fused kernel and never lays them out in memory; on a

@@ -83,7 +83,7 @@ def feed_forward(mlp: nn.Module, x: Float[Tensor, "B K D"]) -> Float[Tensor, "B 
     assert isinstance(second, nn.Linear)
     rows, weight, bias = (one.to(dtype) for one in (x.flatten(0, -2), first.weight, first.bias))
     hidden = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
-    out = second(hidden.view(*x.shape[:-1], -1))
+    out = second(hidden.view(*x.shape[:-1], first.out_features))
     return out
 
 

@@ -105,14 +105,14 @@ def rotate(x: Float[Tensor, "B H K d"], rotation: Rotation) -> Float[Tensor, "B 
 
 
 def _rotate_by_token(
-    x: Float[Tensor, "B H K d"], cos: Float[Tensor, "B H K F"], sin: Float[Tensor, "B H K F"]
+    x: Float[Tensor, "B H K d"], cos: Float[Tensor, "*#B K F"], sin: Float[Tensor, "*#B K F"]
 ) -> Float[Tensor, "B H K d"]:
     """Do the same in a form that a compiler for GPUs makes one kernel of, backward together with queries and values.
 
     In memory the heads of a token lie side by side in the result, and so in what attention makes of it: no kernel has
     to bring them together afterwards.
     """
-    cos, sin = (one.transpose(1, 2).unsqueeze(-2) for one in (cos, sin))
+    cos, sin = (one[(None,) * (x.ndim - one.ndim)].transpose(1, 2).unsqueeze(-2) for one in (cos, sin))
     halves: Tensor = rearrange(x.float(), "b h k (half f) -> b k h half f", half=2)
     turned = halves * cos + halves.flip(-2) * torch.cat([-sin, sin], dim=-2)
     return turned.flatten(-2).to(x.dtype).contiguous().transpose(1, 2)
