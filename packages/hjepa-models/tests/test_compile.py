@@ -19,7 +19,7 @@ def small_config(*, encoder=None, predictor=None, with_global=False, **fields):
         predictor=PredictorConfig(**({"depth": 1, "embed_dim": 24, "num_heads": 2} | (predictor or {}))),
         pyramid=PyramidConfig(levels=2, fpn="add", fpn_dim=16),
         level_weights=fields.pop("level_weights", LevelWeightsConfig(weights=(1.0, 0.5))),
-        global_level=GlobalConfig(hidden_dim=24, out_dim=8, num_directions=16) if with_global else None,
+        global_level=GlobalConfig(pool_heads=4, hidden_dim=24, out_dim=8, num_directions=16) if with_global else None,
         **fields,
     )
 

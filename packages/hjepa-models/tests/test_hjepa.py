@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hjepa_models import (
+    Branch,
     EncoderConfig,
     Fpn,
     GlobalConfig,
@@ -450,3 +451,44 @@ def test_centred_targets_need_two_images(device):
 def test_centred_targets_need_tokens_of_whole_images():
     with pytest.raises(ValueError, match="center_targets=True"):
         small_config("projection", center_targets=True)
+
+
+@pytest.mark.parametrize("targets", ["ema", "detached"])
+def test_the_global_level_pools_by_attention(device, targets):
+    config = small_config(targets, with_global=True)
+    config.global_level.pool_heads = 4
+    model = config.build(seed=1, device=device)
+    plain = small_config(targets, with_global=True).build(seed=1, device=device)
+    views, context, target = batch(device, views=2)
+    assert model.feature_levels == ("encoder", 0, 1, 2, "pooled", "global")
+    # Queries of 0 take the mean, and the other weights are drawn as without it.
+    losses = [each(views, context, target, 3).level_losses["global"] for each in (model, plain)]
+    torch.testing.assert_close(*losses)
+    model.zero_grad()
+    model(views, context, target, 3).loss.backward()
+    assert (model.global_level.pool.query_token.grad != 0).any()
+
+    for pool in {model.global_level.pool, (model.target_global_level or model.global_level).pool}:
+        torch.nn.init.normal_(pool.query_token)
+        torch.nn.init.normal_(pool.key.weight)
+    model.eval()
+    for branch in Branch:
+        encoder, _, head = model._branch(branch)
+        tokens = encoder(views[0])
+        found = model.all_features(views[0], branch=branch)
+        assert tuple(found) == model.feature_levels
+        torch.testing.assert_close(found["pooled"], head.pool(tokens))
+        torch.testing.assert_close(found["global"], head.projector(head.pool(tokens)))
+        assert not torch.allclose(found["pooled"], tokens.mean(1))
+        for level in ("pooled", "global"):
+            torch.testing.assert_close(model.features(views[0], level, branch=branch), found[level])
+
+
+def test_a_mean_has_no_level_of_its_own():
+    with pytest.raises(ValueError, match="level='pooled': the model has no such level; allowed: encoder, 0, 1, 2"):
+        small_config(with_global=True).build().features(torch.zeros(1, 3, 16, 24), "pooled")
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match=r"global_level.pool_heads=5: does not divide embed_dim=32; allowed: 1, 2, 4"):
+        HJEPAConfig(encoder=EncoderConfig(embed_dim=32, num_heads=2), global_level=GlobalConfig(pool_heads=5))

@@ -64,11 +64,11 @@ def check_axes(field: str, sizes: Iterable[int]) -> tuple[int, ...]:
     return sizes
 
 
-def check_heads(owner: str, embed_dim: int, num_heads: int) -> None:
+def check_heads(owner: str, embed_dim: int, num_heads: int, name: str = "num_heads") -> None:
     """Refuse a width that the heads do not divide evenly."""
     if embed_dim % num_heads:
         allowed = [1, *(heads for heads in range(2, embed_dim // 8 + 1) if embed_dim % heads == 0)]
         raise ValueError(
-            f"{owner}.num_heads={num_heads}: does not divide embed_dim={embed_dim}; "
-            f"allowed: {', '.join(map(str, allowed[:16]))}; change num_heads or embed_dim"
+            f"{owner}.{name}={num_heads}: does not divide embed_dim={embed_dim}; "
+            f"allowed: {', '.join(map(str, allowed[:16]))}; change {name} or embed_dim"
         )

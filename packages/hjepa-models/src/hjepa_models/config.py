@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hjepa_models._validation import as_tuple, check_not_negative, check_positive, coerce_choice
+from hjepa_models._validation import as_tuple, check_heads, check_not_negative, check_positive, coerce_choice
 from hjepa_models.aggregate import AggregateConfig
 from hjepa_models.encoder import EncoderConfig, check_image_size, check_position, tokens_per_axis
 from hjepa_models.global_level import GlobalConfig
@@ -164,6 +164,8 @@ class HJEPAConfig:
             len(self.encoder.patch_size),
         )
         check_mlp("predictor", self.encoder.mlp, self.predictor.embed_dim, self.predictor.mlp_ratio)
+        if self.global_level is not None and self.global_level.pool_heads:
+            check_heads("global_level", self.encoder.embed_dim, self.global_level.pool_heads, "pool_heads")
         self._check_levels()
         self._check_patch_sizes()
         self._check_collapse()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hjepa_models._validation import check_not_negative, check_positive, coerce_choice
 from hjepa_models.initialization import construct, initialize
+from hjepa_models.layers.attention_pool import AttentionPool
 from hjepa_models.layers.norm import GlobalBatchNorm
 from hjepa_models.objectives.sigreg import check_knots, sigreg
 from hjepa_models.objectives.vicreg import vicreg_terms
@@ -34,6 +35,7 @@ class GlobalConfig:
     """Describes the global level.
 
     Attributes:
+        pool_heads: heads of the attention that pools the tokens of a view; 0 takes their mean.
         hidden_dim: width of the hidden maps of the projector.
         depth: number of linear maps of the projector.
         out_dim: width of the embedding that the views agree on.
@@ -48,6 +50,7 @@ class GlobalConfig:
         vicreg_covariance: weight of its covariance term.
     """
 
+    pool_heads: int = 0
     hidden_dim: int = 2048
     depth: int = 3
     out_dim: int = 128
@@ -69,6 +72,7 @@ class GlobalConfig:
             hidden_dim=self.hidden_dim, depth=self.depth, out_dim=self.out_dim, num_directions=self.num_directions
         )
         check_not_negative(
+            pool_heads=self.pool_heads,
             weight=self.weight,
             vicreg_invariance=self.vicreg_invariance,
             vicreg_variance=self.vicreg_variance,
@@ -84,11 +88,12 @@ class GlobalConfig:
 
 
 class GlobalLevel(nn.Module):
-    """Projects pooled tokens and scores how well an image's views agree."""
+    """Pools tokens, projects them and scores how well an image's views agree."""
 
     def __init__(self, config: GlobalConfig, embed_dim: int) -> None:
         super().__init__()
         self.config = config
+        self.pool = AttentionPool(embed_dim, config.pool_heads) if config.pool_heads else None
         norms = {ProjectorNorm.batch: GlobalBatchNorm, ProjectorNorm.layer: nn.LayerNorm, ProjectorNorm.none: None}
         norm = norms[config.norm]
         layers: list[nn.Module] = []
@@ -104,7 +109,13 @@ class GlobalLevel(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter from a CPU generator."""
-        initialize(self, generator, fan_in=True)
+        initialize(self.projector, generator, fan_in=True)
+        if self.pool is not None:
+            self.pool.init_weights(generator)
+
+    def pooled(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
+        """Return one vector of the tokens of a view: their weighted mean, or their mean."""
+        return tokens.mean(1) if self.pool is None else self.pool(tokens)
 
     def forward(self, pooled: Float[Tensor, "*V B D"]) -> Float[Tensor, "*V B P"]:
         """Return the projected embeddings; batch norm takes all rows together."""

@@ -118,7 +118,9 @@ class HJEPA(nn.Module, PretrainedMixin):
     @property
     def feature_levels(self) -> tuple[str | int, ...]:
         """What `features` accepts as a level."""
-        top: tuple[str, ...] = ("global",) if self.global_level is not None else ()
+        top: tuple[str, ...] = ()
+        if self.global_level is not None:
+            top = ("global",) if self.global_level.pool is None else ("pooled", "global")
         return ("encoder", *range(self.config.pyramid.levels), *top)
 
     @property
@@ -418,7 +420,7 @@ class HJEPA(nn.Module, PretrainedMixin):
 
     def _global_term(self, full: list[Tensor], step: Tensor, output: HJEPAOutput) -> None:
         assert self.global_level is not None
-        z = self.global_level(torch.stack([tokens.mean(1) for tokens in full]))
+        z = self.global_level(torch.stack([self.global_level.pooled(tokens) for tokens in full]))
         loss = self.global_level.loss(z, step)
         output.level_losses["global"] = loss.detach()
         output.embeddings["global"] = z[0].detach()
@@ -437,8 +439,10 @@ class HJEPA(nn.Module, PretrainedMixin):
         Args:
             images: normalised pixels.
             level: "encoder" (tokens after the final norm), a pyramid level l (all tokens known, layer-normed as in
-                training, level 0 at the output patch size) or "global" (mean token through the projector).
-            pool: `mean` [B, D], `none` [B, N_l, D] or `flatten` [B, N_l * D]; "global" is [B, P] whatever the pool.
+                training, level 0 at the output patch size), "pooled" (what the attention of the global level, where it
+                has one, makes of the tokens) or "global" (that, or the mean token, through the projector).
+            pool: `mean` [B, D], `none` [B, N_l, D] or `flatten` [B, N_l * D]; "pooled" is [B, D] and "global" [B, P]
+                whatever the pool.
             branch: `target` (the moving average of each part that has one, else the part itself) or `online`.
 
         Returns:
@@ -455,9 +459,9 @@ class HJEPA(nn.Module, PretrainedMixin):
         level = self.feature_levels[self.feature_levels.index(level)]
         encoder, pyramid, head = self._branch(branch)
         tokens: Tensor = encoder(images)
-        if level == "global" and head is not None:
-            projected: Tensor = head(tokens.mean(1))
-            return projected
+        if level in ("pooled", "global") and head is not None:
+            top: Tensor = head.pooled(tokens)
+            return top if level == "pooled" else head(top)
         if isinstance(level, int):
             tokens = pyramid(self._feature_canvas(images, tokens, encoder))[level].values
         return _pooled(tokens, pool)
@@ -477,7 +481,8 @@ class HJEPA(nn.Module, PretrainedMixin):
         found: dict[str | int, Tensor] = {"encoder": _pooled(tokens, pool)}
         found |= {level: _pooled(canvas.values, pool) for level, canvas in enumerate(levels)}
         if head is not None:
-            found["global"] = head(tokens.mean(1))
+            top = head.pooled(tokens)
+            found |= {"global": head(top)} if head.pool is None else {"pooled": top, "global": head(top)}
         return found
 
     def _feature_canvas(self, images: Tensor, tokens: Tensor, encoder: Encoder) -> Canvas:
