@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -341,6 +342,15 @@ def test_a_config_that_is_missing_is_not_the_default_one(folder):
     (folder / "config.json").write_text('{"model": "HJEPA"}')
     with pytest.raises(ValueError, match=r"config\.json: config=None: not a mapping"):
         load_pretrained(folder)
+
+
+def test_files_are_for_whom_the_umask_leaves_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_pretrained(small().build(), tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize("save", [save_pretrained, lambda model, folder: model.save_pretrained(folder)])

@@ -214,6 +214,26 @@ def test_file_and_memory_through_fsspec(shards, cache, jpeg):
         memory.rm("/pets", recursive=True)
 
 
+def test_a_store_that_does_not_list_its_files_is_given_up(cache, monkeypatch):
+    import asyncio
+
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.registry import _registry
+
+    class Silent(AsyncFileSystem):
+        protocol = "s3"
+        asked = 0
+
+        async def _info(self, path, **kwargs):
+            Silent.asked += 1
+            await asyncio.sleep(5)
+
+    monkeypatch.setitem(_registry, "s3", Silent)
+    with pytest.raises(DataError, match=r"'s3://bucket/' cannot be fetched: FSTimeoutError \(2 attempts\)"):
+        ShardSource("s3://bucket/", cache=replace(cache, timeout=0.2, attempts=2))
+    assert Silent.asked == 2
+
+
 @pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
 def test_a_missing_package_is_named(cache, scheme, package, monkeypatch):
     import sys

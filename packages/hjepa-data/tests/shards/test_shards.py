@@ -181,6 +181,18 @@ def test_writer_refuses_and_leaves_nothing_half_done(tmp_path, jpeg):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train-000000.tar", "train-000000.tar.index.json"]
 
 
+def test_shards_that_are_there_are_not_mixed_with_new_ones(tmp_path, jpeg):
+    write_shards([jpeg(n) for n in range(6)], tmp_path, samples_per_shard=2)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match=r"train-000000\.tar' is there already; remove it"):
+        write_shards([jpeg(9)], tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert write_shards([jpeg(9)], tmp_path, prefix="val") == [tmp_path / "val-000000.tar"]
+    with ShardWriter(tmp_path, first=3) as writer:
+        writer.write(jpeg(9))
+    assert len(ShardSource(f"{tmp_path}/train-*.tar")) == 7
+
+
 def test_shard_size_in_bytes(tmp_path, jpeg):
     paths = write_shards([jpeg(n) for n in range(30)], tmp_path, max_bytes=20_000)
     assert len(paths) > 2

@@ -87,6 +87,17 @@ def test_other_formats_are_read(tmp_path, kind):
         assert np.array_equal(expected.transpose(1, 2, 0), pixels)
 
 
+def test_pixels_of_unknown_range_are_left_out(tmp_path):
+    """Which number is white, no TIFF of 32 bits says; of 16 bits the largest is."""
+    for name, kind in (("whole", np.int32), ("unsigned", np.uint32), ("real", np.float32), ("grey", np.uint16)):
+        Image.fromarray(np.full((10, 10), 100 * 256, dtype=kind)).save(tmp_path / f"{name}.tif")
+    Image.fromarray(np.full((10, 10), 100 * 256, dtype=np.uint16)).save(tmp_path / "grey.pgm")
+    stream = EvalConfig(size=(8, 8)).build(FolderSource(tmp_path))
+    (batch,) = stream
+    assert stream.skipped == {"unknown_range": 3}
+    assert batch.views[0].unique().tolist() == [100]
+
+
 def test_too_large_images_of_other_formats_are_left_out(tmp_path):
     Image.new("RGB", (200, 100)).save(tmp_path / "a.bmp")
     Image.new("RGB", (10, 10)).save(tmp_path / "b.bmp")

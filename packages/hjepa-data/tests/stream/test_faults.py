@@ -4,6 +4,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -99,6 +100,32 @@ def test_a_worker_without_memory_is_an_error(shards, tmp_path):
     stream.close()
 
 
+def limit_files(size):
+    """The same as a full /dev/shm: the system gives no more room."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_worker_without_shared_memory_is_an_error(shards, tmp_path):
+    source = Faulty(shards, tmp_path / "log", lambda: limit_files(100))
+    stream = EvalConfig(batch_size=6, size=(8, 8), workers=WorkerConfig(count=1, timeout=5.0)).build(source)
+    with pytest.raises(WorkerError, match=r"shared memory \(/dev/shm\); fewer workers"):
+        list(stream)
+
+
+def test_without_shared_memory_no_worker_starts(shards):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    stream = config(1).build(ShardSource(shards), seed=SEED)
+    limit_files(100)
+    try:
+        with pytest.raises(WorkerError, match=r"no shared memory \(/dev/shm\) for a batch of 1296 bytes") as caught:
+            next(stream)
+    finally:
+        limit_files(before)
+    assert "\n" not in str(caught.value)
+    assert len(take(stream, 9)) == 9
+    stream.close()
+
+
 def test_a_slow_worker_beside_a_dead_one_does_not_hide_it(shards, tmp_path):
     """The others keep giving batches, one in each second in which the loader looks."""
 
@@ -181,6 +208,19 @@ def test_what_cannot_be_read_stops_the_stream(tmp_path, jpeg, workers):
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="while in use"):
         list(EvalConfig(batch_size=6, size=(8, 8), workers=WorkerConfig(count=workers)).build(source))
+
+
+def test_a_lost_shard_of_many_samples_is_skipped(tmp_path):
+    """Without shuffling over shards all of them stand together."""
+    paths = write([np.full((8, 8, 3), n % 251, np.uint8) for n in range(2200)], tmp_path, samples_per_shard=1100)
+    shuffled = {"window_shards": 1, "views": (ViewGroup(size=(8, 8)),), "global_batch_size": 100}
+    stream = StreamConfig(**shuffled, unreadable="skip", max_skipped_fraction=0.6).build(ShardSource(paths), seed=SEED)
+    paths[0].unlink()
+    planned = stream._order.span(0, 5000)[1]
+    shown = torch.cat([batch.sample for batch in take(stream, 22)]).tolist()
+    assert stream.skipped == {"unreadable": 1100}
+    for position, sample in enumerate(shown):
+        assert sample == next(s for s in planned[position:].tolist() if s >= 1100)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -55,6 +55,20 @@ class Stripped(Tower):
         return super().forward(x)[:, 1:]
 
 
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "xcit_nano_12_p16_224"])
+def test_blocks_that_the_class_token_has_not_joined_keep_all_their_tokens(name):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, img_size=32, depth=1, embed_dim=32, num_heads=2, num_classes=0).eval()
+    assert model.num_prefix_tokens == 1
+    kept = []
+    model.blocks[0].register_forward_hook(lambda *passed: kept.append(passed[-1]))
+    (found,) = BlockFeatures(model, blocks=(0,))(torch.rand(2, 3, 32, 32)).values()
+    assert kept[0].shape == (2, 4, 32)
+    torch.testing.assert_close(found, kept[0].mean(1))
+    with pytest.raises(ValueError, match="no class token"):
+        BlockFeatures(model, blocks=(0,), poolings=("cls",))(torch.rand(2, 3, 32, 32))
+
+
 def test_an_output_without_the_prefix_keeps_all_its_tokens(device):
     tower, x = Stripped().to(device), torch.randn(2, 5, 4, device=device)
     whole, output = BlockFeatures(tower, blocks=(2, "output"), norm=True)(x).values()

@@ -40,6 +40,19 @@ def test_each_kind_of_collapse_is_named_with_its_number(device, change, verdict,
     assert all(any(character.isdigit() for character in line) for line in report.reasons)
 
 
+@pytest.mark.parametrize("width", [2, 4, 8, 32])
+def test_one_direction_is_a_collapse_at_every_width(device, width):
+    z = normal(width=width).to(device)
+    assert judge_collapse(z).verdict == Verdict.healthy
+    report = judge_collapse(z[:, :1] @ z[:1] + 1e-3 * z)
+    assert report.verdict == Verdict.collapsed
+    assert "few directions" in report.reasons[0]
+
+
+def test_a_single_number_an_image_lacks_no_direction():
+    assert judge_collapse(normal(width=1)).verdict == Verdict.healthy
+
+
 def test_every_level_has_its_own_verdict():
     labels = torch.full((600,), -1)
     sets = {"0": FeatureSet(values=normal(), labels=labels), "1": FeatureSet(values=torch.ones(600, 8), labels=labels)}

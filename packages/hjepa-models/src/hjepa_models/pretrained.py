@@ -116,6 +116,8 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     config = {"model": type(model).__name__, "config": dataclasses.asdict(cast(Any, described))}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    # safetensors leaves a file to its owner alone; who may read the one may read the other.
+    (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:

@@ -45,7 +45,8 @@ class CacheConfig:
             room for two windows: with less, shards are fetched again and again.
         attempts: how often a request is tried before it has failed.
         first_wait: pause after the first failure, seconds; it doubles with each failure, up to 30.
-        timeout: longest silence of a server, seconds; one that gives less than 1 KiB/s for so long is silent too.
+        timeout: longest silence of a server, seconds; one that gives less than 1 KiB/s for so long is silent too. As
+            long may an object store take to list its files.
         retry_after: how long a process takes a shard that could not be fetched as given up, seconds. Streams that skip
             what they cannot read do not wait for every sample of such a shard.
     """

@@ -260,6 +260,7 @@ _SAID = {
     SkipReason.UNDECODABLE: "undecodable: no JPEG, PNG or WebP, or a damaged one",
     SkipReason.TRUNCATED: "truncated: the image ends too early",
     SkipReason.TOO_LARGE: "too large",
+    SkipReason.UNKNOWN_RANGE: "unknown range: pixels are integers of 32 bits or floats",
 }
 
 

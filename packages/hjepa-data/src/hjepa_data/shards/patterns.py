@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hjepa_data.errors import DataError, one_line
@@ -16,6 +16,8 @@ __all__ = ["Pattern", "Shard", "expand_locations", "expand_shards"]
 Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 # A local file, or a URL.
 Shard = Path | str
+# What lists the shards that a URL names; None where URLs are refused.
+_Lister = Callable[[str], list[str]] | None
 
 _BRACE = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"^(\d+)\.\.(\d+)$")
@@ -41,15 +43,16 @@ def expand_shards(pattern: Pattern) -> list[Path]:
     Raises:
         DataError: nothing matches, a shard does not exist, a pattern is a command or a URL, or a shard occurs twice.
     """
-    return [shard for shard in _expand(pattern, urls=False) if isinstance(shard, Path)]
+    return [shard for shard in _expand(pattern, None) if isinstance(shard, Path)]
 
 
-def expand_locations(pattern: Pattern) -> list[Shard]:
+def expand_locations(pattern: Pattern, lister: Callable[[str], list[str]] = list_remote) -> list[Shard]:
     """Expand a shard pattern into the shards that it names, local or remote.
 
     Args:
         pattern: what ``expand_shards`` understands, and URLs, also in braces, list files and lists: ``http(s)://``,
             ``s3://`` and ``gs://``, for the latter two also globs and folders that end in ``/``.
+        lister: lists the shards that such a glob or folder names.
 
     Returns:
         Paths and URLs in the order of the pattern. Whether there is a shard at a URL is not asked.
@@ -57,15 +60,15 @@ def expand_locations(pattern: Pattern) -> list[Shard]:
     Raises:
         DataError: as for ``expand_shards``, or a URL is of another scheme, or a glob of files behind http.
     """
-    return _expand(pattern, urls=True)
+    return _expand(pattern, lister)
 
 
-def _expand(pattern: Pattern, *, urls: bool) -> list[Shard]:
+def _expand(pattern: Pattern, lister: _Lister) -> list[Shard]:
     parts = [pattern] if isinstance(pattern, str | os.PathLike) else list(pattern)
     if not parts:
         raise DataError("no shards: the list of patterns is empty; give a tar file, a glob, braces or a directory")
     try:
-        shards = [shard for part in parts for shard in _expand_one(os.path.expanduser(os.fspath(part)), urls)]
+        shards = [shard for part in parts for shard in _expand_one(os.path.expanduser(os.fspath(part)), lister)]
     except RecursionError:
         raise DataError(one_line(f"a list file among {pattern!r} names itself; name shards in it")) from None
     seen: set[Shard] = set()
@@ -77,14 +80,14 @@ def _expand(pattern: Pattern, *, urls: bool) -> list[Shard]:
     return shards
 
 
-def _expand_one(text: str, urls: bool) -> list[Shard]:
+def _expand_one(text: str, lister: _Lister) -> list[Shard]:
     _refuse_commands(text)
     if "://" in text:
-        return _expand_url(text, urls)
+        return _expand_url(text, lister)
     if not text:
         raise DataError("a shard pattern is empty; give a tar file, a glob, braces or a directory")
     if _BRACE.search(text):
-        return _expand_braces(text, urls)
+        return _expand_braces(text, lister)
     path = Path(text)
     if path.is_dir():
         found = sorted(Path(name) for name in glob.glob(os.path.join(glob.escape(text), "*.tar")))
@@ -92,7 +95,7 @@ def _expand_one(text: str, urls: bool) -> list[Shard]:
             raise DataError(f"no *.tar in directory '{text}': {_content(path)}")
         return [_checked(shard) for shard in found]
     if path.is_file():
-        return _expand_list(path, urls) if path.suffix in {".txt", ".list"} else [_checked(path)]
+        return _expand_list(path, lister) if path.suffix in {".txt", ".list"} else [_checked(path)]
     if glob.has_magic(text):
         found = sorted(Path(name) for name in glob.glob(text, recursive=True))
         if not found:
@@ -103,16 +106,16 @@ def _expand_one(text: str, urls: bool) -> list[Shard]:
     raise DataError(f"no such shard '{text}': {_nearest(path)}")
 
 
-def _expand_url(text: str, urls: bool) -> list[Shard]:
-    if not urls:
+def _expand_url(text: str, lister: _Lister) -> list[Shard]:
+    if lister is None:
         raise DataError(
             f"'{shown(text)}': local files only; ShardSource reads URLs, for all else download the shards and give "
             "their path"
         )
     if _BRACE.search(text):
-        return [shard for name in _braces(text) for shard in _expand_one(name, urls)]
+        return [shard for name in _braces(text) for shard in _expand_one(name, lister)]
     check_url(text)
-    return [*list_remote(text)] if is_glob(text) else [text]
+    return [*lister(text)] if is_glob(text) else [text]
 
 
 def _refuse_commands(text: str) -> None:
@@ -122,12 +125,12 @@ def _refuse_commands(text: str) -> None:
         )
 
 
-def _expand_braces(text: str, urls: bool) -> list[Shard]:
+def _expand_braces(text: str, lister: _Lister) -> list[Shard]:
     names = _braces(text)
     for name in names:
         _refuse_commands(name)
     if any(glob.has_magic(name) for name in names):
-        return [shard for name in names for shard in _expand_one(name, urls)]
+        return [shard for name in names for shard in _expand_one(name, lister)]
     missing = [name for name in names if not os.path.isfile(name)]
     if missing:
         raise DataError(
@@ -158,7 +161,7 @@ def _braces(text: str) -> list[str]:
     return [name for choice in choices for name in _braces(head + choice + tail)]
 
 
-def _expand_list(path: Path, urls: bool) -> list[Shard]:
+def _expand_list(path: Path, lister: _Lister) -> list[Shard]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -173,7 +176,7 @@ def _expand_list(path: Path, urls: bool) -> list[Shard]:
     found: list[Shard] = []
     for line in lines:
         text = line if "://" in line else os.path.join(path.parent, os.path.expanduser(line))
-        found += _expand_one(text, urls)
+        found += _expand_one(text, lister)
     return found
 
 

@@ -124,11 +124,14 @@ def index_url(url: str) -> str:
     return urlunsplit(parts._replace(path=parts.path + ".index.json"))
 
 
-def list_remote(url: str) -> list[str]:
+def list_remote(url: str, *, timeout: float = 60.0, attempts: int = 5, first_wait: float = 0.5) -> list[str]:
     """List the shards that a glob or a folder of an object store names.
 
     Args:
         url: with ``*``, ``?`` or ``[...]``, or a folder that ends in ``/``.
+        timeout: longest that a list may take, seconds.
+        attempts: how often to try.
+        first_wait: pause after the first failure, seconds.
 
     Returns:
         URLs, sorted.
@@ -141,9 +144,9 @@ def list_remote(url: str) -> list[str]:
     def ask() -> list[str]:
         files = _file_system(url)
         with _reasons(Exception):
-            return sorted(str(files.unstrip_protocol(name)) for name in files.glob(pattern))
+            return sorted(str(files.unstrip_protocol(name)) for name in files.glob(pattern, timeout=timeout))
 
-    found = retry(ask, url)
+    found = retry(ask, url, attempts=attempts, first_wait=first_wait)
     if not found:
         raise DataError(f"no shard matches '{pattern}'")
     return found
@@ -305,6 +308,6 @@ def _reasons(*failures: type[Exception]) -> Iterator[None]:
         raise RemoteError(reason, missing=True) from None
     except failures as error:
         cause = getattr(error, "reason", error)
-        said = f"{type(cause).__name__}: {cause}" if isinstance(cause, Exception) else cause
+        said = f"{type(cause).__name__}: {cause}".removesuffix(": ") if isinstance(cause, Exception) else cause
         wrong = (ssl.SSLCertVerificationError, http.client.InvalidURL, ValueError, TypeError)
         raise RemoteError(said, passing=not isinstance(cause, wrong)) from None

@@ -21,7 +21,7 @@ from hjepa_data.shards.cache import CacheConfig, RemoteShard, ShardCache
 from hjepa_data.shards.columns import SharedArrays
 from hjepa_data.shards.index import Int64Array, ShardIndex, index_shard
 from hjepa_data.shards.patterns import Pattern, Shard, expand_locations
-from hjepa_data.shards.remote import shown
+from hjepa_data.shards.remote import list_remote, shown
 
 __all__ = ["RawSample", "ShardSource"]
 
@@ -72,8 +72,10 @@ class ShardSource:
     ) -> None:
         if num_threads < 1:
             refuse("num_threads", num_threads, "nobody would index the shards", "allowed: 1 and more")
-        self.shards: list[Shard] = expand_locations(pattern)
-        self._cache = ShardCache(cache if cache is not None else CacheConfig())
+        cache = cache if cache is not None else CacheConfig()
+        lister = partial(list_remote, timeout=cache.timeout, attempts=cache.attempts, first_wait=cache.first_wait)
+        self.shards: list[Shard] = expand_locations(pattern, lister)
+        self._cache = ShardCache(cache)
         index = partial(self._index, allow_truncated=allow_truncated, verify=verify)
         with ThreadPoolExecutor(num_threads) as pool:
             found = list(pool.map(index, self.shards))

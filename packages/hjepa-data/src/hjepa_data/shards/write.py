@@ -101,8 +101,8 @@ class ShardWriter:
             key: name of the sample in its shard, without a dot; by default its number.
 
         Raises:
-            DataError: this is no image of a known format, the label is no class number, or the key has a dot or is
-                that of another sample of the shard.
+            DataError: this is no image of a known format, the label is no class number, the key has a dot or is that
+                of another sample of the shard, or there is such a shard already.
         """
         try:
             if isinstance(image, Image.Image):
@@ -168,6 +168,8 @@ class ShardWriter:
             from webdataset import TarWriter
 
             name = f"{self.prefix}-{self._next:06d}.tar"
+            if (self.folder / name).exists():
+                raise DataError(f"'{self.folder / name}' is there already; remove it, or give another folder or prefix")
             self._file = open(self.folder / f".{name}.tmp", "wb")  # noqa: SIM115 (closed with the shard)
             self._tar = TarWriter(
                 self._file,
@@ -228,7 +230,7 @@ def write_shards(
         The shards.
 
     Raises:
-        DataError: something is no image.
+        DataError: something is no image, or there are such shards already.
     """
     with ShardWriter(folder, prefix=prefix, samples_per_shard=samples_per_shard, max_bytes=max_bytes) as writer:
         for item in images:

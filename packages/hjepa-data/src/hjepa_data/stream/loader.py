@@ -137,7 +137,7 @@ def load(tasks: Dataset[Loaded], items: Iterable[Any], config: WorkerConfig) -> 
             batch_size=None,
             sampler=items,  # any iterable will do
             num_workers=config.count,
-            collate_fn=_as_it_is,
+            collate_fn=_share if workers else _as_it_is,
             pin_memory=config.pin_memory and torch.cuda.is_available(),
             prefetch_factor=config.prefetch if workers else None,
             multiprocessing_context=_context(config) if workers else None,
@@ -173,7 +173,9 @@ def _guarded(batches: Any, config: WorkerConfig) -> Iterator[Loaded]:  # noqa: A
             worker.kill()
         raise
     except MemoryError:
-        raise WorkerError("a worker ran out of memory; fewer workers or a smaller batch need less") from None
+        raise WorkerError(
+            "a worker ran out of memory, maybe of shared memory (/dev/shm); fewer workers or a smaller batch need less"
+        ) from None
     finally:
         # Else the loader would refer to itself, and end its workers only when the garbage is collected.
         del batches._get_data
@@ -234,6 +236,18 @@ def _can_fork() -> bool:
 
 
 def _as_it_is(loaded: Any) -> Any:  # noqa: ANN401 (the loader's types are for lists of samples)
+    return loaded
+
+
+def _share(loaded: Any) -> Any:  # noqa: ANN401 (as above)
+    """Move a batch into shared memory before it is handed over, where a want of it would go unheard."""
+    batch = loaded.batch
+    tensors = [*batch.views, batch.labels, batch.sample, batch.epoch] if isinstance(batch, Batch) else []
+    for tensor in [*tensors, *([] if loaded.encoded is None else [loaded.encoded.data])]:
+        try:
+            tensor.share_memory_()  # type: ignore[no-untyped-call, unused-ignore]
+        except RuntimeError as error:
+            raise MemoryError from error
     return loaded
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hjepa_data.errors import WorkerError, one_line
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.worker import Loaded, TrainTasks
 
@@ -113,5 +114,13 @@ def _lend(key: int, place: int) -> Batch:
 
 def _shared(size: int) -> Tensor:
     # As torch's own loader does it: no public function makes shared memory without touching its pages.
-    storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call, unused-ignore]
+    try:
+        storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call, unused-ignore]
+    except RuntimeError as error:
+        raise WorkerError(
+            one_line(
+                f"no shared memory (/dev/shm) for a batch of {size} bytes: {error}; fewer workers, a smaller prefetch "
+                "or a smaller batch need less"
+            )
+        ) from None
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload, unused-ignore]

@@ -16,7 +16,7 @@ from hjepa_data.stream.gpu_decode import Decode, check_decoder, decode_views
 from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
 from hjepa_data.stream.order import order_of
 from hjepa_data.stream.pool import BatchPool, PooledTasks
-from hjepa_data.stream.worker import Loaded, TrainTasks, UnreadablePolicy
+from hjepa_data.stream.worker import MAX_REPLACEMENTS, Loaded, TrainTasks, UnreadablePolicy
 from hjepa_data.transforms.crop import ViewGroup
 from hjepa_data.transforms.decode import check_max_pixels
 
@@ -163,6 +163,8 @@ class TrainStream(Iterator[Batch]):
             config.cache_bytes,
             config.unreadable,
             config.decode,
+            # So many are borne if they stand apart, and a lost shard's stand together.
+            max(MAX_REPLACEMENTS, int(config.max_skipped_fraction * self._order.num_samples)),
         )
         self._position = 0
         self._failed = False

@@ -24,8 +24,8 @@ from hjepa_data.transforms.decode import SMALLEST_SHRINK, SkipImageError, SkipRe
 
 __all__ = ["EvalTasks", "Loaded", "TrainTasks", "UnreadablePolicy"]
 
-# A run of so many damaged images is no accident.
-_MAX_REPLACEMENTS = 1000
+# A longer run of damaged images is no accident.
+MAX_REPLACEMENTS = 1000
 _CROP = 3
 # Pillow holds four bytes for each pixel; beside them an image costs about so much.
 _BYTES_PER_PIXEL = 4
@@ -86,6 +86,7 @@ class TrainTasks(Dataset[Loaded]):
         cache_bytes: decoded pixels that are kept.
         unreadable: what happens to samples that cannot be read.
         decode: whether plain JPEGs are left encoded.
+        max_replacements: images in a row that may be left out.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class TrainTasks(Dataset[Loaded]):
         cache_bytes: int = 0,
         unreadable: UnreadablePolicy = UnreadablePolicy.STOP,
         decode: Decode = Decode.CPU,
+        max_replacements: int = MAX_REPLACEMENTS,
     ) -> None:
         self._source = source
         self._order = order
@@ -110,6 +112,7 @@ class TrainTasks(Dataset[Loaded]):
         self._cache_left = cache_bytes
         self._unreadable = unreadable
         self._decode = decode
+        self._max_replacements = max_replacements
         self._ahead: set[int] = set()
 
     def __getitem__(self, start: int) -> Loaded:
@@ -171,10 +174,10 @@ class TrainTasks(Dataset[Loaded]):
         loaded = Loaded(encoded=encoded)
         files: list[bytes] = []
         finished: list[int] = []
-        for row in range(count):
-            for ahead in range(_MAX_REPLACEMENTS):
-                if ahead:
-                    epochs[row], samples[row] = self._order.at(start + row + ahead)
+        good = 0
+        for row, own in enumerate(range(start, start + count)):
+            place = own
+            while True:
                 try:
                     key = (self._seed, _CROP, int(epochs[row]), int(samples[row]))
                     if (file := self._write(key, pixels, row, encoded)) is None:
@@ -182,13 +185,20 @@ class TrainTasks(Dataset[Loaded]):
                     else:
                         files.append(file)
                 except SkipImageError as skip:
-                    if ahead == 0:
-                        loaded.leave_out(skip, self._source.locate(int(samples[row])))
+                    where = self._source.locate(int(samples[row]))
+                    if place == own:
+                        loaded.leave_out(skip, where)
+                    place += 1
+                    if place - own >= self._max_replacements:
+                        raise DataError(
+                            f"{place - own} images in a row cannot be decoded, the last at {where}"
+                        ) from None
+                    # What the rows before have found: none between them and it is good.
+                    place = max(place, good)
+                    epochs[row], samples[row] = self._order.at(place)
                     continue
+                good = place
                 break
-            else:
-                where = self._source.locate(int(samples[row]))
-                raise DataError(f"{_MAX_REPLACEMENTS} images in a row cannot be decoded, the last at {where}")
         if encoded is not None:
             if files:
                 encoded.data = torch.frombuffer(bytearray().join(files), dtype=torch.uint8)

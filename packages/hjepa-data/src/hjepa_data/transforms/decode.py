@@ -61,6 +61,7 @@ class SkipReason(StrEnum):
     UNDECODABLE = "undecodable"
     TRUNCATED = "truncated"
     TOO_LARGE = "too_large"
+    UNKNOWN_RANGE = "unknown_range"
     UNREADABLE = "unreadable"
 
 
@@ -165,7 +166,8 @@ def open_image(data: bytes | Image.Image, *, max_pixels: int, any_format: bool =
         The image, with its pixels not decoded yet.
 
     Raises:
-        SkipImageError: the bytes are empty, no image, or of an image that is too large.
+        SkipImageError: the bytes are empty, no image, or of an image that is too large or whose pixels are integers of
+            32 bits or floats: nobody says which of them is white.
     """
     if not data:
         raise SkipImageError(SkipReason.EMPTY)
@@ -185,6 +187,9 @@ def open_image(data: bytes | Image.Image, *, max_pixels: int, any_format: bool =
     width, height = image.size
     if width * height > max_pixels:
         raise SkipImageError(SkipReason.TOO_LARGE)
+    # Of PNG and PNM files Pillow calls 16 bits so, too.
+    if image.mode == "F" or (image.mode == "I" and image.format not in {"PNG", "PPM"}):
+        raise SkipImageError(SkipReason.UNKNOWN_RANGE)
     orientation = _orientation(image)
     turn = _TURNS.get(orientation)
     if orientation in {5, 6, 7, 8}:

@@ -81,7 +81,8 @@ class BlockFeatures:
             module returns.
         poolings: How tokens become vectors. What is a vector already stays as it is, under the pooling "none".
         num_prefix_tokens: Class and register tokens ahead of the patches; None: what the module says by an attribute of
-            that name, as timm's do, else 0. An output that has as many tokens less than the blocks lost them already.
+            that name, as timm's do, else 0. An output that has as many tokens less than the blocks lost them already;
+            one that has as many tokens as ``patch_embed.num_patches`` has none.
         norm: Apply the final norm (the ``norm`` beside the list of blocks) to the tokens of numbered blocks, as linear
             probes of vision transformers do; the last block with it is the encoder's own output.
         channels_last: Maps of blocks are [B, H, W, D]; None: what the module says by ``output_fmt``, as timm's do, else
@@ -111,6 +112,8 @@ class BlockFeatures:
         said_by = getattr(module, "module", module)
         found = getattr(said_by, "num_prefix_tokens", 0) if num_prefix_tokens is None else num_prefix_tokens
         self.num_prefix_tokens = int(found)
+        counted = getattr(getattr(said_by, "patch_embed", None), "num_patches", None)
+        self._num_patches = counted if num_prefix_tokens is None else None
         said = getattr(said_by, "output_fmt", None) == "NHWC"
         self.channels_last = said if channels_last is None else channels_last
         self._norm = _final_norm(module) if norm else nn.Identity()
@@ -162,6 +165,9 @@ class BlockFeatures:
         return pooled
 
     def _prefix_of(self, label: str, caught: Mapping[str, Tensor]) -> int:
+        # CaiT and XCiT join the class token behind their blocks.
+        if caught[label].shape[1] == self._num_patches:
+            return 0
         counts = {part.shape[1] for name, part in caught.items() if name != "output" and part.ndim == 3}
         output = caught.get("output")
         stripped = output is not None and output.ndim == 3 and output.shape[1] + self.num_prefix_tokens in counts

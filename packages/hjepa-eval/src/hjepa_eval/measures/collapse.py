@@ -30,7 +30,8 @@ class CollapseConfig:
     Attributes:
         relative_spread: Root mean square of the standard deviations, as a share of the root mean square of the
             features; below is worse.
-        rank_share: Effective rank (centred) as a share of min(n - 1, D); below is worse.
+        rank_share: Effective rank (centred), less the one direction that there always is, as a share of min(n - 1, D)
+            less one; below is worse.
         dead_share: Share of the dimensions whose standard deviation is below 1e-3 of the mean one; above is worse.
         cosine: Mean cosine of different samples; above is worse.
     """
@@ -87,16 +88,18 @@ def judge_collapse(z: Float[Tensor, "n D"], config: CollapseConfig | None = None
     values = z.detach().double()
     deviation = values.std(dim=0)
     scale, mean = float(values.square().mean().sqrt()), float(deviation.mean())
+    most = min(len(values) - 1, values.shape[1])
     numbers = {
         "relative_spread": float(deviation.square().mean().sqrt()) / scale if scale > 0 else 0.0,
-        "rank_share": float(effective_rank(values)) / min(len(values) - 1, values.shape[1]),
+        # Of one direction at most nothing can be missing.
+        "rank_share": (float(effective_rank(values)) - 1) / (most - 1) if most > 1 else 1.0,
         "dead_share": float((deviation < 1e-3 * mean).double().mean()) if mean > 0 else 1.0,
         "cosine": float(mean_cosine(values)) if scale > 0 else 1.0,
     }
     found: list[tuple[Verdict, str]] = []
     for name, what, above in (
         ("relative_spread", "features hardly differ between images: spread / scale", False),
-        ("rank_share", "few directions are used: effective rank / largest possible", False),
+        ("rank_share", "few directions are used: (effective rank - 1) / (largest possible - 1)", False),
         ("dead_share", "dimensions are constant: share of them", True),
         ("cosine", "features point the same way: mean cosine", True),
     ):
