@@ -22,6 +22,7 @@ from hjepa_models import (
     scatter_to_canvas,
 )
 from hjepa_models.hjepa import normalize
+from hjepa_models.layers.attention_pool import AttentionPool
 from hjepa_models.objectives import DISTANCES
 
 GRID = (4, 6)
@@ -453,35 +454,67 @@ def test_centred_targets_need_tokens_of_whole_images():
         small_config("projection", center_targets=True)
 
 
-@pytest.mark.parametrize("targets", ["ema", "detached"])
-def test_the_global_level_pools_by_attention(device, targets):
-    config = small_config(targets, with_global=True)
-    config.global_level.pool_heads = 4
-    model = config.build(seed=1, device=device)
-    plain = small_config(targets, with_global=True).build(seed=1, device=device)
-    views, context, target = batch(device, views=2)
-    assert model.feature_levels == ("encoder", 0, 1, 2, "pooled", "global")
-    # Queries of 0 take the mean, and the other weights are drawn as without it.
-    losses = [each(views, context, target, 3).level_losses["global"] for each in (model, plain)]
-    torch.testing.assert_close(*losses)
-    model.zero_grad()
-    model(views, context, target, 3).loss.backward()
-    assert (model.global_level.pool.query_token.grad != 0).any()
+STEM = {"stem": "overlap", "stem_channels": (12, 24), "stem_norm": "batch", "stem_blocks": (1, 0)}
 
-    for pool in {model.global_level.pool, (model.target_global_level or model.global_level).pool}:
-        torch.nn.init.normal_(pool.query_token)
-        torch.nn.init.normal_(pool.key.weight)
+
+@pytest.mark.parametrize("targets", ["ema", "detached"])
+@pytest.mark.parametrize("maps", [0, 1, 2])
+@pytest.mark.parametrize("heads", [0, 4])
+def test_the_global_level_pools_tokens_and_maps_of_the_stem(device, targets, maps, heads):
+    config = small_config(targets, with_global=True, encoder=STEM)
+    config.global_level.pool_heads, config.global_level.stem_maps = heads, maps
+    model = config.build(seed=1, device=device)
+    views, context, target = batch(device, views=2)
+    names = [f"map{number}" for number in range(maps)]
+    own = [*names, "pooled"] if maps or heads else []
+    assert model.feature_levels == ("encoder", 0, 1, 2, *own, "global")
+    output = model(views, context, target, 3)
+    assert {"global", *names} <= output.level_losses.keys()
+    output.loss.backward()
+    levels = [model.global_level, *model.map_levels]
+    assert all(p.grad is not None for level in levels for p in level.parameters())
+    plain = small_config(targets, with_global=True, encoder=STEM).build(seed=1, device=device)
+    masked = plain(views, context, target, 3)
+    tops = [output.level_losses[name] for name in ("global", *names)]
+    wanted = masked.loss - masked.level_losses["global"] + torch.stack(tops).mean()
+    torch.testing.assert_close(output.loss, wanted)
+    for module in model.modules():
+        if isinstance(module, AttentionPool):
+            torch.nn.init.normal_(module.query_token)
+
     model.eval()
     for branch in Branch:
         encoder, _, head = model._branch(branch)
-        tokens = encoder(views[0])
+        targeted = branch is Branch.target and targets == "ema"
+        heads_of = [head, *(model.target_map_levels or [] if targeted else model.map_levels)]
         found = model.all_features(views[0], branch=branch)
         assert tuple(found) == model.feature_levels
-        torch.testing.assert_close(found["pooled"], head.pool(tokens))
-        torch.testing.assert_close(found["global"], head.projector(head.pool(tokens)))
-        assert not torch.allclose(found["pooled"], tokens.mean(1))
-        for level in ("pooled", "global"):
+        stages = list(encoder.stem.stages)
+        fine = stages[1](stages[0](views[0], False), False)  # 8x12, its residual block included
+        coarse = stages[2](fine, False)
+        scales = [encoder(views[0]), coarse.flatten(2).mT, fine.flatten(2).mT][: maps + 1]
+        assert [scale.shape[1:] for scale in scales] == [(24, 32), (24, 24), (96, 12)][: maps + 1]
+        normed = [level.norm(scale) for level, scale in zip(heads_of, scales, strict=True)]
+        pooled = [
+            each.mean(1) if level.pool is None else level.pool(each)
+            for level, each in zip(heads_of, normed, strict=True)
+        ]
+        torch.testing.assert_close(found["global"], head.projector(pooled[0]))
+        for name, each in zip(names, pooled[1:], strict=True):
+            torch.testing.assert_close(found[name], each)
+        if own:
+            torch.testing.assert_close(found["pooled"], torch.cat(pooled, 1))
+        for level in model.feature_levels[4:]:
             torch.testing.assert_close(model.features(views[0], level, branch=branch), found[level])
+
+
+def test_heads_start_as_the_mean(device):
+    losses = []
+    for heads in (0, 4):
+        config = small_config("detached", with_global=True)
+        config.global_level.pool_heads = heads
+        losses.append(config.build(seed=1, device=device)(*batch(device, views=2), 3).level_losses["global"])
+    torch.testing.assert_close(*losses)
 
 
 def test_a_mean_has_no_level_of_its_own():
@@ -489,6 +522,16 @@ def test_a_mean_has_no_level_of_its_own():
         small_config(with_global=True).build().features(torch.zeros(1, 3, 16, 24), "pooled")
 
 
-def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ValueError, match=r"global_level.pool_heads=5: does not divide embed_dim=32; allowed: 1, 2, 4"):
-        HJEPAConfig(encoder=EncoderConfig(embed_dim=32, num_heads=2), global_level=GlobalConfig(pool_heads=5))
+@pytest.mark.parametrize(
+    ("encoder", "top", "message"),
+    [
+        ({}, {"pool_heads": 5}, "global_level.pool_heads=5: does not divide embed_dim=32; allowed: 1, 2, 4"),
+        (STEM, {"pool_heads": 8, "stem_maps": 2}, "global_level.pool_heads=8: does not divide embed_dim=12"),
+        (STEM, {"stem_maps": 3}, "global_level.stem_maps=3: more than stem=overlap with 2 stem_channels has"),
+        ({}, {"stem_maps": 1}, "global_level.stem_maps=1: more than stem=linear"),
+    ],
+)
+def test_a_top_that_the_encoder_cannot_feed_is_refused(encoder, top, message):
+    sizes = {"image_size": (16, 24), "patch_size": (4, 4), "embed_dim": 32, "num_heads": 2}
+    with pytest.raises(ValueError, match=message):
+        HJEPAConfig(encoder=EncoderConfig(**(sizes | encoder)), global_level=GlobalConfig(**top))

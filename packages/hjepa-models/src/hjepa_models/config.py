@@ -164,8 +164,7 @@ class HJEPAConfig:
             len(self.encoder.patch_size),
         )
         check_mlp("predictor", self.encoder.mlp, self.predictor.embed_dim, self.predictor.mlp_ratio)
-        if self.global_level is not None and self.global_level.pool_heads:
-            check_heads("global_level", self.encoder.embed_dim, self.global_level.pool_heads, "pool_heads")
+        self._check_global_level()
         self._check_levels()
         self._check_patch_sizes()
         self._check_collapse()
@@ -178,6 +177,25 @@ class HJEPAConfig:
                 "image in training, so the statistics for evaluation would never be measured; allowed: "
                 "stem_norm=none, targets=detached or a global level; change one of them"
             )
+
+    @property
+    def map_widths(self) -> tuple[int, ...]:
+        """Channels of the maps of the stem that the global level pools, from coarse to fine."""
+        count = 0 if self.global_level is None else self.global_level.stem_maps
+        return self.encoder.stem_channels[::-1][:count]
+
+    def _check_global_level(self) -> None:
+        if self.global_level is None:
+            return
+        count, stages = self.global_level.stem_maps, len(self.encoder.stem_channels)
+        if count and (self.encoder.stem is not Stem.overlap or count > stages):
+            raise ValueError(
+                f"global_level.stem_maps={count}: more than stem={self.encoder.stem} with {stages} stem_channels "
+                f"has; allowed: 0, or up to their number with stem=overlap; change one of them"
+            )
+        if self.global_level.pool_heads:
+            for width in (self.encoder.embed_dim, *self.map_widths):
+                check_heads("global_level", width, self.global_level.pool_heads, "pool_heads")
 
     def _check_levels(self) -> None:
         levels, weights = self.pyramid.levels, self.level_weights.weights

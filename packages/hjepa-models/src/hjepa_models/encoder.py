@@ -388,6 +388,21 @@ class Encoder(nn.Module, PretrainedMixin):
         out: Tensor = self.transformer(tokens, places)
         return out[:, : self.config.registers], out[:, self.config.registers :]
 
+    def scales(self, images: Float[Tensor, "B C *S"], count: int) -> list[Float[Tensor, "B N D"]]:
+        """Encode whole images and return their tokens, and then `count` maps of the stem, from coarse to fine.
+
+        Args:
+            images: normalised pixels.
+            count: maps of the stem, each [B, places, its channels]; more than 0 needs `stem=overlap`.
+        """
+        if not count:
+            return [self(images)]
+        assert isinstance(self.stem, OverlapStem)
+        grid = self.grid_of(images)
+        *maps, embedded = self.stem.maps(images, None, grid)
+        tokens: Tensor = self.transformer(*self._place(embedded, None, grid))
+        return [tokens[:, self.config.registers :], *maps[: -count - 1 : -1]]
+
     @torch.no_grad()
     def attention_maps(
         self, images: Float[Tensor, "B C *S"], index: Int[Tensor, "B K"] | None = None
@@ -404,6 +419,9 @@ class Encoder(nn.Module, PretrainedMixin):
         """Return the tokens that enter the first block and their places."""
         grid = self.grid_of(images, processing_patch_size)
         tokens = self._embed(images, index, grid, processing_patch_size or self.config.processing_patch)
+        return self._place(tokens, index, grid)
+
+    def _place(self, tokens: Tensor, index: Tensor | None, grid: Grid) -> tuple[Float[Tensor, "B T D"], list[Place]]:
         tokens = self.positions.add(tokens, grid, index)
         if self.registers is not None:
             tokens = torch.cat([self.registers.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)

@@ -36,6 +36,8 @@ class GlobalConfig:
 
     Attributes:
         pool_heads: heads of the attention that pools the tokens of a view; 0 takes their mean.
+        stem_maps: maps of the encoder's stem, counted from the coarsest, that are levels of this kind too, each with a
+            pool and a projector of its own; the term is the mean over all.
         hidden_dim: width of the hidden maps of the projector.
         depth: number of linear maps of the projector.
         out_dim: width of the embedding that the views agree on.
@@ -51,6 +53,7 @@ class GlobalConfig:
     """
 
     pool_heads: int = 0
+    stem_maps: int = 0
     hidden_dim: int = 2048
     depth: int = 3
     out_dim: int = 128
@@ -73,6 +76,7 @@ class GlobalConfig:
         )
         check_not_negative(
             pool_heads=self.pool_heads,
+            stem_maps=self.stem_maps,
             weight=self.weight,
             vicreg_invariance=self.vicreg_invariance,
             vicreg_variance=self.vicreg_variance,
@@ -88,20 +92,26 @@ class GlobalConfig:
 
 
 class GlobalLevel(nn.Module):
-    """Pools tokens, projects them and scores how well an image's views agree."""
+    """Pools tokens, projects them and scores how well an image's views agree.
 
-    def __init__(self, config: GlobalConfig, embed_dim: int) -> None:
+    Args:
+        config: its description.
+        width: of the tokens.
+        norm: tokens come from no norm and are layer-normed first, as the places of a map of the stem are.
+    """
+
+    def __init__(self, config: GlobalConfig, width: int, *, norm: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.pool = AttentionPool(embed_dim, config.pool_heads) if config.pool_heads else None
-        norms = {ProjectorNorm.batch: GlobalBatchNorm, ProjectorNorm.layer: nn.LayerNorm, ProjectorNorm.none: None}
-        norm = norms[config.norm]
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
+        self.pool = AttentionPool(width, config.pool_heads) if config.pool_heads else None
+        kinds = {ProjectorNorm.batch: GlobalBatchNorm, ProjectorNorm.layer: nn.LayerNorm, ProjectorNorm.none: None}
+        kind = kinds[config.norm]
         layers: list[nn.Module] = []
-        width = embed_dim
         for _ in range(config.depth - 1):
             layers.append(nn.Linear(width, config.hidden_dim))
-            if norm is not None:
-                layers.append(norm(config.hidden_dim))
+            if kind is not None:
+                layers.append(kind(config.hidden_dim))
             layers.append(nn.GELU())
             width = config.hidden_dim
         layers.append(nn.Linear(width, config.out_dim))
@@ -110,11 +120,13 @@ class GlobalLevel(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter from a CPU generator."""
         initialize(self.projector, generator, fan_in=True)
+        initialize(self.norm, generator)
         if self.pool is not None:
             self.pool.init_weights(generator)
 
     def pooled(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
-        """Return one vector of the tokens of a view: their weighted mean, or their mean."""
+        """Return one vector of the tokens of a view: their mean, weighted or not."""
+        tokens = self.norm(tokens)
         return tokens.mean(1) if self.pool is None else self.pool(tokens)
 
     def forward(self, pooled: Float[Tensor, "*V B D"]) -> Float[Tensor, "*V B P"]:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -32,13 +32,13 @@ class HJEPAOutput:
 
     Attributes:
         loss: weighted sum of all terms.
-        level_losses: the unweighted, detached loss of each level computed at this step: "0", "1", ..., "global", and
-            of each term that is on: "vicreg", "sigreg", "disentanglement", "instance", "state". A level whose weight
-            is 0 at this step has no key.
+        level_losses: the unweighted, detached loss of each level computed at this step: "0", "1", ..., "global",
+            "map0", ... (of the stem's maps), and of each term that is on: "vicreg", "sigreg", "disentanglement",
+            "instance", "state". A level whose weight is 0 at this step has no key.
         embeddings: detached mean features, one row per image: "encoder" (all tokens of the first view: of the online
             encoder where there is a global level, else of the target's; the visible tokens where whole images are not
             encoded), each masked level ("0", ...: its hidden tokens on the target side, at steps with a masked term,
-            one row for each image of each masked view) and "global" (the projected first view).
+            one row for each image of each masked view), "global" (the projected first view) and "map0", ... (pooled).
     """
 
     loss: Float[Tensor, ""]
@@ -70,7 +70,11 @@ class HJEPA(nn.Module, PretrainedMixin):
         self.encoder = Encoder(config.encoder)
         self.predictor = Predictor(config.predictor, config.encoder)
         self.pyramid = Pyramid(config.pyramid, config.encoder.output_grid, width)
-        self.global_level = GlobalLevel(config.global_level, width) if config.global_level is not None else None
+        self.global_level, maps = None, []
+        if config.global_level is not None:
+            self.global_level = GlobalLevel(config.global_level, width)
+            maps = [GlobalLevel(config.global_level, each, norm=True) for each in config.map_widths]
+        self.map_levels = nn.ModuleList(maps)
         self.losses = MaskedLosses(config)
         self.projection = None
         if config.targets is Targets.projection:
@@ -82,6 +86,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         self.target_encoder = copy.deepcopy(self.encoder) if has_target else None
         self.target_pyramid = copy.deepcopy(self.pyramid) if config.targets is Targets.ema else None
         self.target_global_level = copy.deepcopy(self.global_level) if has_target else None
+        self.target_map_levels = copy.deepcopy(self.map_levels) if has_target and maps else None
         for _, target in self.ema_pairs():
             target.requires_grad_(False)
         # A function of any model, so that a copy of this one runs itself.
@@ -90,7 +95,8 @@ class HJEPA(nn.Module, PretrainedMixin):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter and buffer from a CPU generator; the target branch starts equal to the online one."""
-        parts = (self.encoder, self.predictor, self.pyramid, self.global_level, self.losses, self.projection)
+        parts: tuple[Any, ...] = (self.encoder, self.predictor, self.pyramid, self.global_level, self.losses)
+        parts += (self.projection, *self.map_levels)
         for part in parts:
             if part is not None:
                 part.init_weights(generator)
@@ -112,6 +118,7 @@ class HJEPA(nn.Module, PretrainedMixin):
             (self.encoder, self.target_encoder),
             (self.pyramid, self.target_pyramid),
             (self.global_level, self.target_global_level),
+            (self.map_levels, self.target_map_levels),
         )
         return [(online, target) for online, target in pairs if online is not None and target is not None]
 
@@ -120,7 +127,8 @@ class HJEPA(nn.Module, PretrainedMixin):
         """What `features` accepts as a level."""
         top: tuple[str, ...] = ()
         if self.global_level is not None:
-            top = ("global",) if self.global_level.pool is None else ("pooled", "global")
+            maps = tuple(name for name, _ in _named(self.map_levels))
+            top = (*maps, "pooled", "global") if maps or self.global_level.pool is not None else ("global",)
         return ("encoder", *range(self.config.pyramid.levels), *top)
 
     @property
@@ -206,15 +214,16 @@ class HJEPA(nn.Module, PretrainedMixin):
         plan: StepPlan,
     ) -> HJEPAOutput:
         output = HJEPAOutput(torch.zeros((), device=views[0].device), {}, {})
-        full = self._encode_full(views) if self.global_level is not None else None
+        scales = self._encode_full(views) if self.global_level is not None else None
+        full = None if scales is None else [tokens for tokens, *_ in scales]
         if full is not None:
             output.embeddings["encoder"] = full[0].detach().mean(1)
         if plan.masked:
             assert context_index is not None
             assert target_index is not None
             self._masked_term(views, full, context_index, target_index, weights, step, plan, output)
-        if full is not None:
-            self._global_term(full, step, output)
+        if scales is not None:
+            self._global_term(scales, step, output)
         elif not plan.masked:
             output.loss = output.loss + 0.0 * self.predictor.mask_token.sum()
         return output
@@ -251,11 +260,17 @@ class HJEPA(nn.Module, PretrainedMixin):
                     f"{self.encoder.grid_of(views[0])}; allowed: 0 to {count - 1}; draw masks for this grid"
                 )
 
-    def _encode_full(self, views: Sequence[Tensor]) -> list[Float[Tensor, "B N D"]]:
-        """Encode all views with gradient: in one batch where they have one shape, else one by one."""
+    def _encode_full(self, views: Sequence[Tensor]) -> list[tuple[Float[Tensor, "B N _"], ...]]:
+        """Encode all views with gradient: in one batch where they have one shape, else one by one.
+
+        Returns:
+            Of each view its tokens, and the maps of the stem that the global level pools.
+        """
+        count = len(self.map_levels)
         if all(view.shape == views[0].shape for view in views):
-            return list(self.encoder(torch.cat(list(views))).chunk(len(views)))
-        return [self.encoder(view) for view in views]
+            together = self.encoder.scales(torch.cat(list(views)), count)
+            return list(zip(*(scale.chunk(len(views)) for scale in together), strict=True))
+        return [tuple(self.encoder.scales(view, count)) for view in views]
 
     def _masked_term(
         self,
@@ -418,13 +433,17 @@ class HJEPA(nn.Module, PretrainedMixin):
         """Return the loss of one level: on the weighted canvas, or on the tokens at `index` where one is given."""
         return self.losses.level(prediction, target, index)
 
-    def _global_term(self, full: list[Tensor], step: Tensor, output: HJEPAOutput) -> None:
+    def _global_term(self, scales: list[tuple[Tensor, ...]], step: Tensor, output: HJEPAOutput) -> None:
         assert self.global_level is not None
-        z = self.global_level(torch.stack([self.global_level.pooled(tokens) for tokens in full]))
-        loss = self.global_level.loss(z, step)
-        output.level_losses["global"] = loss.detach()
-        output.embeddings["global"] = z[0].detach()
-        output.loss = output.loss + self.global_level.config.weight * loss
+        losses = []
+        levels = {"global": self.global_level} | dict(_named(self.map_levels))
+        for (name, level), views in zip(levels.items(), zip(*scales, strict=True), strict=True):
+            pooled = torch.stack([level.pooled(view) for view in views])
+            z = level(pooled)
+            losses.append(level.loss(z, step))
+            output.level_losses[name] = losses[-1].detach()
+            output.embeddings[name] = (z if level is self.global_level else pooled)[0].detach()
+        output.loss = output.loss + self.global_level.config.weight * torch.stack(losses).mean()
 
     @torch.no_grad()
     def features(
@@ -439,10 +458,11 @@ class HJEPA(nn.Module, PretrainedMixin):
         Args:
             images: normalised pixels.
             level: "encoder" (tokens after the final norm), a pyramid level l (all tokens known, layer-normed as in
-                training, level 0 at the output patch size), "pooled" (what the attention of the global level, where it
-                has one, makes of the tokens) or "global" (that, or the mean token, through the projector).
-            pool: `mean` [B, D], `none` [B, N_l, D] or `flatten` [B, N_l * D]; "pooled" is [B, D] and "global" [B, P]
-                whatever the pool.
+                training, level 0 at the output patch size), "map0", "map1", ... (maps of the stem that have a level,
+                from coarse to fine, pooled by it), "pooled" (what the global level pools, and these beside it) or
+                "global" (what it projects that to, without them).
+            pool: `mean` [B, D], `none` [B, N_l, D] or `flatten` [B, N_l * D]; those from "map0" on are one vector an
+                image whatever the pool.
             branch: `target` (the moving average of each part that has one, else the part itself) or `online`.
 
         Returns:
@@ -457,11 +477,10 @@ class HJEPA(nn.Module, PretrainedMixin):
             raise ValueError(f"level={level!r}: the model has no such level; allowed: {allowed}; choose one of them")
         # Integers of other libraries are equal to ours and no `int`.
         level = self.feature_levels[self.feature_levels.index(level)]
-        encoder, pyramid, head = self._branch(branch)
+        encoder, pyramid, _ = self._branch(branch)
+        if level != "encoder" and isinstance(level, str):
+            return self._top(encoder.scales(images, len(self.map_levels)), branch)[level]
         tokens: Tensor = encoder(images)
-        if level in ("pooled", "global") and head is not None:
-            top: Tensor = head.pooled(tokens)
-            return top if level == "pooled" else head(top)
         if isinstance(level, int):
             tokens = pyramid(self._feature_canvas(images, tokens, encoder))[level].values
         return _pooled(tokens, pool)
@@ -475,15 +494,26 @@ class HJEPA(nn.Module, PretrainedMixin):
     ) -> dict[str | int, Tensor]:
         """Return what `features` returns, for every level of `feature_levels`; the images are encoded once."""
         pool, branch = coerce_choice(FeaturePool, "pool", pool), coerce_choice(Branch, "branch", branch)
-        encoder, pyramid, head = self._branch(branch)
-        tokens: Tensor = encoder(images)
+        encoder, pyramid, _ = self._branch(branch)
+        scales = encoder.scales(images, len(self.map_levels))
+        tokens: Tensor = scales[0]
         levels = pyramid(self._feature_canvas(images, tokens, encoder))
         found: dict[str | int, Tensor] = {"encoder": _pooled(tokens, pool)}
         found |= {level: _pooled(canvas.values, pool) for level, canvas in enumerate(levels)}
-        if head is not None:
-            top = head.pooled(tokens)
-            found |= {"global": head(top)} if head.pool is None else {"pooled": top, "global": head(top)}
-        return found
+        return found | self._top(scales, branch)
+
+    def _top(self, scales: Sequence[Tensor], branch: Branch) -> dict[str | int, Tensor]:
+        """Return the levels above the pyramid, of the tokens and the maps of the stem of whole images."""
+        head = self._branch(branch)[2]
+        if head is None:
+            return {}
+        maps = self.map_levels if branch is Branch.online or self.target_map_levels is None else self.target_map_levels
+        first = head.pooled(scales[0])
+        found: dict[str | int, Tensor] = {
+            name: level.pooled(scale) for (name, level), scale in zip(_named(maps), scales[1:], strict=True)
+        }
+        found |= {"pooled": torch.cat([first, *found.values()], dim=-1), "global": head(first)}
+        return {level: found[level] for level in self.feature_levels if level in found}
 
     def _feature_canvas(self, images: Tensor, tokens: Tensor, encoder: Encoder) -> Canvas:
         """Return the canvas that the pyramid sees of whole images: upsampled to the output patch where there is one."""
@@ -502,6 +532,10 @@ class HJEPA(nn.Module, PretrainedMixin):
             self.pyramid if self.target_pyramid is None else self.target_pyramid,
             self.global_level if self.target_global_level is None else self.target_global_level,
         )
+
+
+def _named(map_levels: nn.ModuleList) -> list[tuple[str, GlobalLevel]]:
+    return [(f"map{number}", cast(GlobalLevel, level)) for number, level in enumerate(map_levels)]
 
 
 def _pooled(tokens: Float[Tensor, "B N D"], pool: FeaturePool) -> Tensor:

@@ -155,14 +155,23 @@ class OverlapStem(nn.Module):
         self, images: Float[Tensor, "B C *S"], index: Int[Tensor, "B K"] | None, grid: Grid
     ) -> Float[Tensor, "B K D"]:
         """Return the tokens at `index`, those of all patches for None."""
+        tokens = self.maps(images, index, grid)[-1]
+        return tokens if index is None else gather_tokens(tokens, index)
+
+    def maps(
+        self, images: Float[Tensor, "B C *S"], index: Int[Tensor, "B K"] | None, grid: Grid
+    ) -> list[Float[Tensor, "B P _"]]:
+        """Return the maps behind the convolutions of each of `channels`, places row-major, and then the tokens."""
         pixels = images if index is None else blank_hidden(images, index, grid)
         if pixels.ndim == 4:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        for stage in self.stages:
+        found = []
+        for number, stage in enumerate(self.stages):
+            if number and isinstance(stage, Stage):
+                found.append(pixels)
             # Running statistics serve evaluation, which sees whole images: blanked ones do not count.
             pixels = stage(pixels, index is None)
-        tokens = pixels.flatten(2).transpose(1, 2)
-        return tokens if index is None else gather_tokens(tokens, index)
+        return [each.flatten(2).transpose(1, 2) for each in (*found, pixels)]
 
 
 class Stage(nn.Module):
