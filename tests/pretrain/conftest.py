@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Pretrain:
         self.data = (f"data.train={shards}/train-*.tar", f"data.eval={shards}/eval-*.tar")
         self.tiny = TINY
 
-    def start(self, *words: str, ranks: int = 1) -> subprocess.Popen[str]:
+    def start(self, *words: str, ranks: int = 1, torchrun: Sequence[str] = ()) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "hjepa_pretrain"]
         if ranks > 1:
             command = [
@@ -67,6 +67,7 @@ class Pretrain:
                 "torch.distributed.run",
                 "--standalone",
                 f"--nproc-per-node={ranks}",
+                *torchrun,
                 *command[1:],
             ]
         return subprocess.Popen(
@@ -99,16 +100,47 @@ class Pretrain:
 
     def kill_after(self, run_dir: Path, rows: int, *words: str) -> None:
         """Starts a run and kills it, workers and all, once `metrics.jsonl` has this many training rows."""
-        process = self.start(f"run.dir={run_dir}", *words)
+        self.disturb(lambda process: os.killpg(process.pid, signal.SIGKILL), run_dir, rows, *words)
+
+    def disturb(
+        self,
+        how: Callable[[subprocess.Popen[str]], None],
+        run_dir: Path,
+        rows: int,
+        *words: str,
+        ranks: int = 1,
+        torchrun: Sequence[str] = (),
+    ) -> Finished:
+        """Starts a run, does something to its process once `metrics.jsonl` has so many training rows, awaits the end.
+
+        Args:
+            how: what is done to the process, which is torchrun's where there are several ranks.
+            run_dir: folder of the run.
+            rows: of `metrics.jsonl`, those of earlier sittings among them.
+            words: further settings.
+            ranks: number of processes.
+            torchrun: flags of torchrun.
+        """
+        process = self.start(f"run.dir={run_dir}", *words, ranks=ranks, torchrun=torchrun)
         deadline = time.monotonic() + 120
         try:
             while len(losses(run_dir)) < rows:
                 assert process.poll() is None, process.communicate()[1]
                 assert time.monotonic() < deadline, "the run made no progress"
                 time.sleep(0.01)
+            how(process)
+            out, err = process.communicate(timeout=120)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            if process.poll() is None:
+                for worker in workers(process):
+                    os.kill(worker, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
+        return Finished(process.returncode, out, err)
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """Return the numbers of the processes that torchrun has started, each in a session of its own."""
+    return [int(number) for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
@@ -150,3 +182,8 @@ def read_losses() -> Callable[[Path], list[tuple[int, float]]]:
 @pytest.fixture
 def read_rows() -> Callable[[Path], list[dict[str, float]]]:
     return rows
+
+
+@pytest.fixture
+def workers_of() -> Callable[[subprocess.Popen[str]], list[int]]:
+    return workers

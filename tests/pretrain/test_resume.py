@@ -1,5 +1,8 @@
 """A run that was killed goes on as if nothing had happened."""
 
+import shlex
+import signal
+
 import pytest
 
 RESUMABLE = ("checkpoint.every_steps=1", "run.steps=12")
@@ -45,6 +48,20 @@ def test_time_limit_preempts_and_the_run_goes_on(pretrain, tmp_path, tiny, read_
     again = pretrain(f"run.dir={run_dir}", f"run.steps={reached + 3}", "run.time_limit=null")
     assert again.code == 0, again.err
     assert [step for step, _ in read_losses(run_dir)] == list(range(1, reached + 4))
+
+
+def test_a_process_that_gets_sigterm_ends_with_75_and_its_own_advice_goes_on(pretrain, tmp_path, tiny, read_losses):
+    run_dir = tmp_path / "run of mine"
+    words = (*tiny, "run.steps=100000", "checkpoint.every_steps=null", "checkpoint.every_minutes=null")
+    stopped = pretrain.disturb(lambda process: process.send_signal(signal.SIGTERM), run_dir, 3, *words)
+    assert stopped.code == 75, stopped.err
+    reached = read_losses(run_dir)[-1][0]
+    program, *advice = shlex.split(stopped.message.partition("go on with: ")[2])
+    assert program == "hjepa-pretrain"
+    again = pretrain(*advice, f"run.steps={reached + 2}")
+    assert again.code == 0, again.err
+    assert f"resumed at step {reached} of {reached + 2}" in again.err
+    assert [step for step, _ in read_losses(run_dir)] == list(range(1, reached + 3))
 
 
 def test_a_finished_run_is_not_run_again(pretrain, tmp_path, tiny, read_losses):

@@ -1,5 +1,8 @@
 """Two processes do what one does."""
 
+import os
+import signal
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,16 +34,23 @@ def test_two_ranks_train_like_one(pretrain, tiny, tmp_path, read_losses, recipe,
 
 
 @pytest.mark.distributed
-def test_a_run_of_two_ranks_goes_on_alone(pretrain, tiny, tmp_path, read_losses):
-    words = (*tiny, "trainer.precision=fp32", "checkpoint.every_steps=2")
-    whole = pretrain(f"run.dir={tmp_path}/whole", *words, "run.steps=6")
-    half = pretrain(f"run.dir={tmp_path}/half", *words, "run.steps=6", "run.time_limit=1s", "parallel=ddp", ranks=2)
+def test_a_run_of_two_ranks_goes_on_alone(pretrain, tiny, workers_of, tmp_path, read_losses):
+    words = (*tiny, "trainer.precision=fp32", "run.steps=30", "eval.at_end=false")
+    whole = pretrain(f"run.dir={tmp_path}/whole", *words)
     assert whole.code == 0, whole.err
+    half = pretrain.disturb(
+        lambda process: os.kill(workers_of(process)[-1], signal.SIGTERM),
+        tmp_path / "half", 3, *words, "parallel=ddp", ranks=2,
+    )  # fmt: skip
     # torchrun has its own exit code, 1, and prints those of the ranks.
-    assert half.code == 0 or "exitcode  : 75" in half.err, half.err
-    rest = pretrain(f"run.dir={tmp_path}/half", "parallel=single", "run.time_limit=null")
+    assert half.code == 1
+    assert "exitcode  : 75" in half.err, half.err
+    reached = read_losses(tmp_path / "half")[-1][0]
+    assert reached < 30
+    rest = pretrain(f"run.dir={tmp_path}/half", "parallel=single")
     assert rest.code == 0, rest.err
+    assert f"resumed at step {reached} of 30" in rest.err
     alone, together = (dict(read_losses(tmp_path / name)) for name in ("whole", "half"))
-    assert alone.keys() == together.keys()
+    assert alone.keys() == together.keys() == set(range(1, 31))
     for step, loss in alone.items():
         assert together[step] == pytest.approx(loss, rel=5e-5), step

@@ -13,12 +13,7 @@ from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "scripts" / "layouts.py"
 TABLES = runpy.run_path(str(SCRIPT))
-PAIRS = [
-    (case, layout)
-    for layout, (_, accumulate, _) in TABLES["LAYOUTS"].items()
-    for case in (TABLES["CASES"] if accumulate == 1 else TABLES["PER_SAMPLE"])
-    if layout != "single"
-]
+PAIRS = [(case, layout) for layout in TABLES["LAYOUTS"] for case in TABLES["cases"](layout) if layout != "single"]
 
 
 @pytest.fixture(scope="module")

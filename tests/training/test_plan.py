@@ -1,6 +1,7 @@
 """What the dry run predicts is what a step takes where it can be measured."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -100,3 +101,22 @@ def test_the_command_prints_a_column_for_each_model(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
     assert main([*WORDS, "plan.dry=true", "plan.world_size=256", "data.batch_size=100"]) == 2
     assert "allowed: multiples of 256" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_models_that_nobody_names_are_the_three_large_ones(capsys):
+    # Two blocks each: the widths and the way are those of the whole models, which take ten times as long to plan.
+    words = ["plan.dry=true", "plan.world_size=256", "parallel=fsdp", "data.batch_size=16384"]
+    assert main([*words, "hjepa.encoder.depth=2", "hjepa.predictor.depth=1"]) == 0
+    out = capsys.readouterr().out
+    rows = {name: cells for name, *cells in (re.split(r"\s{2,}", line.strip()) for line in out.splitlines())}
+    assert rows["per rank"] == ["vit_large_patch16", "vit_huge_patch14", "vit_giant_patch14"]
+    assert "64 images a rank in 1 micro-batches" in out
+    for weights, parameters in zip(rows["weights"], rows["parameters"], strict=True):
+        (size, unit), (count, million) = weights.split(), parameters.split()
+        assert (unit, million) == ("MiB", "M")
+        assert float(size) * 2**20 * 256 == pytest.approx(4e6 * float(count), rel=0.1)
+    assert rows["memory"][2].endswith("GiB")
+    sent = [float(cell.split()[0]) for cell in rows["sent a step"]]
+    assert sent == sorted(sent)
+    assert sent[0] > 0

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from hjepa_train import CheckpointStore, Outcome, ParallelConfig, World, init_world
+from hjepa_train import (
+    Callback,
+    CheckpointStore,
+    FSDPConfig,
+    Outcome,
+    ParallelConfig,
+    World,
+    init_world,
+    leave_world,
+)
+from hjepa_train.parallel import wrap
+from hjepa_train.sharded import local
 
 SCRIPTS = Path(__file__).parent / "scripts"
 LIMIT = 240
@@ -168,6 +179,37 @@ def test_one_process_needs_no_group(device, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="parallel=single: torchrun started 2 processes; use parallel=ddp"):
         init_world(ParallelConfig(device=device.type))
+
+
+class Places(Callback):
+    """Where weights and running means of the optimizer lie."""
+
+    def on_fit_end(self, trainer, outcome):
+        states = trainer.optimizer.state.values()
+        means = [value for state in states for name, value in state.items() if name != "step"]
+        self.found = {local(tensor).device.type for tensor in (*trainer.module.parameters(), *means)}
+
+
+@pytest.mark.cuda
+def test_shards_in_the_memory_of_the_host_train_like_those_on_the_gpu(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    script = load_ranks_script()
+    for place, offload in (("cuda", False), ("cpu", True)):
+        parallel = ParallelConfig(kind="fsdp", device="cuda", fsdp=FSDPConfig(cpu_offload=offload))
+        places = Places()
+        script.train({}, parallel, init_world(parallel), tmp_path / place, [places])
+        assert places.found == {place}
+    leave_world()
+    losses = {place: [row["train/loss"] for row in rows(tmp_path / place)] for place in ("cuda", "cpu")}
+    assert losses["cpu"] == pytest.approx(losses["cuda"], rel=1e-5)
+    assert_same_weights(tmp_path / "cpu", tmp_path / "cuda")
+
+
+def test_offloading_without_a_gpu_is_refused():
+    parallel = ParallelConfig(kind="fsdp", device="cpu", fsdp=FSDPConfig(cpu_offload=True))
+    with pytest.raises(ValueError, match=r"cpu_offload=true: .* use it with device=cuda"):
+        wrap(torch.nn.Linear(2, 2), parallel, World())
 
 
 def test_what_torchrun_starts_again_remembers_what_was_first(monkeypatch):

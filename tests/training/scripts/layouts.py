@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed.fsdp
@@ -18,7 +19,7 @@ from hjepa_data import Batch
 from hjepa_models import Block
 from hjepa_pretrain import settings
 from hjepa_pretrain.task import build_task
-from hjepa_train import Callback, Trainer, init_world, leave_world
+from hjepa_train import Callback, Trainer, init_world, leave_world, muon
 from hjepa_train.sharded import local, whole
 
 torch.set_num_threads(1)  # threads do not survive a fork
@@ -39,12 +40,15 @@ GLOBAL = (
 )  # fmt: skip
 HJEPA = ("recipe=hjepa", "hjepa.pyramid.levels=2", "trainer.clip_norm=5.0")
 ADAPTIVE = "hjepa.level_weights={kind: adaptive, weights: [1.0, 0.5], momentum: 0.8}"
-# Statistics over a batch are those of a micro-batch where gradients are accumulated: only the last case is equal there.
+MUON = "global SIGReg, EMA, Muon"
+# Statistics over a batch are those of a micro-batch where gradients are accumulated: only `levels` is equal there.
 CASES = {
     "adaptive levels, VICReg, EMA": (*HJEPA, ADAPTIVE, "hjepa.vicreg_weight=0.1", "hjepa.vicreg_levels=true",
                                      "trainer.optimizer.eps=1e-3"),
     "global SIGReg, EMA, curriculum": (*GLOBAL, "hjepa.targets=ema", "hjepa.center_targets=true"),
     "levels": (*HJEPA, ADAPTIVE),
+    MUON: (*GLOBAL, "hjepa.targets=ema",
+           "trainer.optimizer={kind: muon, muon_names: [blocks., stem.], muon_scale: 4.0}"),
 }  # fmt: skip
 PER_SAMPLE = ("levels",)
 LAYOUTS = {
@@ -55,6 +59,12 @@ LAYOUTS = {
     "ddp, accumulated": (2, 2, "ddp"),
     "fsdp, accumulated": (2, 2, "fsdp"),
 }
+
+
+def cases(layout):
+    """Names of the cases that a layout trains like one process; Muon needs whole matrices, which FSDP shards."""
+    _, accumulate, parallel = LAYOUTS[layout]
+    return [case for case in (CASES if accumulate == 1 else PER_SAMPLE) if (case, parallel) != (MUON, "fsdp")]
 
 
 class PixelStream:
@@ -104,6 +114,12 @@ def load(case, accumulate=1, parallel="single"):
     return settings.load([*COMMON, *CASES[case], *words])[0]
 
 
+def orthogonalize(matrices, muons=muon.orthogonalize):
+    """Muon's own in float32: its bfloat16 makes half a percent of an update out of a gradient's last digit."""
+    with patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):
+        return muons(matrices)
+
+
 def train(case, config, world, path):
     rows = Rows()
     stream = PixelStream(world, config.trainer.accumulate, config.data.views)
@@ -123,7 +139,7 @@ def rank(root, layout, number):
     size, accumulate, parallel = LAYOUTS[layout]
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size))
     world = None
-    for case in CASES if accumulate == 1 else PER_SAMPLE:
+    for case in cases(layout):
         config = load(case, accumulate, parallel)
         if world is None:
             world = init_world(config.trainer.parallel, init_method=f"file://{root}/{layout}.store")
@@ -147,6 +163,7 @@ def fork(work):
 
 def main():
     root = Path(sys.argv[1])
+    muon.orthogonalize = orthogonalize
     for case in CASES:
         (root / case).mkdir(parents=True, exist_ok=True)
         build_task(load(case))

@@ -146,7 +146,7 @@ def progress(series: Mapping[str, Sequence[tuple[float, float]]], across: str, u
     axes.set(xlabel=across, ylabel=up)
     axes.locator_params(axis="x", nbins=5)
     _plain(axes)
-    axes.legend(frameon=False, fontsize=8)
+    figures.legend(axes)
     return vectors(figure, up)
 
 

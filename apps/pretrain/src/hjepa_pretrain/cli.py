@@ -31,7 +31,8 @@ checkpoint.every_steps checkpoint.every_minutes eval.every_steps trainer.learnin
   hjepa-pretrain --help
 
 Exit codes: 0 done; 2 wrong input (one line says what); 3 diverged or collapsed; 75 stopped early with everything saved,
-go on with run.dir=...; 1 anything else. Under torchrun each process exits so, torchrun itself with 1.
+go on with run.dir=...; 1 anything else. Under torchrun each process exits so, torchrun itself with 1; it hands on
+SIGTERM, and SIGUSR1 with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
 """
 
 

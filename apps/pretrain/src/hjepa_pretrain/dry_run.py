@@ -80,7 +80,7 @@ def table(plans: dict[str, Plan], config: PretrainConfig) -> Table:
         ("activations", "activation_bytes"), ("at the peak", "working_bytes"),
         ("gathered blocks", "gathered_bytes"), ("memory", "memory_bytes"),
     ):  # fmt: skip
-        grid.add_row(label, *(f"{getattr(p, name) / 2**30:,.2f} GiB" for p in each))
+        grid.add_row(label, *(_size(getattr(p, name)) for p in each))
     grid.add_row(f"of {limit:g} GiB", *(f"{p.memory_bytes / 2**30 / limit:.0%}" for p in each))
     grid.add_row("sent a step", *(f"{p.sent_bytes / 1e9:,.3f} GB" for p in each))
     grid.add_row("arithmetic a step", *(f"{p.flops / 1e12:,.2f} TFLOP" for p in each))
@@ -89,6 +89,10 @@ def table(plans: dict[str, Plan], config: PretrainConfig) -> Table:
     grid.add_row("  send", *(f"{p.send_seconds * 1e3:,.1f} ms" for p in each))
     grid.add_row("images/s, all ranks", *(f"{config.data.batch_size / p.seconds:,.0f}" for p in each))
     return uncut(grid)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def _images(config: PretrainConfig) -> int:

@@ -77,7 +77,7 @@ def show_schedules(config: PretrainConfig, console: Console) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if len(lines) > 1:
-            axes.legend(frameon=False, fontsize=7)
+            axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     all_axes[-1, 0].set_xlabel("optimizer step")
     figure.tight_layout()
     _write(config.plan, SCHEDULES_FILE, figures.png(figure), console)
@@ -117,7 +117,7 @@ def find_learning_rate(
     if sweep.suggestion is not None:
         axes.axvline(sweep.suggestion, color=figures.COLORS[1], label=f"suggested: {sweep.suggestion:.2g}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
-    axes.legend(frameon=False, fontsize=8)
+    figures.legend(axes)
     axes.spines[["top", "right"]].set_visible(False)
     _write(plan, RATES_FILE, figures.png(figure), console)
     console.print(_advice(sweep), highlight=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -29,6 +30,11 @@ def svg(figure: Figure) -> bytes:
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     return buffer.getvalue()
+
+
+def legend(axes: Axes) -> None:
+    """Names the lines below the axes: no place among them is free, and long curves take seconds to search for one."""
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], title: str, *, smooth: int = 1) -> bytes | None:
@@ -59,7 +65,7 @@ def curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], title: str,
     axes.set(title=title, xlabel="step")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    legend(axes)
     return svg(figure)
 
 
