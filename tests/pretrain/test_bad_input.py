@@ -1,6 +1,7 @@
 """Every mistake a user can make gives one clear line and exit code 2, and loses nothing."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -195,11 +196,15 @@ def test_a_damaged_configuration(pretrain, copied, capsys, content):
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", '{"step": 2, "rows": [{}]}', '{"step": 2}'])
-def test_damaged_results_are_written_again(pretrain, copied, capsys, content):
-    before = (copied / "results.json").read_bytes()
+def test_damaged_results_are_written_again(pretrain, copied, finished_run, capsys, caplog, content):
+    """The second but last is what an earlier version wrote."""
     (copied / "results.json").write_text(content)
     assert pretrain.here(capsys, f"run.dir={copied}").code == 0
-    assert (copied / "results.json").read_bytes() == before
+    before, after = (json.loads((run / "results.json").read_text()) for run in (finished_run, copied))
+    assert after == before | {"model": "copied"}
+    (said,) = [one.getMessage() for one in caplog.records if "written again" in one.getMessage()]
+    assert said.startswith(f"{copied / 'results.json'}: no results of hjepa-eval: ")
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "report.html"])

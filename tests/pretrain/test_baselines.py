@@ -1,17 +1,21 @@
 """Baselines train the same encoder on the same shards, and leave weights and results like any run."""
 
-import json
+import importlib
 
 import pytest
 import torch
 from torch.nn import functional
 
 from hjepa_data import Batch
-from hjepa_models import Encoder
+from hjepa_eval import read_results
+from hjepa_models import Encoder, GlobalConfig
+from hjepa_models.objectives.sigreg import random_directions
+from hjepa_models.objectives.vicreg import vicreg_loss
 from hjepa_pretrain import settings
 from hjepa_pretrain.baselines import BaselineConfig, Inputs, build_baseline
 from hjepa_pretrain.baselines.simclr import nt_xent
 from hjepa_pretrain.model import load_run
+from hjepa_pretrain.results import subject_of
 from hjepa_pretrain.task import build_task
 
 KINDS = ("mae", "simclr", "supervised")
@@ -29,8 +33,8 @@ def test_a_baseline_trains_resumes_and_is_measured(pretrain, tiny, tmp_path, cap
     finished = pretrain.here(capsys, f"run.dir={run}", *words, f"recipe={recipe}", "preset=demo", "run.steps=3")
     assert finished.code == 0, finished.err
     assert len(read_losses(run)) == 3
-    rows = json.loads((run / "results.json").read_text())["rows"]
-    assert {"trained", "untrained", "pixels"} == {row["features"] for row in rows}
+    measured = read_results(run / "results.json").measurements
+    assert {"trained", "untrained", "pixels"} == {subject_of(one.name.branch) for one in measured}
     page = (run / "report.html").read_text()
     assert ("<h2>Masks</h2>" in page) == ("predict the pixels of" in page) == (recipe == "mae")
     config, _ = settings.load([f"run.dir={run}"])
@@ -73,6 +77,41 @@ def test_nt_xent_is_the_published_sum():
         others = sum(torch.tensor(similar[k]).exp() for k in range(10) if k != i)
         total -= float(torch.tensor(similar[(i + 5) % 10]).exp().div(others).log())
     assert float(nt_xent(z, 0.3)) == pytest.approx(total / 10, abs=1e-6)
+
+
+def test_losses_and_their_gradients_are_those_of_lightly(monkeypatch):
+    """A well-kept library: pip install --no-deps lightly."""
+    lightly = pytest.importorskip("lightly.loss")
+    # The directions are random: those of ours, whose seed is the step.
+    monkeypatch.setattr(
+        lightly.SIGReg, "_generate_unit_vectors", lambda _, device, dtype, width: random_directions(0, width, 1024)
+    )
+    level, keep, vicreg = GlobalConfig().build(16), lightly.SIGReg(), lightly.VICRegLoss()
+    pairs = {
+        "VICReg": (lambda z: vicreg_loss(z[0], z[1], form="released"), lambda z: vicreg(z[0], z[1])),
+        "LeJEPA": (
+            lambda z: level.loss(z, 0),
+            lambda z: 0.05 * keep(z) + 0.95 * lejepa_loss.lejepa_invariance_loss(all_proj=z, global_proj=z),
+        ),
+    }
+    lejepa_loss = importlib.import_module("lightly.loss.lejepa_loss")
+    for temperature in (0.05, 0.2, 1.0):
+        theirs = lightly.NTXentLoss(temperature=temperature)
+        pairs[f"NT-Xent {temperature}"] = (
+            lambda z, temperature=temperature: nt_xent(z, temperature),
+            lambda z, theirs=theirs: theirs(z[0], z[1]),
+        )
+    for name, losses in pairs.items():
+        for rows in (8, 256):
+            start = 2 * torch.randn(2, rows, 128, generator=torch.Generator().manual_seed(rows))
+            found = []
+            for loss in losses:
+                z = start.clone().requires_grad_()
+                value = loss(z)
+                value.backward()
+                found.append((value.detach(), z.grad))
+            for ours, other in zip(*found, strict=True):
+                assert float((ours - other).norm() / other.norm()) < 5e-7, name
 
 
 def test_mae_predicts_the_normalised_pixels_of_hidden_patches_only():

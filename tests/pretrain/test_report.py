@@ -22,7 +22,7 @@ def test_features_are_of_the_target_branch_where_there_is_one(recipe, branch):
 
 
 def test_ranks_on_the_way_are_of_samples_from_the_whole_set(pretrain, tiny, tmp_path, capsys, monkeypatch, read_rows):
-    monkeypatch.setattr(evaluation, "_RANK_SAMPLES", 8)
+    monkeypatch.setattr(evaluation, "RANK_SAMPLES", 8)
     words = (*tiny, "run.steps=2", "eval.every_steps=9", "eval.online_samples=40", "eval.at_end=false")
     assert pretrain.here(capsys, f"run.dir={tmp_path}/run", *words).code == 0
     config, _ = settings.load([f"run.dir={tmp_path}/run"])
@@ -52,7 +52,7 @@ def test_the_page_counts_the_steps_that_were_done(pretrain, tiny, tmp_path, caps
     stop = "early_stop={metric: train/loss, mode: min, min_delta: 1000, patience: 1}"
     words = (*tiny, "run.steps=5", "data.eval=null", stop)
     assert pretrain.here(capsys, f"run.dir={tmp_path}/run", *words).code == 0
-    step = json.loads((tmp_path / "run" / "results.json").read_text())["step"]
+    step = json.loads((tmp_path / "run" / "results.json").read_text())["about"]["steps"]
     assert step < 5
     assert f", {step} steps of 16 images" in (tmp_path / "run" / "report.html").read_text()
 
@@ -70,7 +70,7 @@ def test_results_of_earlier_weights_do_not_outlive_them(pretrain, tiny, tmp_path
     assert not (tmp_path / "run" / "results.json").exists()
     monkeypatch.undo()
     assert pretrain.here(capsys, run).code == 0
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["step"] == 2
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["about"]["steps"] == 2
 
 
 def test_a_dry_run_counts_local_views(tiny):

@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 
+from hjepa_eval import read_results
+from hjepa_eval.results.__main__ import main as merge
 from hjepa_models import load_pretrained
 
 TRACED = ("profile=true", "profiler.wait=1", "profiler.warmup=1", "profiler.active=2")
@@ -57,20 +59,30 @@ def test_weights_load_elsewhere(run_dir):
 
 
 def test_results_name_level_branch_and_pooling(run_dir):
-    results = json.loads((run_dir / "results.json").read_text())
-    rows = results["rows"]
-    assert {row["features"] for row in rows} == {"trained", "untrained", "pixels"}
-    trained = {row["level"]: row for row in rows if row["features"] == "trained"}
-    assert {"encoder", "0", "1", "2", "global"} <= trained.keys()
-    for row in rows:
-        # The recipe keeps no moving average.
-        assert row["branch"] == ("-" if row["features"] == "pixels" else "online")
-        assert row["pooling"]
-        assert row["n_train"] == 300
-        assert row["n_test"] == 120
-        assert 0 <= row["knn_20"] <= 1
-        assert 0 <= row["linear"] <= 1
-        assert row["rankme"] >= 1
+    results = read_results(run_dir / "results.json")
+    # The recipe keeps no moving average.
+    assert {one.name.branch for one in results.measurements} == {"online", "untrained online", "-"}
+    trained = {one.name.level for one in results.measurements if one.name.branch == "online"}
+    assert trained == {"encoder", "0", "1", "2", "pooled", "global"}
+    for one in results.measurements:
+        assert one.name.pooling == ("flatten" if one.name.branch == "-" else "mean")
+        assert one.low <= one.value <= one.high
+        accuracy = one.metric in ("knn_20", "linear")
+        assert (one.method, one.n, one.n_train) == (("bootstrap", 120, 300) if accuracy else ("jackknife", 300, None))
+        assert 0 <= one.value <= 1 if accuracy else one.value > 0
+    assert {one.metric for one in results.measurements} == {"knn_20", "linear", "rankme", "effective_rank", "spread"}
+
+
+def test_results_of_runs_merge(run_dir, tmp_path, capsys):
+    other = tmp_path / "other.json"
+    other.write_text((run_dir / "results.json").read_text().replace('"model": "run"', '"model": "other"'))
+    assert merge([str(run_dir / "results.json"), str(other), "--markdown"]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.startswith("| model | data | branch | level | pooling | knn_20 (n 300/120) | linear (n 300/120) |")
+    assert len(rows) == 26
+    assert rows[0].startswith("| run | ")
+    assert "| online | encoder | mean | 0." in rows[0]
+    assert rows[0].count("[") == 5
 
 
 def test_the_page_shows_pictures_and_opens_offline(run_dir):
@@ -87,6 +99,7 @@ def test_the_terminal_shows_the_table(run_dir):
     printed = (run_dir / "stdout").read_text()
     for word in ("trained", "untrained", "pixels", "kNN", "linear", "RankMe", "images/s"):
         assert word in printed
+    assert len(re.findall(r"0\.\d{3}±\.\d{3}  0\.\d{3}±\.\d{3} ", printed)) == 13
 
 
 def test_the_trace_is_one_that_viewers_read(run_dir):

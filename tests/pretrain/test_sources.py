@@ -9,7 +9,8 @@ from PIL import Image
 from hjepa_data import DataError, MixtureSource, ShardSource
 from hjepa_pretrain import settings
 from hjepa_pretrain.demo import CLASS_NAMES
-from hjepa_pretrain.evaluation import class_names, load_pair, open_sources, read_results
+from hjepa_pretrain.evaluation import class_names, load_pair, open_sources
+from hjepa_pretrain.results import measured_before
 
 
 @pytest.fixture
@@ -111,9 +112,12 @@ def test_classes_that_are_numbered_differently_are_refused(pretrain, tiny, folde
 def test_another_eval_set_is_measured_anew(pretrain, tiny, shards, tmp_path, capsys):
     run, results = f"run.dir={tmp_path}/run", tmp_path / "run" / "results.json"
     assert pretrain.here(capsys, run, *tiny, "run.steps=1", "data.eval=null").code == 0
-    assert json.loads(results.read_text())["rows"] == []
+    assert json.loads(results.read_text())["measurements"] == []
     words = (f"data.eval={shards}/eval-*.tar", "data.max_skipped_fraction=0.05", "data.unreadable=skip")
     assert pretrain.here(capsys, run, *words).code == 0
-    assert json.loads(results.read_text())["rows"]
+    assert json.loads(results.read_text())["measurements"]
+    config = settings.load([run])[0]
+    assert measured_before(config, 1, results.parent) is not None
+    assert measured_before(config, 2, results.parent) is None
     results.write_text('{"step": 1, ')
-    assert read_results(settings.load([run])[0], 1, results.parent) is None
+    assert measured_before(config, 1, results.parent) is None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from hjepa_benchmark import probes, rivals
 from hjepa_benchmark.cli import main
 from hjepa_benchmark.quantize import measure_quantization
 from hjepa_benchmark.suite import run as suite_run
-from hjepa_data import ShardSource
+from hjepa_data import EvalConfig, ShardSource, normalize
+from hjepa_eval import FeatureName, FeatureSet, evaluate, plus_minus, read_results
 from hjepa_models import Encoder, load_pretrained
 from hjepa_models.quantization import quantize_int8, weight_bytes
 from hjepa_pretrain import settings
@@ -27,30 +29,58 @@ from hjepa_pretrain.evaluation import load_pair, open_sources
 def test_probes_of_a_run(run, tmp_path, capsys):
     assert main(["probes", str(run), "--json", str(tmp_path / "rows.json")]) == 0
     assert "untrained" in capsys.readouterr().out
-    again, first = (json.loads(path.read_text())["rows"] for path in (tmp_path / "rows.json", run / "results.json"))
-    assert again == first
+    assert json.loads((tmp_path / "rows.json").read_text()) == json.loads((run / "results.json").read_text())
+
+
+def test_probes_of_a_timm_model(shards, tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    where = ["--train", f"{shards}/train-*.tar", "--eval", f"{shards}/eval-*.tar"]
+    assert main(["probes", "test_vit", *where, "--json", str(tmp_path / "rows.json")]) == 0
+    found = read_results(tmp_path / "rows.json")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", num_classes=0)
+    sets = []
+    for split in ("train", "eval"):
+        (batch,) = EvalConfig(size=(160, 160)).build(ShardSource(shards / f"{split}-*.tar"))
+        pixels = normalize(batch.views[0], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        name = FeatureName(branch="untrained online", level="encoder", pooling="own")
+        with torch.inference_mode():
+            sets.append(FeatureSet(values=model.eval()(pixels), labels=batch.labels, name=name))
+    expected = evaluate(*sets).measurements()
+    assert [(one.metric, one.name, one.n, one.n_train) for one in found.measurements] == [
+        (one.metric, one.name, one.n, one.n_train) for one in expected
+    ]
+    for one, other in zip(found.measurements, expected, strict=True):
+        assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high), rel=1e-3)
+    assert (found.model, found.about["pretrained"]) == ("test_vit", False)
+    assert "untrained  online  encoder  own" in capsys.readouterr().out
 
 
 def test_quantize_prints_the_accuracy_of_both_and_their_bytes(run, tmp_path, capsys):
     pytest.importorskip("torchao")
     assert main(["quantize", str(run), "--json", str(tmp_path / "rows.json")]) == 0
-    found = json.loads((tmp_path / "rows.json").read_text())
+    found = read_results(tmp_path / "rows.json")
     model = load_pretrained(run)
-    assert [row["level"] for row in found["rows"]] == [str(level) for level in model.feature_levels]
-    # The accuracy of the floats is the one that the run was measured with; two steps of so small a model tell little.
-    measured = {
-        row["level"]: row[f"knn_{found['k']}"]
-        for row in json.loads((run / "results.json").read_text())["rows"]
-        if row["features"] == "trained"
+    rows = {
+        str(level): [one for one in found.measurements if one.name.level == str(level)]
+        for level in model.feature_levels
     }
-    assert {row["level"]: row["floats"] for row in found["rows"]} == pytest.approx(measured)
-    assert all(row["drop"] == pytest.approx(100 * (row["floats"] - row["int8"])) for row in found["rows"])
-    assert found["bytes"] == {"floats": weight_bytes(model), "int8": weight_bytes(quantize_int8(model))}
-    assert found["bytes"]["int8"] < 0.5 * found["bytes"]["floats"]
+    own = {one.name: one for one in read_results(run / "results.json").measurements if one.metric == "knn_20"}
     printed = " ".join(capsys.readouterr().out.split())
-    for row in found["rows"]:
-        assert f"{row['level']} {row['floats']:.3f} {row['int8']:.3f} {row['drop']:+.2f}" in printed
-    assert f"{found['bytes']['floats']:,} -> {found['bytes']['int8']:,} bytes" in printed
+    assert sum(map(len, rows.values())) == len(found.measurements) == 3 * len(rows)
+    for level, (floats, int8, lost) in rows.items():
+        assert [one.metric for one in (floats, int8, lost)] == ["knn_20/floats", "knn_20/int8", "knn_20/lost"]
+        # The accuracy of the floats is the one that the run was measured with; two steps of a small model tell little.
+        assert replace(floats, metric="knn_20", details={}) == replace(own[floats.name], details={})
+        assert lost.value == pytest.approx(floats.value - int8.value)
+        assert (lost.n, lost.n_train) == (60, 120)
+        assert lost.low <= lost.value <= lost.high
+        assert f"{level} {plus_minus(floats)} {plus_minus(int8)} {plus_minus(lost)}" in printed
+    size = [found.about[f"bytes.{way}"] for way in ("floats", "int8")]
+    assert size == [weight_bytes(model), weight_bytes(quantize_int8(model))]
+    assert size[1] < 0.5 * size[0]
+    assert f"{size[0]:,} -> {size[1]:,} bytes" in printed
 
 
 def test_a_baseline_can_be_quantized(train, shards, capsys):
@@ -84,9 +114,15 @@ def test_quantized_weights_are_those_that_are_measured(run):
     with torch.no_grad():
         for parameter in broken.parameters():
             parameter.zero_()
-    rows = measure_quantization(model, broken, config, train, test, torch.device("cpu"))
-    assert any(row.drop != 0 for row in rows)
-    assert all(row.drop == 0 for row in measure_quantization(model, model, config, train, test, torch.device("cpu")))
+
+    def lost(other):
+        found = [one.value for one in measure_quantization(model, other, config, train, test, torch.device("cpu"))]
+        for floats, int8, difference in zip(found[::3], found[1::3], found[2::3], strict=True):
+            assert difference == pytest.approx(floats - int8)
+        return found[2::3]
+
+    assert any(lost(broken))
+    assert not any(lost(model))
 
 
 @pytest.mark.slow
@@ -143,7 +179,9 @@ def test_rivals_give_crops_of_the_images(shards, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["probes", "nowhere"], "nowhere"),
+        (["probes", "nowhere"], "nowhere: there is no such folder"),
+        (["probes", "nowhere", "--train", "x", "--eval", "y"], "nowhere: neither a path nor a timm model"),
+        (["probes", ".", "--pretrained"], "--pretrained"),
         (["quantize", "nowhere"], "nowhere"),
         (["loader", "nowhere.tar"], "nowhere.tar"),
         (["throughput", "run.stpes=2"], "run.steps"),
@@ -181,12 +219,12 @@ def test_wrong_input_is_one_line_and_code_2(arguments, expected, capsys, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interruption_is_one_line(monkeypatch, capsys):
+def test_an_interruption_is_one_line(monkeypatch, tmp_path, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(probes, "probe_run", interrupted)
-    assert main(["probes", "run"]) == 130
+    assert main(["probes", str(tmp_path)]) == 130
     assert capsys.readouterr().err.strip().splitlines() == ["hjepa-benchmark: interrupted; what it had written stands"]
 
 

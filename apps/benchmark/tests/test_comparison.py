@@ -11,6 +11,7 @@ import torch
 
 from hjepa_benchmark import charts
 from hjepa_benchmark.cli import main
+from hjepa_benchmark.comparison import sweep as sweeping
 from hjepa_benchmark.comparison.compare import (
     Candidate,
     curve,
@@ -192,6 +193,24 @@ def test_sweep_trains_measures_and_groups(shards, tiny, tmp_path, capsys):
     command[1] = "run.seed=0"
     assert main([*command, "--json", str(tmp_path / "s.json")]) == 0
     assert len(json.loads((tmp_path / "s.json").read_text())["runs"]) == 1
+
+
+def test_jobs_of_slurm_leave_runs_of_an_earlier_sweep_alone(tmp_path, monkeypatch):
+    """They end in processes of their own, so that only their numbers tell them apart."""
+    compared = []
+    for name, result in {"multirun": 0, "ended_runs": [], "read_candidates": [], "show": None}.items():
+        monkeypatch.setattr(sweeping, name, lambda *_, result=result, **__: result)
+    monkeypatch.setattr(sweeping, "measure_missing", lambda folders, _: compared.extend(folders))
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        for name in ("config.yaml", "results.json"):
+            (tmp_path / str(number) / name).touch()
+    words = ["run.seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+    sweeping.sweep(words, page=None, output=None)
+    assert compared == [tmp_path / str(number) for number in range(2)]
+    (tmp_path / "1" / "results.json").unlink()
+    with pytest.raises(ValueError, match="1 of 2 runs have not ended"):
+        sweeping.sweep(words, page=None, output=None)
 
 
 def test_runs_of_one_name_in_folders_of_one_name_are_told_apart(measured, tmp_path):

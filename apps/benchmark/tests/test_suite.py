@@ -23,7 +23,7 @@ from hjepa_benchmark.suite.probes import match_views, random_boxes, random_crop,
 from hjepa_benchmark.suite.report import Pictures, _confusion, numbers_table, write_page
 from hjepa_benchmark.suite.robustness import _mean_errors, _ratio
 from hjepa_benchmark.suite.run import measure
-from hjepa_benchmark.suite.subjects import TRAINED, level_grids, subjects
+from hjepa_benchmark.suite.subjects import level_grids, subjects
 from hjepa_benchmark.suite.summary import latex, markdown
 from hjepa_data import ShardSource
 from hjepa_eval import (
@@ -43,24 +43,24 @@ from hjepa_pretrain.demo import CLASS_NAMES
 from hjepa_pretrain.evaluation import Images
 from hjepa_pretrain.model import load_run
 from hjepa_pretrain.report.write import read_rows
+from hjepa_pretrain.results import TRAINED
 
 
 def test_the_results_follow_the_schema_and_leave_the_runs_own_alone(measured):
-    own = json.loads((measured / "results.json").read_text())
+    own = read_results(measured / "results.json")
     found = read_results(measured / "benchmark" / "results.json")
     # Who may read the one may read the other.
     modes = {(measured / "benchmark" / name).stat().st_mode for name in ("results.json", "right.safetensors")}
     assert len(modes) == 1
     assert found.about["suite"] == "quick"
     assert found.about["images_seen"] == 32
-    k = own["eval"]["k"]
-    for row in own["rows"]:
-        for metric, key in ((f"knn_{k}", f"knn_{k}"), ("linear", "linear")):
-            one = find(found.measurements, metric, subject=row["features"], level=row["level"])
-            assert one.value == pytest.approx(row[key]), (metric, row["features"], row["level"])
-            assert one.name.branch.endswith(row["branch"])
-            assert one.low <= one.value <= one.high
-            assert (one.n, one.n_train) == (row["n_test"], row["n_train"])
+    assert (found.model, found.data) == (own.model, own.data)
+    for one in own.measurements:
+        (other,) = [other for other in found.measurements if (other.metric, other.name) == (one.metric, one.name)]
+        for key in ("value", "low", "high"):
+            assert getattr(other, key) == pytest.approx(getattr(one, key)), one
+        assert (other.method, other.n, other.n_train) == (one.method, one.n, one.n_train)
+        assert one.low <= one.value <= one.high
 
 
 def test_every_level_has_its_measures(measured):
@@ -204,6 +204,21 @@ def test_confusion_counts_classes_that_the_test_set_lacks(run):
     assert (drawn[0][0, 0], drawn[0][0, 7], drawn[0][1, 1], drawn[0][0, 1]) == (0.5, 0.5, 1, 0)
 
 
+def test_of_many_classes_those_that_are_confused_most_are_told(run):
+    opened = open_run(run)
+    truth = torch.arange(30).repeat_interleave(4)
+    predicted = truth.clone()
+    predicted[7 * 4 : 7 * 4 + 3] = 11
+    predicted[2 * 4] = 29
+    opened.test = Images(pixels=opened.test.pixels[:1].expand(120, -1, -1, -1), labels=truth)
+    body = _confusion(opened, Findings(predicted={(TRAINED, "encoder"): predicted})).body
+    rows = [re.findall(r"<td[^>]*>([^<]*)</td>", row) for row in re.findall(r"<tr.*?</tr>", body, re.DOTALL)]
+    names = [opened.test.class_name(label) for label in (7, 11, 2, 29)]
+    assert [row for row in rows if row] == [[*names[:2], "75 %", "3 of 4"], [*names[2:], "25 %", "1 of 4"]]
+    right = _confusion(opened, Findings(predicted={(TRAINED, "encoder"): truth}))
+    assert "No image" in right.note
+
+
 def test_ranks_of_a_sorted_set_are_of_all_its_classes():
     """Of a folder of images the first thousands are of a few classes, here of two of five directions."""
     values = torch.eye(5).repeat_interleave(1_000, 0) + 1e-3 * torch.randn(5_000, 5, generator=torch.Generator())
@@ -259,9 +274,10 @@ def test_the_steps_are_those_of_the_weights(run, tmp_path):
     (longer / "config.yaml").write_text(re.sub(r"eval: /.*", "eval: nowhere/eval-*.tar", config))
     with pytest.raises(ValueError, match=r"nowhere/eval-.*--train and --eval"):
         open_run(longer)
-    (longer / "results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"results.json: damaged"):
-        open_run(longer)
+    for content in ("{", '{"step": 2, "rows": []}'):
+        (longer / "results.json").write_text(content)
+        with pytest.raises(ValueError, match=r"results.json: damaged, or an earlier version wrote it .*hjepa-pretrain"):
+            open_run(longer)
     (longer / "results.json").unlink()
     with pytest.raises(ValueError, match="not finished"):
         open_run(longer)

@@ -94,6 +94,14 @@ def test_images_that_find_themselves_are_named(words, tmp_path, caplog):
     assert f"data.eval={same}: the images of data.train find themselves" in caplog.text
 
 
+def test_a_run_whose_features_are_not_finite_has_diverged(words, tmp_path, capsys):
+    endless = ("trainer.learning_rate.value=1e30", "trainer.learning_rate.warmup_steps=0", "trainer.guard.max_skips=99")
+    same = words[0].removeprefix("data.train=")
+    assert main([f"run.dir={tmp_path}/run", *words, f"data.eval={same}", "eval.at_end=true", *endless]) == 3
+    (line,) = said(capsys)
+    assert "not finite: the model has diverged" in line
+
+
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EIO, 1)])
 def test_a_full_disk_is_for_the_user_to_mend(number, code):
     failure = judge(OSError(number, os.strerror(number), "model.safetensors"))

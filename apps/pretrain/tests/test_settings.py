@@ -17,7 +17,7 @@ from hjepa_pretrain.plan import schedules
 @pytest.mark.parametrize("words", [["data.train=null"], ["plan.dry=false"]])
 def test_a_word_that_names_no_data_leaves_the_demo(words):
     config, _ = settings.load(words)
-    assert (config.preset, config.run.steps) == ("demo", 1500)
+    assert (config.preset, config.run.steps) == ("demo", 1450)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,7 @@ def test_a_word_that_names_no_data_leaves_the_demo(words):
         (["data.eval="], "data.eval=''"),
         (["data.train="], "data.train=''"),
         (["run.seed=99999999999999999999"], "run.seed=99999999999999999999"),
+        (["run.threads=100000"], "run.threads=100000: too few or too many; allowed: 1 to 1024"),
         (["run.time_limit=1h30"], "run.time_limit=1h30"),
         (["run.time_limit=0"], "run.time_limit=0"),
         (["data.image_size=[0,0]"], "data.image_size=(0, 0)"),
@@ -44,6 +45,8 @@ def test_a_word_that_names_no_data_leaves_the_demo(words):
         (["data.train=x", "early_stop={metric: eval/encoder/knn_20}"], "early_stop.metric=eval/encoder/knn_20"),
         (["eval.every_steps=null", "early_stop={metric: eval/0/rankme}"], "early_stop.metric=eval/0/rankme"),
         (["masks=null"], "by name"),
+        (["recipe=[ijepa,hjepa]"], "recipe=[ijepa,hjepa]: one is chosen"),
+        (["masks=[block,random]"], "masks=[block,random]: one is chosen"),
         (["early_stop={metric:", "x}"], "quote what holds spaces"),
         (["hydra/launcher=submitit_slurm"], "--multirun"),
         (["plan.find_lr_high=inf"], "find_lr_high=inf"),
@@ -78,6 +81,23 @@ def test_a_word_that_nothing_reads_is_named(caplog, words, said):
     found = [record.getMessage() for record in caplog.records]
     assert len(found) == (said is not None)
     assert all(one.startswith(said) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hjepa.pyramid.levels=3", "hjepa.level_weights.weights=[1,1,1]"], "level 2 has one token, whose loss is 0"),
+        (["hjepa.pyramid.levels=3", "hjepa.level_weights.weights=[1,1,0]"], None),
+        (["hjepa.pyramid.levels=2", "hjepa.level_weights.weights=[1,1]"], None),
+        (["hjepa.pyramid.levels=3", "hjepa.level_weights.weights=[1,1,1]", "hjepa.contrast=batch"], None),
+    ],
+)
+def test_a_level_of_one_token_that_has_no_other_to_be_told_from_is_named(caplog, words, said):
+    with caplog.at_level(logging.WARNING):
+        settings.load(["recipe=hjepa_contrast", "model=vit_nano_patch8", *words])
+    found = [record.getMessage() for record in caplog.records]
+    assert [said in one for one in found if said] == [True] * (said is not None)
+    assert len(found) == (said is not None)
 
 
 @given(st.text(st.characters(exclude_categories=["C"], exclude_characters="$"), min_size=1))

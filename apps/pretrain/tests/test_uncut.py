@@ -1,27 +1,55 @@
 """What a narrow terminal is shown."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
-from hjepa_pretrain.evaluation import results_caption, results_table
+from hjepa_eval import FeatureName, Measurement, Results
+from hjepa_pretrain.results import result_rows, results_caption, results_table
 
-ROW = {
-    "features": "untrained", "branch": "online", "level": "encoder", "pooling": "mean", "width": 1024, "n_train": 24,
-    "n_test": 12, "knn_20": 0.123, "linear": 0.456, "rankme": 17.8, "effective_rank": 19.7, "n_rank": 24,
-}  # fmt: skip
+NAME = FeatureName(branch="untrained online", level="encoder", pooling="mean")
+SEEN = {"n": 12, "n_train": 24, "method": "bootstrap", "details": {"width": 1024}}
+ACCURACIES = [
+    Measurement(metric="knn_20", name=NAME, value=0.123, low=0.113, high=0.135, **SEEN),
+    Measurement(metric="linear", name=NAME, value=0.456, low=0.406, high=0.496, **SEEN),
+]
+RANKS = [
+    Measurement(metric="rankme", name=NAME, value=17.8, low=16.5, high=19.1, method="jackknife", n=23),
+    Measurement(metric="effective_rank", name=NAME, value=19.7, n=23),
+]
+
+
+def results(measured):
+    return Results(model="run", data="demo", measurements=measured, about={"steps": 2})
 
 
 def test_a_narrow_terminal_cuts_no_cell():
     shown = io.StringIO()
-    Console(file=shown, width=30, soft_wrap=True).print(results_table({"step": 2, "rows": [ROW]}))
-    assert "untrained online encoder mean 1024 0.123 0.456 17.8 19.7" in " ".join(shown.getvalue().split())
+    Console(file=shown, width=30, soft_wrap=True).print(results_table(results(ACCURACIES + RANKS)))
+    assert "untrained online encoder mean 1024 0.123±.011 0.456±.045 17.8±1.3" in " ".join(shown.getvalue().split())
+
+
+def test_a_terminal_of_80_columns_holds_the_table():
+    widest = [replace(one, name=replace(NAME, pooling="flatten")) for one in (*ACCURACIES, *RANKS)]
+    shown = io.StringIO()
+    Console(file=shown, width=200, soft_wrap=True).print(
+        results_table(results([*widest[:2], replace(RANKS[0], value=1017.8)]))
+    )
+    assert max(len(line.rstrip()) for line in shown.getvalue().splitlines()[:5]) <= 80
+
+
+def test_the_page_has_the_effective_rank_too_and_says_what_was_not_measured():
+    assert result_rows(results(ACCURACIES + RANKS))[0][-2:] == ["17.8±1.3", "19.7"]
+    pixels = [replace(one, name=FeatureName(branch="-", level="pixels", pooling="flatten")) for one in ACCURACIES]
+    assert result_rows(results(pixels)) == [
+        ["pixels", "-", "pixels", "flatten", "1024", "0.123±.011", "0.456±.045", "-", "-"]
+    ]
 
 
 def test_the_caption_counts_what_has_labels():
-    assert "24 labelled training and 12 held-out images" in results_caption({"step": 2, "rows": [ROW]})
-    bare = {**ROW, "n_train": 24, "n_test": 0, "linear": None}
-    assert (
-        results_caption({"step": 2, "rows": [bare]})
-        == "step 2; without labels no accuracies; ranks of 24 training images"
-    )
+    caption = results_caption(results(ACCURACIES + RANKS))
+    assert "kNN: k=20, cosine, top-1;" in caption
+    assert "24 labelled training and 12 held-out images; ranks of 23 training images; after ±" in caption
+    bare = results_caption(results(RANKS))
+    assert bare.startswith("step 2; without labels no accuracies; ranks of 23 training images; after ±")

@@ -1,9 +1,21 @@
-import json
+import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from hjepa_eval import FeatureName, FeatureSet, LogisticProbeConfig, evaluate, format_table, knn_accuracy
+from hjepa_eval import (
+    FeatureName,
+    FeatureSet,
+    LogisticProbeConfig,
+    Results,
+    evaluate,
+    format_table,
+    knn_accuracy,
+    measure_unlabelled,
+)
+from hjepa_eval.results.measurement import to_json
 
 NAME = FeatureName(branch="target", level="1", pooling="mean")
 
@@ -21,8 +33,7 @@ def test_scores_hold_the_numbers_of_the_parts_and_their_counts(device):
     assert (scores.n_train, scores.n_test, scores.n_rank, scores.width) == (200, 100, 150, 6)
     expected = knn_accuracy(train.values, train.labels, test.values, test.labels, ks=(5, 20))
     assert scores.knn == pytest.approx(expected, abs=1e-6)
-    # Every number of a results file has its interval: those of the ranks are measure_unlabelled's.
-    _, knn, linear = scores.measurements()
+    _, knn, linear, *ranks = scores.measurements()
     assert (knn.metric, knn.value, knn.n, knn.n_train) == ("knn_20", scores.knn[20], 100, 200)
     assert knn.low < knn.value < knn.high
     assert (linear.metric, linear.method) == ("linear", "bootstrap")
@@ -30,9 +41,23 @@ def test_scores_hold_the_numbers_of_the_parts_and_their_counts(device):
     assert 0.7 < scores.linear < 1.0
     assert scores.linear_l2 == 1e-2
     assert 5 < scores.effective_rank <= 6
-    row = scores.as_dict()
-    assert (row["branch"], row["level"], row["pooling"]) == ("target", "1", "mean")
-    assert json.loads(json.dumps(row))["knn_20"] == scores.knn[20]
+    expected = {one.metric: one for one in measure_unlabelled(train, samples=150, device=device)}
+    assert [one.metric for one in ranks] == ["rankme", "effective_rank", "spread"]
+    for one in ranks:
+        assert replace(one, details={}) == replace(expected[one.metric], details={})
+        assert one.low < one.value < one.high
+    for one in scores.measurements():
+        assert (one.name, one.details["width"]) == (NAME, 6)
+
+
+def test_ranks_of_few_samples_have_no_interval_and_none_are_measured_where_none_are_asked_for():
+    few, none = evaluate(blobs(19, 0), blobs(30, 1)), evaluate(blobs(60, 0), blobs(30, 1), rank_samples=0)
+    interval = few.intervals["rankme"]
+    assert (interval.method, math.isnan(interval.low), interval.n) == ("none", True, 19)
+    assert (none.rankme, none.effective_rank, none.n_rank) == (None, None, 0)
+    assert [one.metric for one in none.measurements()] == ["knn_20", "linear"]
+    assert format_table([none]).splitlines()[-1].endswith("| - | - | 60/30/0 |")
+    assert to_json(Results(model="m", data="d", measurements=few.measurements()))["measurements"][2]["low"] is None
 
 
 def test_votes_have_the_temperature_that_is_asked_for(device):
@@ -57,9 +82,9 @@ def test_unlabelled_samples_count_for_ranks_only(device):
 def test_a_measurement_says_what_was_chosen(device):
     scores = evaluate(blobs(200, 0), blobs(100, 1), device=device)
     found = {one.metric: one for one in scores.measurements()}
-    assert found["linear"].details == {"l2": scores.linear_l2}
+    assert found["linear"].details["l2"] == scores.linear_l2
     assert found["linear"].n_train == 200
-    assert not found["knn_20"].details
+    assert "l2" not in found["knn_20"].details
 
 
 def test_a_k_larger_than_the_bank_is_left_out(device):
@@ -71,8 +96,7 @@ def test_table_names_branch_level_pooling_and_counts():
     full = evaluate(blobs(60, 0), blobs(30, 1))
     table = format_table([full, evaluate(blobs(60, 0, labelled=False), blobs(30, 1))]).splitlines()
     assert table[0] == ("| branch | level | pooling | D | kNN k=20 | linear | RankMe | eff. rank | n train/test/rank |")
-    assert table[2].startswith("| target | 1 | mean | 6 | 0.")
-    assert table[2].endswith("| 60/30/60 |")
+    assert re.match(r"\| target \| 1 \| mean \| 6 \|( \d\.\d{3}±\.\d{3} \|){4} 60/30/60 \|$", table[2])
     assert "| - | - |" in table[3]
 
 

@@ -93,9 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--json", type=Path, help="also write the numbers to this file")
     sweep.set_defaults(run=_sweep)
 
-    probes = commands.add_parser("probes", help="kNN, linear probe and ranks of every level of a run")
-    probes.add_argument("run_dir", type=Path, help="folder of a finished hjepa-pretrain run")
+    probes = commands.add_parser("probes", help="kNN, linear probe and ranks of every level of a run; of a timm model")
+    probes.add_argument(
+        "source", help="folder of a finished hjepa-pretrain run; or name of a timm model, with --train and --eval"
+    )
     _data(probes)
+    probes.add_argument("--pretrained", action="store_true", help="of a timm model: its published weights (a download)")
     probes.add_argument("--json", type=Path, help="also write the rows to this file")
     probes.set_defaults(run=_probes)
 
@@ -160,9 +163,17 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _probes(options: argparse.Namespace) -> None:
-    from hjepa_benchmark.probes import probe_run
+    where = {"train": options.train, "held_out": options.eval, "output": options.json}
+    if Path(options.source).exists():
+        from hjepa_benchmark.probes import probe_run
 
-    probe_run(options.run_dir, train=options.train, held_out=options.eval, output=options.json)
+        if options.pretrained:
+            raise ValueError(f"--pretrained: {options.source} is a folder, which has its own weights; leave it out")
+        probe_run(Path(options.source), **where)
+    else:
+        from hjepa_benchmark.backbone import probe_backbone
+
+        probe_backbone(options.source, pretrained=options.pretrained, **where)
 
 
 def _quantize(options: argparse.Namespace) -> None:

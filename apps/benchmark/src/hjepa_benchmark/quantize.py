@@ -1,43 +1,29 @@
 """What a run loses when its weights are kept in 8 bits: kNN of every level with both, and the bytes of both."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from hjepa_benchmark.runs import open_run, read_config
-from hjepa_eval import FeatureSet, knn_accuracy
+from hjepa_eval import FeatureSet, Measurement, bootstrap, knn_predict, plus_minus, write_results
 from hjepa_models.quantization import quantize_int8, weight_bytes
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.evaluation import Images, level_features
 from hjepa_pretrain.model import Model, kept_part, load_run
+from hjepa_pretrain.results import results_of
 from hjepa_pretrain.uncut import uncut
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LevelAccuracy:
-    """Top-1 accuracy of kNN with the features of one level, as shares of the held-out images.
-
-    Attributes:
-        level: name of the level.
-        floats: with the weights as they were trained.
-        int8: with weights of 8 bits.
-        drop: what is lost, percentage points; below 0 where something is gained.
-    """
-
-    level: str
-    floats: float
-    int8: float
-    drop: float
+FLOATS, INT8, LOST = "floats", "int8", "lost"
 
 
 def measure_quantization(
     floats: Model, int8: Model, config: PretrainConfig, train: Images, test: Images, device: torch.device
-) -> list[LevelAccuracy]:
+) -> list[Measurement]:
     """Measures kNN of the mean-pooled features of every level, bank and held-out images by the same weights.
 
     Args:
@@ -48,14 +34,25 @@ def measure_quantization(
         test: held-out images.
         device: where features are computed.
 
+    Returns:
+        For each level `knn_<k>/floats` and `knn_<k>/int8`, top-1 accuracies, and `knn_<k>/lost`, the first minus the
+        second on the same images.
+
     Raises:
         ValueError: there are fewer labelled images than k neighbours, or none to classify.
     """
-    first, second = (_accuracies(model, config, train, test, device) for model in (floats, int8))
-    return [
-        LevelAccuracy(level=level, floats=first[level], int8=second[level], drop=100 * (first[level] - second[level]))
-        for level in first
-    ]
+    first, second = (
+        [level_features(model.to(device), images, config, device) for images in (train, test)]
+        for model in (floats, int8)
+    )
+    found = []
+    for level, bank in first[0].items():
+        before, after = (_right(banks[level], tests[level], config.eval.k) for banks, tests in (first, second))
+        n_train = len(bank.labelled())
+        for way, values in ((FLOATS, before), (INT8, after), (LOST, before - after)):
+            metric = f"knn_{config.eval.k}/{way}"
+            found.append(Measurement.of(metric, bank.name, bootstrap(values), n_train=n_train))
+    return found
 
 
 def quantize_run(run_dir: Path, *, train: str | None, held_out: str | None, output: Path | None) -> None:
@@ -65,7 +62,7 @@ def quantize_run(run_dir: Path, *, train: str | None, held_out: str | None, outp
         run_dir: holds `config.yaml`, `model.safetensors` and `config.json`.
         train: shards of the kNN bank; None takes those of the run.
         held_out: shards that are classified; None takes those of the run.
-        output: also write the rows and the bytes to this JSON file.
+        output: also write the numbers and the bytes to this JSON file.
 
     Raises:
         ValueError: the folder holds no finished run, there is nothing to measure on, or torchao is not installed.
@@ -74,44 +71,40 @@ def quantize_run(run_dir: Path, *, train: str | None, held_out: str | None, outp
     int8 = quantize_int8(floats)  # before the images, which take longer, for it may be refused
     run = open_run(run_dir, train=train, held_out=held_out)
     config = run.config
-    rows = measure_quantization(floats, int8, config, run.train, run.test, run.device)
+    measured = measure_quantization(floats, int8, config, run.train, run.test, run.device)
     size = (weight_bytes(kept_part(floats)), weight_bytes(kept_part(int8)))
-    Console(soft_wrap=True).print(_table(rows, size, config.eval.k))
+    Console(soft_wrap=True).print(_table(measured, size, config.eval.k))
     if output is not None:
-        content = {
-            "k": config.eval.k,
-            "bytes": {"floats": size[0], "int8": size[1]},
-            "rows": [asdict(row) for row in rows],
-        }
-        output.write_text(json.dumps(content, indent=2) + "\n")
+        results = results_of(measured, run.steps, run_dir, config)
+        about = {**results.about, "bytes.floats": size[0], "bytes.int8": size[1]}
+        write_results(replace(results, about=about), output)
 
 
-def _accuracies(
-    model: Model, config: PretrainConfig, train: Images, test: Images, device: torch.device
-) -> dict[str, float]:
-    bank, held_out = (level_features(model.to(device), images, config, device) for images in (train, test))
-    return {level: _knn(bank[level].labelled(), held_out[level].labelled(), config.eval.k) for level in bank}
-
-
-def _knn(bank: FeatureSet, test: FeatureSet, k: int) -> float:
+def _right(bank: FeatureSet, test: FeatureSet, k: int) -> Tensor:
+    """Which of the labelled held-out images kNN classifies rightly, 1 or 0."""
+    bank, test = bank.labelled(), test.labelled()
     if len(bank) < k:
         raise ValueError(f"eval.k={k}: more than the {len(bank)} labelled training images; give more with --train")
     if not len(test):
         raise ValueError("no held-out image has a label; give some that have with --eval")
-    return knn_accuracy(bank.values, bank.labels, test.values, test.labels, ks=(k,))[k]
+    return (knn_predict(bank.values, bank.labels, test.values, ks=(k,))[k] == test.labels).double()
 
 
-def _table(rows: list[LevelAccuracy], size: tuple[int, int], k: int) -> Table:
+def _table(measured: list[Measurement], size: tuple[int, int], k: int) -> Table:
     table = Table(
         title="Weights of 8 bits", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
     table.caption_justify = "left"
     table.caption = (
-        f"kNN: k={k}, cosine, top-1, mean-pooled; all weights: "
+        f"kNN: k={k}, cosine, top-1, {measured[0].name.branch} branch, mean-pooled, {measured[0].n_train} labelled "
+        f"training and {measured[0].n} held-out images; after ± half the width of the 95 % interval; all weights: "
         f"{size[0]:,} -> {size[1]:,} bytes, {size[0] / size[1]:.2f} times fewer"
     )
-    for column in ("level", "kNN floats", "kNN int8", "drop, points"):
+    for column in ("level", "kNN floats", "kNN int8", "lost"):
         table.add_column(column, justify="left" if column == "level" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(row.level, f"{row.floats:.3f}", f"{row.int8:.3f}", f"{row.drop:+.2f}")
+    levels: dict[str, list[str]] = {}
+    for one in measured:
+        levels.setdefault(one.name.level, []).append(plus_minus(one))
+    for level, cells in levels.items():
+        table.add_row(level, *cells)
     return uncut(table)

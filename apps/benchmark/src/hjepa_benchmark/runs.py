@@ -1,6 +1,5 @@
 """A finished run, opened: configuration, images, what it logged."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,12 @@ from pathlib import Path
 import torch
 
 from hjepa_data import DataError
+from hjepa_eval import read_results
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
-from hjepa_pretrain.evaluation import RESULTS_FILE, Images, load_pair, open_sources
+from hjepa_pretrain.evaluation import Images, load_pair, open_sources
 from hjepa_pretrain.model import Model, build_model, command
+from hjepa_pretrain.results import RESULTS_FILE, data_name
 from hjepa_train import Checkpoint
 from hjepa_train.checkpoint.files import DamagedError
 
@@ -44,7 +45,7 @@ class Run:
     @property
     def data(self) -> str:
         """What it is measured on, for results."""
-        return self.config.data.eval or "demo composites"
+        return data_name(self.config)
 
 
 def read_config(folder: Path) -> PretrainConfig:
@@ -68,9 +69,10 @@ def finished_steps(folder: Path) -> int:
     if not path.is_file():
         raise ValueError(f"{folder}: no {RESULTS_FILE}, the run is not finished; go on with: {command(folder)}")
     try:
-        return int(json.loads(path.read_text())["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error}); remove it and write it again with: {command(folder)}") from error
+        return int(str(read_results(path).about.get("steps")))
+    except ValueError as error:
+        why = f"damaged, or an earlier version wrote it ({str(error).removeprefix(f'{path}: ')})"
+        raise ValueError(f"{path}: {why}; write it again with: {command(folder)}") from error
 
 
 def open_run(folder: Path, *, train: str | None = None, held_out: str | None = None) -> Run:

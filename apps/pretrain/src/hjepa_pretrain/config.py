@@ -22,6 +22,9 @@ from hjepa_train import (
 )
 from hjepa_train.plan import MachineConfig
 
+# More than any machine has cores; thousands end the process in which they start.
+_MAX_THREADS = 1024
+
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
@@ -46,8 +49,11 @@ class RunConfig:
             raise ValueError(f"run.steps={self.steps}: nothing to train; allowed: 1 and more")
         if abs(self.seed) >= 2**32:
             raise ValueError(f"run.seed={self.seed}: too large; allowed: below 2^32")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"run.threads={self.threads}: too few; allowed: 1 and more, or null")
+        if self.threads is not None and not 1 <= self.threads <= _MAX_THREADS:
+            raise ValueError(
+                f"run.threads={self.threads}: too few or too many; allowed: 1 to {_MAX_THREADS}, or null; a core keeps "
+                "one busy"
+            )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"run.device={self.device}: unknown; allowed: auto, cpu, cuda")
         if self.time_limit is not None:

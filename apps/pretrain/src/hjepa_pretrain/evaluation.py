@@ -1,37 +1,33 @@
 """What was learned: every level of the trained model beside the untrained one and beside raw pixels."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int, UInt8
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
 from hjepa_data import DataError, EvalConfig, MixtureSource, ShardSource, Source, normalize, open_source
 from hjepa_data.shards.show import read_classes
-from hjepa_eval import FeatureSet, Scores, evaluate, extract, knn_accuracy, rankme
+from hjepa_eval import FeatureSet, Measurement, evaluate, extract, knn_accuracy, rankme
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.demo import CLASS_NAMES
 from hjepa_pretrain.demo.shards import demo_shards
 from hjepa_pretrain.model import Model, build_model, feature_branch
-from hjepa_pretrain.uncut import uncut
-from hjepa_train import Trainer
+from hjepa_pretrain.results import PIXELS, TRAINED, UNTRAINED, branch_of
+from hjepa_train import DivergedError, Trainer
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "results.json"
 _AND = " + "
 _BATCH = 256
 _PIXELS = 32
-# One number for all rows, so that their ranks compare; few enough for the singular values of raw pixels.
-_RANK_SAMPLES = 2_000
+# One number for all rows, so that their ranks compare.
+RANK_SAMPLES = 2_000
 
 
 @dataclass(kw_only=True, slots=True)
@@ -146,20 +142,9 @@ def load_pair(
     )
 
 
-@dataclass(kw_only=True, slots=True)
-class Row:
-    """One row of the table of results."""
-
-    features: str
-    """`trained`, `untrained` or `pixels`."""
-    scores: Scores
-
-    def as_dict(self) -> dict[str, Any]:
-        """Flat, for JSON."""
-        return {"features": self.features, **self.scores.as_dict()}
-
-
-def measure(model: Model, config: PretrainConfig, train: Images, test: Images, device: torch.device) -> list[Row]:
+def measure(
+    model: Model, config: PretrainConfig, train: Images, test: Images, device: torch.device
+) -> list[Measurement]:
     """Measure every level of a trained model, of the same model untrained, and raw pixels.
 
     Args:
@@ -168,27 +153,32 @@ def measure(model: Model, config: PretrainConfig, train: Images, test: Images, d
         train: labelled images for the kNN bank and the linear probe.
         test: held-out images.
         device: where features are computed, and measured.
+
+    Returns:
+        Accuracies and ranks with their intervals; of raw pixels no ranks, to which none compares.
     """
-    rows = []
-    for name, one in (("trained", model), ("untrained", build_model(config))):
-        bank, held_out = (level_features(one.to(device), images, config, device) for images in (train, test))
-        rows += [Row(features=name, scores=_scores(bank[level], held_out[level], config, device)) for level in bank]
-    bank, held_out = (extract(_pixels, images.batches(config.data.mean, config.data.std), branch="-", level="pixels",
+    found = []
+    for subject, one in ((TRAINED, model), (UNTRAINED, build_model(config))):
+        bank, held_out = (
+            level_features(one.to(device), images, config, device, subject=subject) for images in (train, test)
+        )
+        for level in bank:
+            found += _measured(bank[level], held_out[level], config, device, RANK_SAMPLES)
+    bank, held_out = (extract(_pixels, images.batches(config.data.mean, config.data.std), branch="-", level=PIXELS,
                               pooling="flatten") for images in (train, test))  # fmt: skip
-    rows.append(Row(features="pixels", scores=_scores(bank["pixels"], held_out["pixels"], config, device)))
-    return rows
+    return found + _measured(bank[PIXELS], held_out[PIXELS], config, device, 0)
 
 
 def level_features(
-    model: Model, images: Images, config: PretrainConfig, device: torch.device
+    model: Model, images: Images, config: PretrainConfig, device: torch.device, *, subject: str = TRAINED
 ) -> Mapping[str, FeatureSet]:
     """Extract the mean-pooled features of every level in one pass, of the target branch where there is one."""
 
-    def features(batch: Tensor) -> dict[str, Tensor]:
-        return {str(level): values for level, values in model.all_features(batch).items()}
+    def features(batch: Tensor) -> Mapping[str, Tensor]:
+        return _finite({str(level): values for level, values in model.all_features(batch).items()})
 
     model.eval()
-    branch = feature_branch(model)
+    branch = branch_of(subject, feature_branch(model))
     found = extract(
         features, images.batches(config.data.mean, config.data.std), device=device, branch=branch, pooling="mean"
     )
@@ -196,8 +186,21 @@ def level_features(
     return found
 
 
-def _scores(train: FeatureSet, test: FeatureSet, config: PretrainConfig, device: torch.device) -> Scores:
-    return evaluate(train, test, ks=(config.eval.k,), rank_samples=_RANK_SAMPLES, device=device)
+def _measured(
+    train: FeatureSet, test: FeatureSet, config: PretrainConfig, device: torch.device, rank_samples: int
+) -> list[Measurement]:
+    return evaluate(train, test, ks=(config.eval.k,), rank_samples=rank_samples, device=device).measurements()
+
+
+def _finite(features: Mapping[Any, Tensor]) -> Mapping[Any, Tensor]:
+    """Return features, or say of those that are not finite that the model has diverged."""
+    for level, values in features.items():
+        if not bool(values.isfinite().all()):
+            raise DivergedError(
+                f"features of level {level} are not finite: the model has diverged; start anew with a lower "
+                "trainer.learning_rate.value"
+            )
+    return features
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -223,7 +226,7 @@ class OnlineEvaluation:
         trainer.module.eval()
         banks, tests = (
             extract(
-                lambda pixels: trainer.call("all_features", pixels),
+                lambda pixels: _finite(trainer.call("all_features", pixels)),
                 images.batches(config.data.mean, config.data.std),
                 device=device,
                 pooling="mean",
@@ -233,80 +236,10 @@ class OnlineEvaluation:
         trainer.module.train()
         row: dict[str, float] = {}
         for level, features in banks.items():
-            row[f"eval/{level}/rankme"] = float(rankme(features.some(_RANK_SAMPLES).values.to(device)))
+            row[f"eval/{level}/rankme"] = float(rankme(features.some(RANK_SAMPLES).values.to(device)))
             bank, test = features.labelled(), tests[level].labelled()
             if len(bank) >= k and len(test):
                 on_device = [part.to(device) for part in (bank.values, bank.labels, test.values, test.labels)]
                 found = knn_accuracy(*on_device, ks=(k,))
                 row[f"eval/{level}/knn_{k}"] = found[k]
         return row
-
-
-def results_content(rows: list[Row], step: int, config: PretrainConfig) -> dict[str, Any]:
-    """Return what `results.json` holds."""
-    return {"step": step, **_measured_on(config), "rows": [row.as_dict() for row in rows]}
-
-
-def _measured_on(config: PretrainConfig) -> dict[str, Any]:
-    return {"eval": asdict(config.eval), "images": config.data.eval, "crop_fraction": config.data.eval_crop_fraction}
-
-
-def save_results(results: dict[str, Any], folder: Path) -> None:
-    """Write `results.json`."""
-    temporary = folder / (RESULTS_FILE + ".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(folder / RESULTS_FILE)
-
-
-def read_results(config: PretrainConfig, step: int, folder: Path) -> dict[str, Any] | None:
-    """Return the results of this step, if they were measured before, and in the same way."""
-    path = folder / RESULTS_FILE
-    if not path.is_file():
-        return None
-    try:
-        content: dict[str, Any] = dict(json.loads(path.read_text()))
-        if content["rows"]:
-            results_table(content)
-    except (ValueError, TypeError, LookupError, AttributeError):
-        logger.warning("%s is damaged; it is written again", path)
-        return None
-    same = content.get("step") == step and _measured_on(config).items() <= content.items()
-    return content if same else None
-
-
-COLUMNS = ("features", "branch", "level", "pooling", "D", "kNN", "linear", "RankMe", "eff.rank")
-
-
-def result_cells(row: Mapping[str, Any]) -> list[str]:
-    """Return a row of results as the cells of a table with `COLUMNS`."""
-    knn = next((value for key, value in row.items() if key.startswith("knn_")), None)
-    accuracies = ["-" if value is None else f"{value:.3f}" for value in (knn, row["linear"])]
-    ranks = [f"{row['rankme']:.1f}", f"{row['effective_rank']:.1f}"]
-    return [row["features"], row["branch"], row["level"], row["pooling"], str(row["width"]), *accuracies, *ranks]
-
-
-def results_caption(results: Mapping[str, Any]) -> str:
-    """Say what the numbers of a table were measured on."""
-    row = results["rows"][0]
-    k = next((key.removeprefix("knn_") for key in row if key.startswith("knn_")), "-")
-    accuracies = (
-        f"kNN: k={k}, cosine, top-1; linear: logistic regression, top-1; {row['n_train']} labelled training and "
-        f"{row['n_test']} held-out images"
-    )
-    if row["linear"] is None:
-        accuracies = "without labels no accuracies"
-    return f"step {results['step']}; {accuracies}; ranks of {row['n_rank']} training images"
-
-
-def results_table(results: Mapping[str, Any]) -> Table:
-    """Return the results as a table for the terminal."""
-    # Narrow enough for 80 columns: a name that is cut says nothing.
-    table = Table(title="What was learned", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.caption, table.caption_justify = results_caption(results), "left"
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number < 4 else "right", no_wrap=True)
-    rows = results["rows"]
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        ends = following is None or following["features"] != row["features"]
-        table.add_row(*result_cells(row), style="bold" if row["features"] == "trained" else None, end_section=ends)
-    return uncut(table)

@@ -30,8 +30,6 @@ def kept_part(model: Model) -> HJEPA | Encoder:
 def save_model(model: Model, folder: Path) -> None:
     """Write the weights of the part that is kept."""
     save_pretrained(kept_part(model), folder)
-    # safetensors leaves a file to its owner alone; who may read the others of a run may read its weights.
-    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def command(folder: str | Path) -> str:

@@ -13,27 +13,19 @@ from rich.console import Console
 from rich.text import Text
 
 from hjepa_data import DataError, Decode, DevicePrefetcher, Source
+from hjepa_eval import Measurement, write_results
 from hjepa_models import Block
 from hjepa_pretrain import settings
 from hjepa_pretrain.baselines import BaselineKind
 from hjepa_pretrain.claim import claim
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.dry_run import dry_run
-from hjepa_pretrain.evaluation import (
-    RESULTS_FILE,
-    OnlineEvaluation,
-    load_pair,
-    measure,
-    open_sources,
-    read_results,
-    results_content,
-    results_table,
-    save_results,
-)
+from hjepa_pretrain.evaluation import OnlineEvaluation, load_pair, measure, open_sources
 from hjepa_pretrain.model import Model, command, save_model
 from hjepa_pretrain.plan import find_learning_rate, show_schedules
 from hjepa_pretrain.provenance import provenance
 from hjepa_pretrain.report import write_report
+from hjepa_pretrain.results import RESULTS_FILE, measured_before, results_of, results_table
 from hjepa_pretrain.task import PretrainTask, build_task
 from hjepa_train import (
     Callback,
@@ -337,19 +329,21 @@ def _levels(config: PretrainConfig) -> str:
 
 def _finish(config: PretrainConfig, trainer: Trainer, sources: Sources, folder: Path, console: Console) -> None:
     """Write weights, report and results; a run that was finished before only shows its table."""
-    results = read_results(config, trainer.step, folder)
+    results = measured_before(config, trainer.step, folder)
     if results is None or not all((folder / name).is_file() for name in _LEFT):
         model = _final_model(config, trainer)
         # Those of an earlier end are not of the weights that come now.
         (folder / RESULTS_FILE).unlink(missing_ok=True)
         save_model(model, folder)
         images = load_pair(config, sources, config.eval.train_samples, config.eval.eval_samples)
-        rows = [] if images is None or not config.eval.at_end else measure(model, config, *images, trainer.world.device)
-        results = results_content(rows, trainer.step, config)
+        measured: list[Measurement] = []
+        if images is not None and config.eval.at_end:
+            measured = measure(model, config, *images, trainer.world.device)
+        results = results_of(measured, trainer.step, folder, config)
         write_report(folder, config, model, images, results)
         # The last file: a run that has it is finished.
-        save_results(results, folder)
-    if results["rows"]:
+        write_results(results, folder / RESULTS_FILE)
+    if results.measurements:
         console.print(results_table(results))
     console.print(f"report: {folder / 'report.html'}", highlight=False)
 

@@ -23,8 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hjepa_data.masks import MASK_LAWS
-from hjepa_models import encoder_config
+from hjepa_models import ContrastScope, Objective, encoder_config
 from hjepa_models.config import WITHOUT_EMA
+from hjepa_models.encoder import tokens_per_axis
+from hjepa_models.pooling import pooling_grid
 from hjepa_pretrain.baselines import BaselineKind
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_train import CollapsePolicy, LoggerKind, OptimizerKind, ParallelKind, ScheduleUnit
@@ -56,6 +58,7 @@ DERIVED = {
 # What a dry run without a model compares.
 PLANNED = ("vit_large_patch16", "vit_huge_patch14", "vit_giant_patch14")
 _PATHS = ("run.dir", "data.train", "data.eval", "data.cache", "plan.dir", "hydra.sweep.dir")
+_GROUPS = ("recipe", "preset", "masks")
 # What the name of a model says about its encoder.
 _NAMED = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
@@ -79,13 +82,7 @@ def load(words: Sequence[str], *, quiet: bool = False) -> tuple[PretrainConfig, 
     """
     overrides = _parse(words)
     given = {key: value for one in overrides for key, value in _set(one.key_or_group, one.value())}
-    for key in given.keys() & DERIVED.keys():
-        raise SettingsError(f"{key} follows from {DERIVED[key]}; set that one")
-    for key, value in given.items():
-        if key.startswith(("hydra.", "hydra/")):
-            raise SettingsError(f"{key}: is read with --multirun alone; add that, or leave this out")
-        if key in _PATHS and value == "":
-            raise SettingsError(f"{key}='': names nothing; give a path, or leave it out")
+    _check(given)
     stored = _stored(given)
     try:
         plain = _fresh(words, given) if stored is None else _amend(stored, overrides)
@@ -109,6 +106,7 @@ def load(words: Sequence[str], *, quiet: bool = False) -> tuple[PretrainConfig, 
             text = "trainer.learning_rate.warmup_steps=%d shortened to %d, a fifth of run.steps=%d"
             logger.info(text, warmup, now, config.run.steps)
         _name_idle(plain, given)
+        _name_lonely(config)
     return config, plain
 
 
@@ -161,6 +159,20 @@ def _parse(words: Sequence[str]) -> list[Override]:
         if override.type is not OverrideType.CHANGE:
             raise SettingsError(f"{override.input_line}: settings are written key=value; null switches a part off")
     return overrides
+
+
+def _check(given: Mapping[str, object]) -> None:
+    """Refuse words that no configuration could take."""
+    for key in given.keys() & DERIVED.keys():
+        raise SettingsError(f"{key} follows from {DERIVED[key]}; set that one")
+    for key, value in given.items():
+        if key.startswith(("hydra.", "hydra/")):
+            raise SettingsError(f"{key}: is read with --multirun alone; add that, or leave this out")
+        if key in _GROUPS and isinstance(value, list):
+            said = f"{key}=[{','.join(map(str, value))}]: one is chosen, by its name"
+            raise SettingsError(f"{said}; allowed: {key}=NAME, or --multirun {key}=A,B for a run of each")
+        if key in _PATHS and value == "":
+            raise SettingsError(f"{key}='': names nothing; give a path, or leave it out")
 
 
 def _set(key: str, value: object) -> Iterator[tuple[str, object]]:
@@ -222,6 +234,23 @@ def _name_idle(plain: DictConfig, given: Mapping[str, object]) -> None:
     idle = sorted(key for key in given if key.startswith(("hjepa.", "masks")) and not key.startswith(read))
     if idle:
         logger.warning("recipe=%s does not read %s", plain.recipe, ", ".join(idle))
+
+
+def _name_lonely(config: PretrainConfig) -> None:
+    """Say which levels learn nothing, because a token that is alone in its image has no other to be told from."""
+    hjepa = config.hjepa
+    scope = (hjepa.objective, hjepa.contrast)
+    if config.baseline is not None or scope != (Objective.patch_discrimination, ContrastScope.image):
+        return
+    tokens = tokens_per_axis(hjepa.encoder.image_size, hjepa.output_patches[-1])
+    grid = pooling_grid(tokens, hjepa.pyramid.pooling)
+    weights = hjepa.level_weights.weights
+    lonely = [level for level, weight in enumerate(weights) if weight and max(grid) <= 2**level]
+    if lonely:
+        logger.warning(
+            "hjepa.contrast=image: level %d has one token, whose loss is 0; give hjepa.contrast=batch or fewer levels",
+            lonely[0],
+        )
 
 
 def _derive(plain: DictConfig) -> None:

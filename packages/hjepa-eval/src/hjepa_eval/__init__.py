@@ -26,7 +26,7 @@ from hjepa_eval.probes.retrieval import average_precision
 from hjepa_eval.probes.segmentation import SegmentationProbe, mean_iou
 from hjepa_eval.results.interval import Interval, bootstrap, interval_of_mean, jackknife
 from hjepa_eval.results.measurement import Measurement, Results, read_results, write_results
-from hjepa_eval.results.table import merge
+from hjepa_eval.results.table import merge, plus_minus
 from hjepa_eval.scores import Scores, evaluate, format_table
 
 __all__ = [
@@ -100,6 +100,7 @@ __all__ = [
     "nearest",
     "open_encoder",
     "patch_tokens",
+    "plus_minus",
     "pool_tokens",
     "rankme",
     "read_results",

@@ -1,18 +1,23 @@
 """All measures of one set of features, with the names and counts that make the numbers mean something."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from hjepa_eval.extraction.features import FeatureName, FeatureSet
-from hjepa_eval.measures.spectrum import Spread, effective_rank, rankme, spread
+from hjepa_eval.measures.report import MEASURES
 from hjepa_eval.probes.knn import knn_predict
 from hjepa_eval.probes.logistic import LogisticProbe, LogisticProbeConfig
-from hjepa_eval.results.interval import Interval, bootstrap
+from hjepa_eval.results.interval import Interval, bootstrap, jackknife
 from hjepa_eval.results.measurement import Measurement
+from hjepa_eval.results.table import plus_minus
 
 RANK_SAMPLES = 25_600  # what the RankMe paper takes
+GROUPS = 10  # of the jackknife
+_KNN, _RANKS = "knn_", ("rankme", "effective_rank", "spread")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -24,60 +29,57 @@ class Scores:
         width: Their number of dimensions D.
         n_train: Labelled training samples (the bank of the kNN, the fit of the probe).
         n_test: Labelled test samples.
-        knn: Top-1 accuracy in [0, 1] for each k; empty where there are no labels.
-        linear: Top-1 accuracy of the linear probe in [0, 1]; None where there are no labels.
+        n_rank: Training samples of RankMe, effective rank and spread.
         linear_l2: The penalty chosen on the held-out part of the training samples; None where there are no labels.
-        rankme: RankMe of n_rank training samples, evenly spaced; uncentred.
-        effective_rank: Effective rank of the same samples, centred.
-        spread: Standard deviation per dimension of the same samples.
-        n_rank: Number of samples of the last three.
-        intervals: 95 % intervals by metric ("knn_20", "linear"): bootstrap over the test samples.
+        intervals: The numbers with their 95 % intervals by metric: "knn_20", "linear" (top-1 accuracies, bootstrap over
+            the test samples; not there where there are no labels), "rankme" (uncentred), "effective_rank" (centred) and
+            "spread" (mean standard deviation of a dimension), jackknife over training samples, none of fewer than 20.
     """
 
     name: FeatureName
     width: int
     n_train: int
     n_test: int
-    knn: dict[int, float] = field(default_factory=dict)
-    linear: float | None = None
-    linear_l2: float | None = None
-    rankme: float
-    effective_rank: float
-    spread: Spread
     n_rank: int
+    linear_l2: float | None = None
     intervals: dict[str, Interval] = field(default_factory=dict)
 
+    @property
+    def knn(self) -> dict[int, float]:
+        """Top-1 accuracy in [0, 1] for each k."""
+        found = {metric: one.value for metric, one in self.intervals.items() if metric.startswith(_KNN)}
+        return {int(metric.removeprefix(_KNN)): value for metric, value in found.items()}
+
+    @property
+    def linear(self) -> float | None:
+        """Top-1 accuracy of the linear probe in [0, 1]; None where there are no labels."""
+        return self._value("linear")
+
+    @property
+    def rankme(self) -> float | None:
+        """RankMe; None where no rank was asked for."""
+        return self._value("rankme")
+
+    @property
+    def effective_rank(self) -> float | None:
+        """Centred effective rank; None where no rank was asked for."""
+        return self._value("effective_rank")
+
+    def _value(self, metric: str) -> float | None:
+        return self.intervals[metric].value if metric in self.intervals else None
+
     def measurements(self) -> list[Measurement]:
-        """The accuracies with their intervals, for a results file; measure_unlabelled gives the ranks with theirs."""
+        """The numbers with their intervals, for a results file."""
         return [
             Measurement.of(
                 metric,
                 self.name,
                 interval,
-                n_train=self.n_train,
-                details={"l2": self.linear_l2} if metric == "linear" else {},
+                n_train=None if metric in _RANKS else self.n_train,
+                details={"width": self.width} | ({"l2": self.linear_l2} if metric == "linear" else {}),
             )
             for metric, interval in self.intervals.items()
         ]
-
-    def as_dict(self) -> dict[str, str | int | float | None]:
-        """One flat row: names, counts and numbers, ready for JSON or a table."""
-        return {
-            "branch": self.name.branch,
-            "level": self.name.level,
-            "pooling": self.name.pooling,
-            "width": self.width,
-            "n_train": self.n_train,
-            "n_test": self.n_test,
-            **{f"knn_{k}": accuracy for k, accuracy in self.knn.items()},
-            "linear": self.linear,
-            "linear_l2": self.linear_l2,
-            "rankme": self.rankme,
-            "effective_rank": self.effective_rank,
-            "spread_mean": self.spread.mean,
-            "spread_minimum": self.spread.minimum,
-            "n_rank": self.n_rank,
-        }
 
 
 def evaluate(
@@ -101,7 +103,7 @@ def evaluate(
         temperature: T of the kNN votes.
         probe: How the linear probe is fitted; None: its defaults.
         rank_samples: Training samples of RankMe, effective rank and spread, at most, evenly spaced (the cost grows with
-            n * D^2).
+            n * D^2, eleven times for the intervals); 0: without them.
         device: Where the measures are computed.
 
     Returns:
@@ -115,7 +117,7 @@ def evaluate(
             f"train ({train.name}, width {train.values.shape[1]}) and test ({test.name}, width {test.values.shape[1]}) "
             "are not the same features; extract both with one model and one level"
         )
-    ranked = train.some(rank_samples).values.to(device)
+    ranked = train.some(rank_samples)
     known_train, known_test = train.labelled(), test.labelled()
     intervals: dict[str, Interval] = {}
     linear: LogisticProbe | None = None
@@ -133,19 +135,26 @@ def evaluate(
         width=train.values.shape[1],
         n_train=len(known_train),
         n_test=len(known_test),
-        knn={k: intervals[f"knn_{k}"].value for k in ks if f"knn_{k}" in intervals},
-        linear=None if linear is None else intervals["linear"].value,
-        linear_l2=None if linear is None else linear.l2,
-        rankme=rankme(ranked).item(),
-        effective_rank=effective_rank(ranked).item(),
-        spread=spread(ranked),
         n_rank=len(ranked),
-        intervals=intervals,
+        linear_l2=None if linear is None else linear.l2,
+        intervals=intervals | (_ranks(ranked.values.to(device)) if len(ranked) > 1 else {}),
     )
 
 
+def _ranks(z: Tensor) -> dict[str, Interval]:
+    if len(z) >= 2 * GROUPS:
+        return {metric: jackknife(z, MEASURES[metric], groups=GROUPS) for metric in _RANKS}
+    values = {metric: float(MEASURES[metric](z)) for metric in _RANKS}
+    return {
+        metric: Interval(value=value, low=math.nan, high=math.nan, method="none", n=len(z))
+        for metric, value in values.items()
+    }
+
+
 def format_table(rows: Sequence[Scores]) -> str:
-    """Scores as a Markdown table, one row for each set of features, every number with its names and counts.
+    """Scores as a Markdown table, one row for each set of features, every number with its names, interval and counts.
+
+    After ± stands half the width of the 95 % interval.
 
     Args:
         rows: The scores.
@@ -158,16 +167,14 @@ def format_table(rows: Sequence[Scores]) -> str:
     header += ["n train/test/rank"]
     lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
     for row in rows:
-        accuracies = [row.knn.get(k) for k in ks] + [row.linear]
+        metrics = [*(f"{_KNN}{k}" for k in ks), "linear", "rankme", "effective_rank"]
         lines.append(
             [
                 row.name.branch,
                 row.name.level,
                 row.name.pooling,
                 str(row.width),
-                *("-" if value is None else f"{value:.3f}" for value in accuracies),
-                f"{row.rankme:.1f}",
-                f"{row.effective_rank:.1f}",
+                *(plus_minus(row.intervals.get(metric)) for metric in metrics),
                 f"{row.n_train}/{row.n_test}/{row.n_rank}",
             ]
         )

@@ -11,10 +11,10 @@ from torch import Tensor
 from hjepa_benchmark.runs import finished_steps, training_seconds
 from hjepa_benchmark.suite.findings import read_right, sample_key
 from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE
-from hjepa_benchmark.suite.subjects import TRAINED, subject_of
 from hjepa_eval import Interval, Measurement, Results, bootstrap, interval_of_mean, read_results
 from hjepa_pretrain import settings
 from hjepa_pretrain.report.write import read_rows
+from hjepa_pretrain.results import TRAINED, subject_of
 
 # What differs between any two runs, and what says nothing about them.
 _LEFT_OUT = ("run.dir", "provenance", "trainer.parallel.", "logger.", "plan.")

@@ -26,11 +26,11 @@ from hjepa_benchmark.runs import finished_steps, read_config
 from hjepa_benchmark.suite.findings import find
 from hjepa_benchmark.suite.report import changed, copyable, error_panels, numbers_table
 from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE, run_suite, weights_id
-from hjepa_benchmark.suite.subjects import PIXELS, TRAINED, UNTRAINED
 from hjepa_benchmark.suite.summary import TITLES, cell, markdown, title_of
 from hjepa_eval import read_results
 from hjepa_pretrain.model import load_run
 from hjepa_pretrain.report.page import Section, code, page
+from hjepa_pretrain.results import PIXELS, TRAINED, UNTRAINED
 
 Table = tuple[list[str], list[list[str]]]
 

@@ -13,8 +13,8 @@ from hydra.errors import HydraException
 from hjepa_benchmark.comparison.compare import read_candidates
 from hjepa_benchmark.comparison.run import measure_missing, show
 from hjepa_pretrain import settings
-from hjepa_pretrain.evaluation import RESULTS_FILE
 from hjepa_pretrain.multirun import check, ended_runs, multirun
+from hjepa_pretrain.results import RESULTS_FILE
 
 _DIR = "hydra.sweep.dir="
 
@@ -34,7 +34,8 @@ def sweep(words: Sequence[str], *, suite: str = "quick", page: Path | None, outp
     given = [word.removeprefix(_DIR) for word in words if word.startswith(_DIR)]
     folder = Path(given[0] if given else f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
     check(words)
-    for combination in combinations(words):
+    chosen = list(combinations(words))
+    for combination in chosen:
         settings.load(combination, quiet=True)
     command = list(sys.argv)
     try:
@@ -46,13 +47,10 @@ def sweep(words: Sequence[str], *, suite: str = "quick", page: Path | None, outp
             f"a run below {folder} ended with exit code {code}; its line above says why; the same words with "
             f"{shlex.quote(f'{_DIR}{folder}')} go on"
         )
-    # What an earlier sweep left in the folder is none of these; jobs of Slurm ran in processes of their own.
-    folders = ended_runs() or sorted(
-        (one for one in folder.iterdir() if (one / settings.CONFIG_FILE).is_file()),
-        key=lambda one: (len(one.name), one.name),
-    )
+    # Jobs of Slurm ran in processes of their own; hydra numbers their folders. Others are of an earlier sweep.
+    folders = ended_runs() or [folder / str(number) for number in range(len(chosen))]
     open_ones = [one for one in folders if not (one / RESULTS_FILE).is_file()]
-    if open_ones or not folders:
+    if open_ones:
         raise ValueError(
             f"{folder}: {len(open_ones)} of {len(folders)} runs have not ended; compare them when they have: "
             "hjepa-benchmark compare RUN_DIR ..."

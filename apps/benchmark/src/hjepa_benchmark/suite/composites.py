@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hjepa_benchmark.runs import Run
 from hjepa_benchmark.suite.findings import Details, Findings
-from hjepa_benchmark.suite.subjects import PIXELS, Subject, level_grids, tokens_of
+from hjepa_benchmark.suite.subjects import Subject, level_grids, tokens_of
 from hjepa_eval import (
     FactorScore,
     FeatureName,
@@ -22,6 +22,7 @@ from hjepa_eval import (
 )
 from hjepa_pretrain.demo import DemoSet, compose_demo
 from hjepa_pretrain.evaluation import Images
+from hjepa_pretrain.results import PIXELS
 
 DATA = "composites"
 _SEED = 7

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hjepa_benchmark.suite.subjects import subject_of
 from hjepa_eval import FeatureName, FeatureSet, Interval, Measurement, bootstrap
 from hjepa_pretrain.evaluation import Images
+from hjepa_pretrain.results import subject_of
 
 RIGHT_FILE = "right.safetensors"
 Details = Mapping[str, str | int | float | bool | None]

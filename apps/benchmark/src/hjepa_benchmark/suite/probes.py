@@ -77,10 +77,8 @@ def probe_levels(
 def rank_levels(train: Features, findings: Findings) -> None:
     """What needs no label, of every level."""
     for features in train.values():
-        chosen = spaced(len(features), _RANK_SAMPLES)
-        if len(chosen) >= _RANK_LEAST:
-            ranked = FeatureSet(values=features.values[chosen], labels=features.labels[chosen], name=features.name)
-            findings.measurements += measure_unlabelled(ranked)
+        if len(features) >= _RANK_LEAST:
+            findings.measurements += measure_unlabelled(features, samples=_RANK_SAMPLES)
 
 
 def probe_tokens(subject: Subject, run: Run, configs: Sequence[AttentiveProbeConfig], findings: Findings) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hjepa_benchmark import charts
 from hjepa_benchmark.runs import Run
 from hjepa_benchmark.suite.findings import Findings, find, known
-from hjepa_benchmark.suite.subjects import PIXELS, SUBJECTS, TRAINED, UNTRAINED, subject_of
+from hjepa_benchmark.suite.subjects import SUBJECTS
 from hjepa_benchmark.suite.summary import NAMES, cell, latex, markdown, summarize
 from hjepa_eval import Measurement, Results
 from hjepa_eval.robustness.severity import Corruption
@@ -22,8 +22,10 @@ from hjepa_pretrain.evaluation import Images
 from hjepa_pretrain.model import Model
 from hjepa_pretrain.report.page import Section, code, notice, page, table
 from hjepa_pretrain.report.write import feature_section, loss_section, neighbour_section, rank_section, read_rows
+from hjepa_pretrain.results import PIXELS, TRAINED, UNTRAINED, subject_of
 
-_CLASSES = 25
+_CLASSES = 25  # that a matrix shows legibly
+_PAIRS = 20
 _UNLABELLED = {
     "rankme": "RankMe", "effective_rank": "eff. rank", "alpha_req": "α-ReQ", "isotropy": "isotropy", "spread": "spread",
     "uniformity": "uniformity", "lidar": "LiDAR", "alignment": "alignment",
@@ -241,15 +243,34 @@ def _confusion(run: Run, findings: Findings) -> Section | None:
     if predicted is None:
         return None
     classes = int(torch.maximum(truth.max(), predicted.max())) + 1
+    names = [run.test.class_name(label) for label in range(classes)]
     if classes > _CLASSES:
-        return None
+        return _confused_most(truth, predicted, names)
     counts = np.zeros((classes, classes))
     np.add.at(counts, (truth.numpy(), predicted.numpy()), 1)
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    names = [run.test.class_name(label) for label in range(classes)]
     note = "Rows: class of the held-out image; columns: what the logistic probe of the trained encoder says, percent."
     drawn = charts.matrix(shares, names, names, "", percent=True)
     return Section(title="Confusion", note=note, body=charts.row([drawn]))
+
+
+def _confused_most(truth: Tensor, predicted: Tensor, names: Sequence[str]) -> Section:
+    """The pairs of classes of which the greatest share of the one is taken for the other."""
+    wrong = truth != predicted
+    if not bool(wrong.any()):
+        return Section(title="Confusion", note=f"No image of the {len(names)} classes is taken for another class.")
+    pairs, counts = torch.unique(torch.stack((truth, predicted))[:, wrong], dim=1, return_counts=True)
+    of = truth.bincount()[pairs[0]]
+    shares = counts / of
+    rows = [
+        [*(names[label] for label in pairs[:, at]), f"{100 * shares[at]:.0f} %", f"{counts[at]} of {of[at]}"]
+        for at in shares.argsort(descending=True, stable=True)[:_PAIRS].tolist()
+    ]
+    note = (
+        f"The {len(rows)} pairs of the {len(names)} classes that the logistic probe of the trained encoder confuses "
+        "most: share of the held-out images of the one that it takes for the other."
+    )
+    return Section(title="Confusion", note=note, body=numbers_table(["class", "taken for", "share", "images"], rows))
 
 
 def _composites(measured: list[Measurement]) -> list[Section]:

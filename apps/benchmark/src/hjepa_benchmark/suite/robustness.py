@@ -12,13 +12,14 @@ from torch import Tensor
 from hjepa_benchmark.runs import Run
 from hjepa_benchmark.suite.findings import Details, Findings, known
 from hjepa_benchmark.suite.plan import Plan
-from hjepa_benchmark.suite.subjects import UNTRAINED, Subject, subject_of
+from hjepa_benchmark.suite.subjects import Subject
 from hjepa_data import FolderSource
 from hjepa_eval import FeatureName, LogisticProbe, bootstrap
 from hjepa_eval.robustness.corrupt import corrupt
 from hjepa_eval.robustness.error import Change, right_on_changed
 from hjepa_eval.robustness.shift import lower_resolution, occlude, rotate
 from hjepa_pretrain.evaluation import Images, load_images
+from hjepa_pretrain.results import UNTRAINED, subject_of
 
 Probes = Mapping[str, LogisticProbe]
 CLEAN = "error/clean"

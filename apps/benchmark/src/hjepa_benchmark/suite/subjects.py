@@ -13,10 +13,10 @@ from hjepa_eval import FeatureName, FeatureSet, extract
 from hjepa_models import Pooling, coarsen
 from hjepa_pretrain.evaluation import Images
 from hjepa_pretrain.model import Model, build_model, feature_branch, load_run
+from hjepa_pretrain.results import PIXELS, TRAINED, UNTRAINED, branch_of
 
 _BATCH = 256
 _SIDE = 32
-TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"
 SUBJECTS = (TRAINED, UNTRAINED, PIXELS)
 
 
@@ -53,15 +53,10 @@ def subjects(run: Run) -> list[Subject]:
     models = {TRAINED: load_run(run.folder, run.config), UNTRAINED: build_model(run.config)}
     found = []
     for name, model in models.items():
-        branch = feature_branch(model) if name == TRAINED else f"{name} {feature_branch(model)}"
+        branch = branch_of(name, feature_branch(model))
         features = _features_of(model, run, branch)
         found.append(Subject(name=name, branch=branch, model=model.to(run.device).eval(), features=features))
     return [*found, Subject(name=PIXELS, branch="-", model=None, features=_pixels_of(run))]
-
-
-def subject_of(branch: str) -> str:
-    """Which subject features of a branch are of."""
-    return PIXELS if branch == "-" else UNTRAINED if branch.startswith(UNTRAINED) else TRAINED
 
 
 def level_grids(run: Run, model: Model) -> dict[str, tuple[int, int]]:

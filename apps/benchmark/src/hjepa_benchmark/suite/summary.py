@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hjepa_benchmark.suite.findings import find
-from hjepa_benchmark.suite.subjects import TRAINED, subject_of
-from hjepa_eval import Measurement, Results
+from hjepa_eval import Measurement, Results, plus_minus
+from hjepa_pretrain.results import TRAINED, subject_of
 from hjepa_pretrain.uncut import uncut
 
 NAMES = ("features", "level", "pooling")
@@ -64,15 +64,6 @@ def cell(one: Measurement | None) -> str:
     return text
 
 
-def short_cell(one: Measurement | None) -> str:
-    """A number with half the width of its interval, for a terminal."""
-    text = cell(one)
-    if one is None or " [" not in text:
-        return text
-    digits = 1 if abs(one.value) >= 10 else 3
-    return f"{one.value:.{digits}f}±{(one.high - one.low) / 2:.{digits}f}".replace("±0.", "±.")
-
-
 def summarize(
     results: Results, cell: Callable[[Measurement | None], str] = cell, without: Sequence[str] = ()
 ) -> Summary:
@@ -121,7 +112,7 @@ def summarize(
 
 def summary_table(results: Results) -> Table:
     """The summary for a terminal, intervals as half their width."""
-    summary = summarize(results, short_cell, without=("attentive_1", "map", "miou"))
+    summary = summarize(results, plus_minus, without=("attentive_1", "map", "miou"))
     table = Table(
         title=escape(f"{results.model} ({results.about.get('recipe', '-')}) on {results.data}"),
         title_justify="left",

@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from hjepa_data import normalize
+from hjepa_eval import Results
 from hjepa_models import Pooling, coarsen
 from hjepa_pretrain.baselines import BaselineKind
 from hjepa_pretrain.config import PretrainConfig
-from hjepa_pretrain.evaluation import COLUMNS, Images, result_cells, results_caption
+from hjepa_pretrain.evaluation import Images
 from hjepa_pretrain.model import Model
 from hjepa_pretrain.report import figures
 from hjepa_pretrain.report.page import Section, code, notice, page, table
+from hjepa_pretrain.results import COLUMNS, TRAINED, result_rows, results_caption
 
 _SHOWN = 8
 _QUERIES, _NEIGHBOURS = 6, 7
@@ -28,7 +30,7 @@ def write_report(
     config: PretrainConfig,
     model: Model,
     images: tuple[Images, Images] | None,
-    results: dict[str, Any],
+    results: Results,
 ) -> Path:
     """Write the page of a run: one file that opens offline.
 
@@ -37,7 +39,7 @@ def write_report(
         config: of the run.
         model: the trained model.
         images: training and held-out images, or None without held-out data.
-        results: content of `results.json`.
+        results: what `results.json` holds.
 
     Returns:
         The path of the page.
@@ -50,7 +52,7 @@ def write_report(
         sections += [feature_section(config, model, test), neighbour_section(config, model, train, test)]
     sections += [_speed(rows), Section(title="Configuration", body=code((folder / "config.yaml").read_text()))]
     path = folder / "report.html"
-    subtitle = f"{config.recipe}, {config.model}, {results['step']:,} steps of {config.data.batch_size} images"
+    subtitle = f"{config.recipe}, {config.model}, {results.about['steps']:,} steps of {config.data.batch_size} images"
     path.write_text(page(f"hjepa run {folder.resolve().name}", subtitle, sections), "utf-8")
     return path
 
@@ -71,12 +73,12 @@ def read_rows(folder: Path, steps: float = math.inf) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: damaged ({error}); remove the line, or the file: curves are drawn of it") from error
 
 
-def _learned(results: dict[str, Any]) -> Section:
-    if not results["rows"]:
+def _learned(results: Results) -> Section:
+    if not results.measurements:
         note = "Nothing was measured: give data.eval, labels for accuracies, and leave eval.at_end=true."
         return Section(title="What was learned", note=note)
-    rows = results["rows"]
-    body = table(COLUMNS, [result_cells(row) for row in rows], own=[row["features"] == "trained" for row in rows])
+    rows = result_rows(results)
+    body = table(COLUMNS, rows, own=[row[0] == TRAINED for row in rows])
     note = f"Frozen features, {results_caption(results)}. The same encoder untrained and raw pixels are what to beat."
     return Section(title="What was learned", note=note, body=body)
 

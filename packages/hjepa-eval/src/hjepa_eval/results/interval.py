@@ -23,8 +23,8 @@ class Interval:
         value: The number.
         low: Lower end.
         high: Upper end.
-        method: "bootstrap" (over test samples), "seeds" or "draws" (Student's t over repetitions), or "jackknife" (over
-            ten groups of samples).
+        method: "bootstrap" (over test samples), "seeds" or "draws" (Student's t over repetitions), "jackknife" (over
+            ten groups of samples), or "none" where there are too few samples; both ends are NaN then.
         n: Samples or repetitions that the interval is over.
     """
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hjepa_eval.results.interval import Interval
 from hjepa_eval.results.measurement import Measurement, Results
 
 if TYPE_CHECKING:
@@ -90,6 +91,15 @@ def merge(results: Sequence[Results], *, metrics: Sequence[str] = ()) -> MergedT
         [*key, *(_cell(row.get(metric), len(counts[metric]) > 1) for metric in columns)] for key, row in cells.items()
     ]
     return MergedTable(header=header, rows=rows)
+
+
+def plus_minus(one: Measurement | Interval | None) -> str:
+    """A number with half the width of its interval, for a narrow table: 0.387±.015; "-" where there is none."""
+    if one is None or not math.isfinite(one.value):
+        return "-"
+    digits = 1 if abs(one.value) >= 10 else 3
+    half = (one.high - one.low) / 2
+    return f"{one.value:.{digits}f}" + (f"±{half:.{digits}f}".replace("±0.", "±.") if math.isfinite(half) else "")
 
 
 def _cell(one: Measurement | None, with_count: bool) -> str:
