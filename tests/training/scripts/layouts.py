@@ -37,6 +37,7 @@ COMMON = (
 GLOBAL = (
     "recipe=hjepa_global", "hjepa.masked_every=2", "hjepa.global_level.hidden_dim=16", "hjepa.global_level.out_dim=8",
     "hjepa.global_level.objective=sigreg", "trainer.optimizer.eps=1e-3", "trainer.clip_norm=0.5",
+    "hjepa.encoder.stem=overlap", "hjepa.encoder.stem_channels=[8,12]", "hjepa.global_level.stem_maps=1",
 )  # fmt: skip
 HJEPA = ("recipe=hjepa", "hjepa.pyramid.levels=2", "trainer.clip_norm=5.0")
 ADAPTIVE = "hjepa.level_weights={kind: adaptive, weights: [1.0, 0.5], momentum: 0.8}"

@@ -103,7 +103,8 @@ class GlobalLevel(nn.Module):
     def __init__(self, config: GlobalConfig, width: int, *, norm: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
+        # A bias would be a constant that a projector with batch norm takes away, and drift.
+        self.norm = nn.LayerNorm(width, bias=False) if norm else nn.Identity()
         self.pool = AttentionPool(width, config.pool_heads) if config.pool_heads else None
         kinds = {ProjectorNorm.batch: GlobalBatchNorm, ProjectorNorm.layer: nn.LayerNorm, ProjectorNorm.none: None}
         kind = kinds[config.norm]
