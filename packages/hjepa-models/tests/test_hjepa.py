@@ -454,7 +454,7 @@ def test_centred_targets_need_tokens_of_whole_images():
         small_config("projection", center_targets=True)
 
 
-STEM = {"stem": "overlap", "stem_channels": (12, 24), "stem_norm": "batch", "stem_blocks": (1, 0)}
+STEM = {"stem": "overlap", "stem_channels": (12, 24), "stem_norm": "batch", "stem_blocks": (1, 1)}
 
 
 @pytest.mark.parametrize("targets", ["ema", "detached"])
@@ -491,7 +491,7 @@ def test_the_global_level_pools_tokens_and_maps_of_the_stem(device, targets, map
         assert tuple(found) == model.feature_levels
         stages = list(encoder.stem.stages)
         fine = stages[1](stages[0](views[0], False), False)  # 8x12, its residual block included
-        coarse = stages[2](fine, False)
+        coarse = stages[3](stages[2](fine, False), False)
         scales = [encoder(views[0]), coarse.flatten(2).mT, fine.flatten(2).mT][: maps + 1]
         assert [scale.shape[1:] for scale in scales] == [(24, 32), (24, 24), (96, 12)][: maps + 1]
         normed = [level.norm(scale) for level, scale in zip(heads_of, scales, strict=True)]

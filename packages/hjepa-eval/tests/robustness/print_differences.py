@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import torch
-from make_reference import picture, statistics
 
 from hjepa_eval.robustness.corrupt import corrupt
 from hjepa_eval.robustness.severity import SEVERITIES, Corruption
@@ -18,6 +17,8 @@ REFERENCE = json.loads((Path(__file__).parent / "reference.json").read_text())
 
 def main() -> None:
     """Print the largest differences over the severities, one line a corruption."""
+    from make_reference import picture, statistics  # beside this file, where only a script finds it
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=48, help="changed pictures (default 48)")
     parser.add_argument("--only", nargs="+", choices=list(Corruption), default=list(Corruption), help="some of the 15")
