@@ -484,7 +484,7 @@ def test_the_global_level_pools_tokens_and_maps_of_the_stem(device, targets, map
 
     model.eval()
     for branch in Branch:
-        encoder, _, head = model._branch(branch)
+        encoder, head = model._branch(branch)[0], model._branch(branch)[2]
         targeted = branch is Branch.target and targets == "ema"
         heads_of = [head, *(model.target_map_levels or [] if targeted else model.map_levels)]
         found = model.all_features(views[0], branch=branch)

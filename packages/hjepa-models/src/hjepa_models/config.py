@@ -180,7 +180,7 @@ class HJEPAConfig:
 
     @property
     def map_widths(self) -> tuple[int, ...]:
-        """Channels of the maps of the stem that the global level pools, from coarse to fine."""
+        """Channels of the maps of the stem that are levels of the global kind, from coarse to fine."""
         count = 0 if self.global_level is None else self.global_level.stem_maps
         return self.encoder.stem_channels[::-1][:count]
 

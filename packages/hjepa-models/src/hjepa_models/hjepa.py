@@ -264,7 +264,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         """Encode all views with gradient: in one batch where they have one shape, else one by one.
 
         Returns:
-            Of each view its tokens, and the maps of the stem that the global level pools.
+            Of each view its tokens, and the maps of the stem that have a level.
         """
         count = len(self.map_levels)
         if all(view.shape == views[0].shape for view in views):
@@ -477,9 +477,9 @@ class HJEPA(nn.Module, PretrainedMixin):
             raise ValueError(f"level={level!r}: the model has no such level; allowed: {allowed}; choose one of them")
         # Integers of other libraries are equal to ours and no `int`.
         level = self.feature_levels[self.feature_levels.index(level)]
-        encoder, pyramid, _ = self._branch(branch)
-        if level != "encoder" and isinstance(level, str):
-            return self._top(encoder.scales(images, len(self.map_levels)), branch)[level]
+        encoder, pyramid, head, maps = self._branch(branch)
+        if head is not None and isinstance(level, str) and level != "encoder":
+            return self._top(encoder.scales(images, len(maps)), head, maps)[level]
         tokens: Tensor = encoder(images)
         if isinstance(level, int):
             tokens = pyramid(self._feature_canvas(images, tokens, encoder))[level].values
@@ -494,20 +494,16 @@ class HJEPA(nn.Module, PretrainedMixin):
     ) -> dict[str | int, Tensor]:
         """Return what `features` returns, for every level of `feature_levels`; the images are encoded once."""
         pool, branch = coerce_choice(FeaturePool, "pool", pool), coerce_choice(Branch, "branch", branch)
-        encoder, pyramid, _ = self._branch(branch)
-        scales = encoder.scales(images, len(self.map_levels))
+        encoder, pyramid, head, maps = self._branch(branch)
+        scales = encoder.scales(images, len(maps))
         tokens: Tensor = scales[0]
         levels = pyramid(self._feature_canvas(images, tokens, encoder))
         found: dict[str | int, Tensor] = {"encoder": _pooled(tokens, pool)}
         found |= {level: _pooled(canvas.values, pool) for level, canvas in enumerate(levels)}
-        return found | self._top(scales, branch)
+        return found if head is None else found | self._top(scales, head, maps)
 
-    def _top(self, scales: Sequence[Tensor], branch: Branch) -> dict[str | int, Tensor]:
-        """Return the levels above the pyramid, of the tokens and the maps of the stem of whole images."""
-        head = self._branch(branch)[2]
-        if head is None:
-            return {}
-        maps = self.map_levels if branch is Branch.online or self.target_map_levels is None else self.target_map_levels
+    def _top(self, scales: Sequence[Tensor], head: GlobalLevel, maps: nn.ModuleList) -> dict[str | int, Tensor]:
+        """Return the levels above the pyramid, by the global level and those of the maps, of their tokens."""
         first = head.pooled(scales[0])
         found: dict[str | int, Tensor] = {
             name: level.pooled(scale) for (name, level), scale in zip(_named(maps), scales[1:], strict=True)
@@ -523,14 +519,15 @@ class HJEPA(nn.Module, PretrainedMixin):
         output_grid = tokens_per_axis(tuple(images.shape[2:]), config.output_patch)
         return dense_canvas(normalize(encoder.upsample(dense_canvas(tokens, grid), output_grid)), output_grid)
 
-    def _branch(self, branch: Branch) -> tuple[Encoder, Pyramid, GlobalLevel | None]:
+    def _branch(self, branch: Branch) -> tuple[Encoder, Pyramid, GlobalLevel | None, nn.ModuleList]:
         """Return the parts of a branch; a part without a moving average serves both."""
         if branch is Branch.online:
-            return self.encoder, self.pyramid, self.global_level
+            return self.encoder, self.pyramid, self.global_level, self.map_levels
         return (
             self.encoder if self.target_encoder is None else self.target_encoder,
             self.pyramid if self.target_pyramid is None else self.target_pyramid,
             self.global_level if self.target_global_level is None else self.target_global_level,
+            self.map_levels if self.target_map_levels is None else self.target_map_levels,
         )
 
 
