@@ -85,7 +85,7 @@ def test_quantize_prints_the_accuracy_of_both_and_their_bytes(run, tmp_path, cap
 
 def test_a_baseline_can_be_quantized(train, shards, capsys):
     pytest.importorskip("torchao")
-    run = train("simclr", "recipe=simclr", "eval.at_end=false")
+    run = train("supervised", "recipe=supervised", "eval.at_end=false")
     capsys.readouterr()
     assert main(["quantize", str(run)]) == 0
     printed = " ".join(capsys.readouterr().out.split())

@@ -143,7 +143,12 @@ def test_breaks_peaks_and_synchronisations(step):
 def test_baselines_have_a_step_too(words, tiny, capsys):
     tiny = [word for word in tiny if not word.startswith("masks.")]
     assert main(["throughput", *words, "--steps", "2", *tiny]) == 0
-    assert "forward, backward" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert ("projectors, loss" if words == ["recipe=simclr"] else "forward, backward") in printed
+    # Neither hides patches.
+    assert not any(part in printed for part in ("context", "masks", "predictor", "targets"))
+    assert main(["throughput", *words, "--steps", "2", *tiny, "--reference"]) == 2
+    assert "has no masks" in capsys.readouterr().err
 
 
 def test_a_break_is_counted(step, monkeypatch):

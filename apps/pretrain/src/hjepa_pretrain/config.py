@@ -8,7 +8,7 @@ from hjepa_data.stream import Decode, EvalConfig, StreamConfig, UnreadablePolicy
 from hjepa_data.transforms import IMAGENET_MEAN, IMAGENET_STD, ColorConfig, ViewGroup
 from hjepa_models import HJEPAConfig
 from hjepa_models.encoder import check_image_size
-from hjepa_pretrain.baselines.config import BaselineConfig, BaselineKind
+from hjepa_pretrain.baselines.config import BaselineConfig
 from hjepa_pretrain.duration import seconds
 from hjepa_train import (
     CheckpointConfig,
@@ -329,8 +329,6 @@ class PretrainConfig:
                 f"data.views={self.data.views}: the global level compares views of one image; allowed: 2 and more, "
                 "or hjepa.global_level=null"
             )
-        if self.baseline is not None and self.baseline.kind is BaselineKind.simclr and self.data.views < 2:
-            raise ValueError(f"data.views={self.data.views}: SimCLR compares views of one image; allowed: 2 and more")
         if self.data.local_views:
             check_image_size("data.local_size", self.data.local_size, self.hjepa.encoder.processing_patch)
         if self.data.views < self.hjepa.masked_views:

@@ -11,6 +11,7 @@ from hjepa_models._validation import check_not_negative, check_positive, coerce_
 from hjepa_models.initialization import construct, initialize
 from hjepa_models.layers.attention_pool import AttentionPool
 from hjepa_models.layers.norm import GlobalBatchNorm
+from hjepa_models.objectives.contrastive import nt_xent
 from hjepa_models.objectives.sigreg import check_knots, sigreg
 from hjepa_models.objectives.vicreg import vicreg_terms
 
@@ -20,6 +21,7 @@ class GlobalObjective(StrEnum):
 
     sigreg = "sigreg"
     vicreg = "vicreg"
+    nt_xent = "nt_xent"
 
 
 class ProjectorNorm(StrEnum):
@@ -42,7 +44,7 @@ class GlobalConfig:
         depth: number of linear maps of the projector.
         out_dim: width of the embedding that the views agree on.
         norm: `batch` (statistics over all processes), `layer` or `none`, after each hidden map.
-        objective: `sigreg` (LeJEPA) or `vicreg`.
+        objective: `sigreg` (LeJEPA), `vicreg` or `nt_xent` (SimCLR).
         weight: weight of the term in the loss.
         sigreg_lambda: share λ of SIGReg in (1 - λ) invariance + λ SIGReg.
         num_directions: random directions of SIGReg a step.
@@ -50,6 +52,7 @@ class GlobalConfig:
         vicreg_invariance: weight of VICReg's invariance term.
         vicreg_variance: weight of its variance term.
         vicreg_covariance: weight of its covariance term.
+        temperature: of NT-Xent's softmax.
     """
 
     pool_heads: int = 0
@@ -66,13 +69,18 @@ class GlobalConfig:
     vicreg_invariance: float = 25.0
     vicreg_variance: float = 25.0
     vicreg_covariance: float = 1.0
+    temperature: float = 0.2
 
     def __post_init__(self) -> None:
         """Coerce names and refuse what cannot be built."""
         self.norm = coerce_choice(ProjectorNorm, "norm", self.norm)
         self.objective = coerce_choice(GlobalObjective, "objective", self.objective)
         check_positive(
-            hidden_dim=self.hidden_dim, depth=self.depth, out_dim=self.out_dim, num_directions=self.num_directions
+            hidden_dim=self.hidden_dim,
+            depth=self.depth,
+            out_dim=self.out_dim,
+            num_directions=self.num_directions,
+            temperature=self.temperature,
         )
         check_not_negative(
             pool_heads=self.pool_heads,
@@ -141,6 +149,7 @@ class GlobalLevel(nn.Module):
         SIGReg: $(1-\lambda)\,\frac1V\sum_v \|z_v - \bar z\|^2 / P + \lambda\,\frac1V\sum_v \mathrm{SIGReg}(z_v)$.
         VICReg: the invariance of each pair of views, averaged over pairs; variance and covariance of all views' rows
         together, which are draws of one law: more rows than one view has say more about its covariance.
+        NT-Xent: the mean over pairs of views.
 
         Args:
             z: projected embeddings of each view.
@@ -151,9 +160,11 @@ class GlobalLevel(nn.Module):
 
         Source:
             LeJEPA (arXiv 2511.08544), section 5, with the invariance averaged over the P channels; VICReg
-            (arXiv 2105.04906), equation 6.
+            (arXiv 2105.04906), equation 6; SimCLR (arXiv 2002.05709), equation 1.
         """
         config = self.config
+        if config.objective is GlobalObjective.nt_xent:
+            return nt_xent(z, config.temperature)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         spread = (z - z.mean(0)).square().mean()
         if config.objective is GlobalObjective.sigreg:

@@ -66,8 +66,8 @@ class Throughput:
         peak_gib: largest memory that torch held on the GPU; None on a CPU.
         graph_breaks: places where the compiler would cut the model's forward pass.
         host_synchronisations: times that a step lets the host wait; None on a CPU.
-        context_tokens: visible patches of a masked view.
-        target_tokens: blocks and tokens of each.
+        context_tokens: visible patches of a masked view; None where nothing is masked.
+        target_tokens: blocks and tokens of each; likewise.
         reference: the plain step, where it was asked for.
     """
 
@@ -81,8 +81,8 @@ class Throughput:
     peak_gib: float | None
     graph_breaks: int
     host_synchronisations: int | None
-    context_tokens: int
-    target_tokens: tuple[int, int]
+    context_tokens: int | None
+    target_tokens: tuple[int, int] | None
     reference: Reference | None = None
 
 
@@ -145,8 +145,8 @@ def measure_throughput(config: PretrainConfig, *, steps: int, reference: bool = 
         peak_gib=peak,
         graph_breaks=breaks,
         host_synchronisations=host_synchronisations(step),
-        context_tokens=context.shape[1],
-        target_tokens=(targets.shape[1], targets.shape[2]),
+        context_tokens=context.shape[1] if step.masked else None,
+        target_tokens=(targets.shape[1], targets.shape[2]) if step.masked else None,
         reference=found,
     )
 
@@ -181,7 +181,7 @@ def print_throughput(words: Sequence[str], *, steps: int, reference: bool, outpu
             f"parallel={config.parallel} trainer.accumulate={config.trainer.accumulate}: throughput times one process "
             "and one batch; give parallel=single trainer.accumulate=1 and the data.batch_size of one process"
         )
-    if reference and config.baseline is not None:
+    if reference and (config.baseline is not None or not any(config.hjepa.level_weights.weights)):
         raise ValueError(f"--reference: the plain step is an I-JEPA, {config.recipe} has no masks; leave it out")
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads or threads)
@@ -252,10 +252,12 @@ def _about(config: PretrainConfig) -> dict[str, object]:
 def _table(found: Throughput, config: PretrainConfig) -> Table:
     about = _about(config)
     views = [f"{group.count} views of {'x'.join(map(str, group.size))}" for group in config.data.stream(1).views]
-    blocks, tokens = found.target_tokens
+    masks = ""
+    if found.target_tokens is not None:
+        masks = f"{found.context_tokens} context tokens, targets {'x'.join(map(str, found.target_tokens))}, "
     table = Table(
         title=f"{config.recipe} {config.model}, batch {config.data.batch_size}, {' and '.join(views)}, "
-        f"{found.context_tokens} context tokens, targets {blocks}x{tokens}, {about['precision']}, "
+        f"{masks}{about['precision']}, "
         f"{'compiled' if config.trainer.compile else 'eager'}, {about['device']}",
         title_justify="left",
         box=SIMPLE_HEAD,

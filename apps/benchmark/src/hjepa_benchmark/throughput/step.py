@@ -71,6 +71,11 @@ class TrainingStep:
         """Move the target branch."""
         self.ema.update(0.996)
 
+    @property
+    def masked(self) -> bool:
+        """Whether any step of the run's last ones hides patches."""
+        return any(self.task.model.needs_masks(self.step_of(number)) for number in range(self.every))
+
     def step_of(self, number: int) -> int:
         """The step of the run that call `number` does: the last ones, over and over."""
         return self.config.run.steps - 1 - number % self.every
@@ -106,8 +111,15 @@ class TrainingStep:
         found = {name: statistics.median(values[warmup:]) for name, values in times.items()}
         rest = found.pop(_WHOLE) - sum(found[name] for name, _, _ in alone)
         parts = {name: found[name] for name, _, _ in alone}
-        parts[PREDICTOR if isinstance(self.task.model, HJEPA) else "forward, backward"] = max(0.0, rest)
+        parts[self._rest] = max(0.0, rest)
         return parts | {name: found[name] for name in (UPDATE, EMA_PART)}
+
+    @property
+    def _rest(self) -> str:
+        """What forward and backward do beyond the parts that can run alone."""
+        if not isinstance(self.task.model, HJEPA):
+            return "forward, backward"
+        return PREDICTOR if self.masked else "projectors, loss"
 
     def _alone(self) -> list[tuple[str, Callable[[], object], float]]:
         """Parts that can run by themselves: name, work, and how much of it a step has on average."""
@@ -122,14 +134,15 @@ class TrainingStep:
                 normalize(view, config.data.mean, config.data.std)
 
         found: list[tuple[str, Callable[[], object], float]] = [("input", prepare, 1.0)]
-        if any(model.needs_masks(self.step_of(number)) for number in range(self.every)):
+        if self.masked:
             found.append(("masks", partial(self.task.draw_masks, 0, self.batch.sample), share))
         if not isinstance(model, HJEPA):
             return found
-        if model.target_encoder is not None:
+        if self.masked and model.target_encoder is not None:
             found.append(("target", self._forward(model.target_encoder, masked), share))
-        found.append(("context", self._both(model.encoder, masked, context), share))
-        if not model.config.encoder.output_patch_size:
+        if self.masked:
+            found.append(("context", self._both(model.encoder, masked, context), share))
+        if self.masked and not model.config.encoder.output_patch_size:
             found.append((PYRAMID, self._pyramid(model, targets.flatten(1)), share))
         if model.global_level is not None:
             # In one batch where they have one shape, else one by one, as in the step.

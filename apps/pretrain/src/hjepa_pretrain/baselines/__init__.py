@@ -3,7 +3,6 @@
 from hjepa_pretrain.baselines.base import Baseline, Inputs
 from hjepa_pretrain.baselines.config import BaselineConfig, BaselineKind, build_baseline
 from hjepa_pretrain.baselines.mae import MAE
-from hjepa_pretrain.baselines.simclr import SimCLR
 from hjepa_pretrain.baselines.supervised import Supervised
 
-__all__ = ["MAE", "Baseline", "BaselineConfig", "BaselineKind", "Inputs", "SimCLR", "Supervised", "build_baseline"]
+__all__ = ["MAE", "Baseline", "BaselineConfig", "BaselineKind", "Inputs", "Supervised", "build_baseline"]

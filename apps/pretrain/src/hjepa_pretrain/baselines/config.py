@@ -13,7 +13,6 @@ class BaselineKind(StrEnum):
     """The method."""
 
     mae = "mae"
-    simclr = "simclr"
     supervised = "supervised"
 
 
@@ -21,16 +20,10 @@ class BaselineKind(StrEnum):
 class BaselineConfig:
     """A method in place of the H-JEPA; `hjepa.encoder` and `hjepa.predictor` (MAE's decoder) describe its parts."""
 
-    kind: BaselineKind = BaselineKind.simclr
-    """`mae` (pixels of hidden patches), `simclr` (views of an image find one another), `supervised` (class labels)."""
+    kind: BaselineKind = BaselineKind.mae
+    """`mae` (pixels of hidden patches) or `supervised` (class labels)."""
     normalize_pixels: bool = True
     """MAE: give each patch mean 0 and deviation 1 before it is predicted."""
-    hidden_dim: int = 512
-    """SimCLR: width of the projector's hidden map."""
-    out_dim: int = 128
-    """SimCLR: width of the embedding that is compared."""
-    temperature: float = 0.2
-    """SimCLR: of the softmax over other images."""
     num_classes: int | None = None
     """Supervised: classes; null counts those of `data.train`."""
     label_smoothing: float = 0.1
@@ -39,11 +32,6 @@ class BaselineConfig:
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
         self.kind = BaselineKind(self.kind)
-        for name in ("hidden_dim", "out_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"baseline.{name}={getattr(self, name)}: no width; allowed: 1 and more")
-        if not self.temperature > 0:
-            raise ValueError(f"baseline.temperature={self.temperature}: not positive; allowed: above 0, e.g. 0.2")
         if self.num_classes is not None and self.num_classes < 2:
             raise ValueError(f"baseline.num_classes={self.num_classes}: nothing to tell apart; allowed: 2 and more")
         if not 0 <= self.label_smoothing < 1:
@@ -53,9 +41,8 @@ class BaselineConfig:
 def build_baseline(config: BaselineConfig, hjepa: HJEPAConfig, *, seed: int) -> Baseline:
     """Build a baseline around the encoder that `hjepa` describes; its weights are a function of the seed."""
     from hjepa_pretrain.baselines.mae import MAE
-    from hjepa_pretrain.baselines.simclr import SimCLR
     from hjepa_pretrain.baselines.supervised import Supervised
 
     kinds: dict[BaselineKind, Callable[[BaselineConfig, HJEPAConfig], Baseline]]
-    kinds = {BaselineKind.mae: MAE, BaselineKind.simclr: SimCLR, BaselineKind.supervised: Supervised}
+    kinds = {BaselineKind.mae: MAE, BaselineKind.supervised: Supervised}
     return construct(lambda: kinds[config.kind](config, hjepa), seed, None)

@@ -1,7 +1,7 @@
 """Objectives: pure functions of predictions, targets and weights."""
 
 from hjepa_models.objectives.cjepa import cjepa_loss
-from hjepa_models.objectives.contrastive import ContrastScope, info_nce, patch_discrimination
+from hjepa_models.objectives.contrastive import ContrastScope, info_nce, nt_xent, patch_discrimination
 from hjepa_models.objectives.disentanglement import disentanglement
 from hjepa_models.objectives.kl import KLBalance, categorical_kl, dynamics_kl, kl_balance
 from hjepa_models.objectives.level_weights import (
@@ -58,6 +58,7 @@ __all__ = [
     "l1",
     "l2",
     "mean_token",
+    "nt_xent",
     "overshooting_loss",
     "patch_discrimination",
     "prediction_loss",

@@ -1,9 +1,10 @@
 """Contrast: a prediction must find its own target among others, token by token or image by image."""
 
 from enum import StrEnum
+from itertools import combinations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hjepa_models._validation import check_positive, coerce_choice
@@ -109,6 +110,51 @@ def info_nce(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"], temperat
         forth = _cross_entropy(first @ all_gather_rows(second).T / temperature, own)
         back = _cross_entropy(second @ all_gather_rows(first).T / temperature, own)
         return (forth.mean() + back.mean()) / 2
+
+
+def nt_xent(z: Float[Tensor, "V B P"], temperature: float = 0.2) -> Float[Tensor, ""]:
+    r"""Return SimCLR's normalised-temperature cross entropy, the mean over pairs of views.
+
+    $$-\frac{1}{2B} \sum_i \ln \frac{e^{s_{i,j(i)}}}{\sum_{k \ne i} e^{s_{ik}}}$$
+
+    over all 2B rows i of a pair, with j(i) the other view of i's image, s the cosine divided by the temperature, and k
+    over both views of the images of all processes.
+
+    Args:
+        z: embeddings of two or more views, the rows of this process.
+        temperature: of the softmax.
+
+    Returns:
+        The mean over this process's rows; its mean over processes is the loss of the whole batch.
+
+    Raises:
+        ValueError: for one view, or a temperature that is not above 0.
+
+    Source:
+        Chen et al. 2020 (SimCLR, arXiv 2002.05709), equation 1.
+
+    >>> rows = torch.eye(3)
+    >>> [round(float(nt_xent(torch.stack([rows, rows.roll(k, 0)]))), 3) for k in (0, 1)]
+    [0.027, 5.027]
+    """
+    check_positive(temperature=temperature)
+    if len(z) < 2:
+        raise ValueError(f"z: {len(z)} view given; allowed: two or more of the same images; contrast needs a pair")
+    with torch.autocast(z.device.type, enabled=False):
+        views = [(_unit(view), all_gather_rows(_unit(view))) for view in z]
+        own = torch.arange(z.shape[1], device=z.device) + rank() * z.shape[1]
+        losses = [_one_way(*pair, own, temperature) for a, b in combinations(views, 2) for pair in ((a, b), (b, a))]
+        return torch.stack(losses).mean()
+
+
+def _one_way(
+    view: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], own: Int[Tensor, " B"], temperature: float
+) -> Float[Tensor, ""]:
+    """Return the loss of the rows of one view: each is asked for its partner, among all but itself."""
+    rows, everyone = view[0], torch.cat([other[1], view[1]])
+    logits = rows @ everyone.T / temperature
+    itself = torch.nn.functional.one_hot(own + len(other[1]), len(everyone)).bool()
+    return _cross_entropy(logits.masked_fill(itself, -torch.inf), own).mean()
 
 
 def _unit(x: Tensor) -> Tensor:
