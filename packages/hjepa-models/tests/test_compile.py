@@ -46,8 +46,12 @@ CASES = {
         "encoder": {"position": "relative", "registers": 2, "qk_norm": True, "layer_scale": 1e-4},
         "predictor": {"mode": "isolated"},
     },
+    "view": {"targets": "detached", "with_global": True, "prediction": "view", "center_targets": True},
     "contrast": {"objective": "patch_discrimination", "contrast": "batch", "instance_weight": 0.1},
 }
+
+
+CROPS = [torch.tensor([crop] * 4) for crop in ((0.1, 0.2, 0.6, 0.5, 1.0), (0.0, 0.1, 0.9, 0.8, 0.0))]
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +81,7 @@ def test_fifty_steps_are_one_graph_without_recompiles(device, fields):
             if one is plain and step % 10:
                 continue
             optimizer.zero_grad()
-            loss = one(views, context, target, step).loss
+            loss = one(views, context, target, step, [crop.to(device) for crop in CROPS]).loss
             loss.backward()
             losses.append(loss.detach())
             if one is model:

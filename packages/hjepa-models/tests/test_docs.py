@@ -17,6 +17,7 @@ CHOICES = (
     hjepa_models.Pooling,
     hjepa_models.Fpn,
     hjepa_models.Targets,
+    hjepa_models.Prediction,
     hjepa_models.Objective,
     hjepa_models.LevelWeighting,
     hjepa_models.GlobalObjective,

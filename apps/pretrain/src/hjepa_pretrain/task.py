@@ -67,7 +67,7 @@ class PretrainTask(nn.Module):
         views = [self._prepare(view, step, batch.sample, number) for number, view in enumerate(batch.views)]
         # Drawn of (seed, step, sample): those of a step that needs none are missed by no other.
         context, targets = self.draw_masks(step, batch.sample) if self.model.needs_masks(step) else (None, None)
-        output = self.run_model(views, context, targets, batch.labels, step)
+        output = self.run_model(views, context, targets, batch.labels, step, batch.crops)
         metrics = {f"loss_level_{level}": loss for level, loss in output.level_losses.items()}
         return StepOutput(loss=output.loss, metrics=metrics, embeddings=output.embeddings)
 
@@ -78,10 +78,11 @@ class PretrainTask(nn.Module):
         target_index: Int[Tensor, "R M Kt"] | None,
         labels: Int[Tensor, " B"],
         step: int,
+        crops: Sequence[Float[Tensor, "B 5"]] | None = None,
     ) -> HJEPAOutput:
-        """Return what the model, an H-JEPA or a baseline, makes of normalised views and their masks."""
+        """Return what the model, an H-JEPA or a baseline, makes of normalised views, their masks and their crops."""
         if not isinstance(self.model, Baseline):
-            output: HJEPAOutput = self.model(views, context_index, target_index, step)
+            output: HJEPAOutput = self.model(views, context_index, target_index, step, crops)
             return output
         context_index, target_index = (
             None if index is None else index[: len(labels)] for index in (context_index, target_index)

@@ -2,7 +2,7 @@
 
 from hjepa_models.aggregate import AggregateConfig, Aggregation, ProjectAndAggregate
 from hjepa_models.canvas import Canvas, dense_canvas, scatter_to_canvas
-from hjepa_models.config import Branch, FeaturePool, HJEPAConfig, Targets
+from hjepa_models.config import Branch, FeaturePool, HJEPAConfig, Prediction, Targets
 from hjepa_models.converters import (
     encoder_from_ijepa,
     encoder_from_vjepa2,
@@ -109,6 +109,7 @@ __all__ = [
     "Pooling",
     "Position",
     "PositionResize",
+    "Prediction",
     "Predictor",
     "PredictorConfig",
     "PredictorMode",

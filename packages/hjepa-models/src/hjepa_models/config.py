@@ -15,6 +15,7 @@ from hjepa_models.grid import Grid
 from hjepa_models.initialization import construct
 from hjepa_models.layers.block import check_mlp
 from hjepa_models.layers.patch import Stem, StemNorm
+from hjepa_models.layers.positions import check_continuous
 from hjepa_models.objectives import DISTANCES, ContrastScope, LevelWeightsConfig, Objective, TwoHotConfig
 from hjepa_models.patch_schedule import PatchScheduleConfig
 from hjepa_models.predictor import PredictorConfig
@@ -47,6 +48,18 @@ WITHOUT_EMA = (*ONLINE_TARGETS, Targets.projection)
 """The kinds that keep no moving average of the encoder."""
 
 
+class Prediction(StrEnum):
+    """What is predicted from what.
+
+    `hidden`: the tokens of hidden patches from those of the visible patches of the same view, which alone are encoded.
+    `view`: all tokens of one view from all tokens of another, both ways between the first two views, knowing where both
+    were cut: as every view is encoded whole, it costs a pass of the predictor and none of the encoder.
+    """
+
+    hidden = "hidden"
+    view = "view"
+
+
 class Branch(StrEnum):
     """Which branch features are taken from."""
 
@@ -70,6 +83,7 @@ class HJEPAConfig:
         encoder: the encoder.
         predictor: the predictor.
         pyramid: the levels.
+        prediction: `hidden` (hidden patches from visible ones) or `view` (one view from another), see `Prediction`.
         targets: `ema`, `pooled`, `detached`, `online` or `projection`, see `Targets`.
         target_patch_size: pixels of a patch for which the moving average of the encoder sees one token; empty means the
             output patch, so that targets are exact at its resolution, for as many tokens. Needs an encoder with
@@ -110,6 +124,7 @@ class HJEPAConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     pyramid: PyramidConfig = field(default_factory=PyramidConfig)
+    prediction: Prediction = Prediction.hidden
     targets: Targets = Targets.ema
     target_patch_size: tuple[int, ...] = ()
     output_tokens: int = 0
@@ -137,6 +152,7 @@ class HJEPAConfig:
 
     def __post_init__(self) -> None:
         """Coerce names and refuse parts that do not fit one another."""
+        self.prediction = coerce_choice(Prediction, "prediction", self.prediction)
         self.targets = coerce_choice(Targets, "targets", self.targets)
         self.objective = coerce_choice(Objective, "objective", self.objective)
         self.contrast = coerce_choice(ContrastScope, "contrast", self.contrast)
@@ -170,13 +186,19 @@ class HJEPAConfig:
         self._check_collapse()
         self._check_instance()
         self._check_effect()
-        whole = self.targets in ONLINE_TARGETS or self.global_level is not None
+        self._check_views()
+        whole = self.targets in ONLINE_TARGETS or self.encodes_views
         if self.encoder.stem is Stem.overlap and self.encoder.stem_norm is StemNorm.batch and not whole:
             raise ValueError(
                 f"encoder.stem_norm=batch: with targets={self.targets} and no global level the encoder sees no whole "
                 "image in training, so the statistics for evaluation would never be measured; allowed: "
                 "stem_norm=none, targets=detached or a global level; change one of them"
             )
+
+    @property
+    def encodes_views(self) -> bool:
+        """Whether all views are encoded whole, with gradient."""
+        return self.global_level is not None or self.prediction is Prediction.view
 
     @property
     def map_widths(self) -> tuple[int, ...]:
@@ -350,6 +372,29 @@ class HJEPAConfig:
             raise ValueError(
                 f"vicreg_invariance={self.vicreg_invariance}: the levels have their own losses for that; "
                 "allowed: 0 with vicreg_levels; change one of them"
+            )
+
+    def _check_views(self) -> None:
+        """Refuse what goes with hidden patches alone."""
+        if self.prediction is Prediction.hidden:
+            return
+        check_continuous(self.encoder.position)
+        others = {
+            "masked_views": (self.masked_views, 1),
+            "encoder.output_patch_size": (self.encoder.output_patch_size, ()),
+            "predictor.state": (self.predictor.state, None),
+            "instance_weight": (self.instance_weight, 0.0),
+            "sigreg_weight": (self.sigreg_weight, 0.0),
+        }
+        for name, (value, only) in others.items():
+            if value != only:
+                raise ValueError(
+                    f"{name}={value}: goes with hidden patches; allowed: {only} with prediction=view; change one"
+                )
+        if self.targets is Targets.projection or len(self.encoder.patch_size) != 2:
+            raise ValueError(
+                f"prediction=view: with targets={self.targets} and patches of {len(self.encoder.patch_size)} axes; "
+                "allowed: targets other than projection, on images; change one of them"
             )
 
     def _check_instance(self) -> None:

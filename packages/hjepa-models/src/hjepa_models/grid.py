@@ -51,7 +51,9 @@ def grid_coordinates(
     return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], dim=-1)
 
 
-def sincos_positions(coordinates: Float[Tensor, "N A"], dim: int, theta: float = 10_000.0) -> Float[Tensor, "N D"]:
+def sincos_positions(
+    coordinates: Float[Tensor, "*B N A"], dim: int, theta: float = 10_000.0
+) -> Float[Tensor, "*B N D"]:
     r"""Return fixed sine-cosine position embeddings of coordinates on any number of axes.
 
     Every axis fills an equal share of the width with $\sin(x\,\theta^{-i/n}), \cos(x\,\theta^{-i/n})$ for
@@ -72,7 +74,7 @@ def sincos_positions(coordinates: Float[Tensor, "N A"], dim: int, theta: float =
     count = dim // (2 * axes)
     rate = theta ** -(torch.arange(count, device=coordinates.device, dtype=torch.float32) / max(count, 1))
     angle = coordinates.float().unsqueeze(-1) * rate
-    embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
+    embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
     return torch.nn.functional.pad(embedding, (0, dim - embedding.shape[-1]))
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hjepa_models._validation import coerce_choice
 from hjepa_models.canvas import Canvas, dense_canvas, scatter_to_canvas
-from hjepa_models.config import ONLINE_TARGETS, WITHOUT_EMA, Branch, FeaturePool, HJEPAConfig, Targets
+from hjepa_models.config import ONLINE_TARGETS, WITHOUT_EMA, Branch, FeaturePool, HJEPAConfig, Prediction, Targets
+from hjepa_models.crops import relate_crops
 from hjepa_models.distributed import all_reduce_mean, world_size
 from hjepa_models.encoder import Encoder, tokens_per_axis
 from hjepa_models.global_level import GlobalLevel
@@ -50,12 +51,12 @@ class StepPlan(NamedTuple):
     """What of a step is decided before it runs; a compiled step has one graph for each plan.
 
     Attributes:
-        masked: whether the masked term is computed.
+        predicts: whether the predicted term is computed.
         active: whether each level has weight.
         output_patch: pixels of an output token.
     """
 
-    masked: bool
+    predicts: bool
     active: tuple[bool, ...]
     output_patch: Grid
 
@@ -68,7 +69,8 @@ class HJEPA(nn.Module, PretrainedMixin):
         self.config = config
         width = config.encoder.embed_dim
         self.encoder = Encoder(config.encoder)
-        self.predictor = Predictor(config.predictor, config.encoder)
+        across = config.prediction is Prediction.view
+        self.predictor = Predictor(config.predictor, config.encoder, views=across)
         self.pyramid = Pyramid(config.pyramid, config.encoder.output_grid, width)
         self.global_level, maps = None, []
         if config.global_level is not None:
@@ -145,12 +147,12 @@ class HJEPA(nn.Module, PretrainedMixin):
         """Return what is decided before a step runs."""
         config = self.config
         active = tuple(weight > 0 for weight in config.level_weights.level_weights(step))
-        masked = any(active) and (step + 1) % config.masked_every == 0
-        return StepPlan(masked, active, config.output_patch(step))
+        predicts = any(active) and (step + 1) % config.masked_every == 0
+        return StepPlan(predicts, active, config.output_patch(step))
 
     def needs_masks(self, step: int) -> bool:
-        """Return whether a step has a masked term."""
-        return self.plan(step).masked
+        """Return whether a step hides patches."""
+        return self.config.prediction is Prediction.hidden and self.plan(step).predicts
 
     def compile_step(self, **options: Any) -> None:  # noqa: ANN401
         """Compile the forward pass in place; its backward follows.
@@ -169,10 +171,11 @@ class HJEPA(nn.Module, PretrainedMixin):
         context_index: Int[Tensor, "R Kc"] | None,
         target_index: Int[Tensor, "R M Kt"] | None,
         step: int,
+        crops: Sequence[Float[Tensor, "B 5"]] | None = None,
     ) -> HJEPAOutput:
         """Return the loss of one batch.
 
-        The full views are encoded once, in one batch; the masked term costs nothing at steps where no level has weight.
+        The full views are encoded once, in one batch; prediction costs nothing at steps where no level has weight.
 
         Args:
             views: normalised pixels of each view of the same images; one is enough without a global level.
@@ -181,19 +184,24 @@ class HJEPA(nn.Module, PretrainedMixin):
                 only those images carry the masked term. None where the step `needs_masks` not.
             target_index: flat positions of the hidden patches, M blocks; likewise.
             step: the step of the run; decides level weights, output patch size and everything that is drawn.
+            crops: where the views were cut: left, top, width and height as parts of the image, and 1 where the view is
+                mirrored, else 0. For `prediction=view`.
 
         Returns:
             Loss, unweighted losses and embeddings.
 
         Raises:
-            ValueError: for too few views, views that do not fit one another, or masks that do not fit the batch.
+            ValueError: for too few views, views that do not fit one another, and masks or crops that do not fit them.
         """
         self._check_views(views)
         plan, device = self.plan(step), views[0].device
         if context_index is not None and target_index is not None:
             self._check_masks(views, context_index, target_index)
-        elif plan.masked:
+        elif self.needs_masks(step):
             raise ValueError(f"masks: None at step {step}, which has a masked term; draw them where needs_masks(step)")
+        pair = None
+        if plan.predicts and self.config.prediction is Prediction.view:
+            pair = self._pair_of(views, crops)
         for grid in {self.encoder.grid_of(view) for view in views}:
             for part in (self.encoder, self.target_encoder, self.predictor):
                 if part is not None:
@@ -202,38 +210,43 @@ class HJEPA(nn.Module, PretrainedMixin):
         weights = [torch.full((), weight, device=device) for weight in self.config.level_weights.level_weights(step)]
         clock = torch.full((), step, dtype=torch.int64, device=device)
         run = self._compiled_step or HJEPA._step
-        return run(self, views, context_index, target_index, torch.stack(weights), clock, plan)
+        return run(self, views, context_index, target_index, pair, torch.stack(weights), clock, plan)
 
     def _step(
         self,
         views: Sequence[Tensor],
         context_index: Tensor | None,
         target_index: Tensor | None,
+        crops: Float[Tensor, "2 B 5"] | None,
         weights: Float[Tensor, " L"],
         step: Int[Tensor, ""],
         plan: StepPlan,
     ) -> HJEPAOutput:
         output = HJEPAOutput(torch.zeros((), device=views[0].device), {}, {})
-        scales = self._encode_full(views) if self.global_level is not None else None
+        scales = self._encode_full(views) if self.config.encodes_views else None
         full = None if scales is None else [tokens for tokens, *_ in scales]
         if full is not None:
             output.embeddings["encoder"] = full[0].detach().mean(1)
-        if plan.masked:
+        if crops is not None:
+            assert full is not None
+            self._view_term(views, full, crops, weights, step, plan, output)
+        elif plan.predicts:
             assert context_index is not None
             assert target_index is not None
             self._masked_term(views, full, context_index, target_index, weights, step, plan, output)
-        if scales is not None:
+        if scales is not None and self.global_level is not None:
             self._global_term(scales, step, output)
-        elif not plan.masked:
+        elif not plan.predicts:
             output.loss = output.loss + 0.0 * self.predictor.mask_token.sum()
         return output
 
     def _check_views(self, views: Sequence[Tensor]) -> None:
-        needed = max(self.config.masked_views, 1 if self.global_level is None else 2)
+        needed = max(self.config.masked_views, 2 if self.config.encodes_views else 1)
         if len(views) < needed:
             raise ValueError(
-                f"views: {len(views)} given; allowed: {needed} or more with masked_views={self.config.masked_views} "
-                f"and {'a' if self.global_level is not None else 'no'} global level; give more or change the model"
+                f"views: {len(views)} given; allowed: {needed} or more with masked_views={self.config.masked_views}, "
+                f"prediction={self.config.prediction} and {'a' if self.global_level is not None else 'no'} global "
+                "level; give more or change the model"
             )
         shapes = [tuple(view.shape) for view in views]
         masked = shapes[: self.config.masked_views]
@@ -242,6 +255,18 @@ class HJEPA(nn.Module, PretrainedMixin):
                 f"views of shapes {', '.join(map(str, shapes))}: do not fit one another; allowed: as many images in "
                 f"each, and one shape for the first masked_views={len(masked)}; give views of the same images"
             )
+
+    def _pair_of(self, views: Sequence[Tensor], crops: Sequence[Float[Tensor, "B 5"]] | None) -> Float[Tensor, "2 B 5"]:
+        """Return where the first two views were cut."""
+        if not crops:
+            raise ValueError("crops: None; prediction=view has to know where views were cut; give those of the batch")
+        shapes = [tuple(one.shape) for one in crops[:2]]
+        if shapes != [(len(view), 5) for view in views[:2]] or views[0].shape != views[1].shape:
+            raise ValueError(
+                f"crops of shapes {', '.join(map(str, shapes))} for views of shapes {tuple(views[0].shape)} and "
+                f"{tuple(views[1].shape)}; allowed: [batch, 5] for each of two views of one shape; check them"
+            )
+        return torch.stack(list(crops[:2]))
 
     def _check_masks(self, views: Sequence[Tensor], context_index: Tensor, target_index: Tensor) -> None:
         """Refuse masks of other axes, without tokens, or off the grid; their rows are checked where they are spread."""
@@ -310,6 +335,35 @@ class HJEPA(nn.Module, PretrainedMixin):
             assert seen is not None
             terms["sigreg"] = (config.sigreg_weight, sigreg(torch.stack([tokens.mean(1) for tokens in seen]), step))
         self._add_levels(predictions, targets, index, weights, step, plan, output)
+        self._add_terms(terms, output)
+
+    def _view_term(
+        self,
+        views: Sequence[Tensor],
+        full: list[Tensor],
+        crops: Float[Tensor, "2 B 5"],
+        weights: Tensor,
+        step: Tensor,
+        plan: StepPlan,
+        output: HJEPAOutput,
+    ) -> None:
+        """Predict the first view from the second, and the second from the first."""
+        grid = self.encoder.grid_of(views[0])
+        relation = relate_crops(crops.flatten(0, 1), crops.flip(0).flatten(0, 1), grid)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.targets is Targets.online):
+            whole = torch.cat(full[:2])
+            if self.target_encoder is not None:
+                whole = self.target_encoder(torch.cat(list(views[:2])))
+            wanted = self._wanted(whole)
+            targets = self._target_side(Canvas(wanted, relation.inside, grid))
+        predicted = self.predictor.across(torch.cat(full[1::-1]), relation, grid)
+        predictions = self.pyramid(Canvas(predicted.float(), relation.inside, grid))
+        if self.level_averages is not None:
+            weights = adaptive_weights(self.level_averages(step), weights)
+        self._add_levels(predictions, targets, None, weights, step, plan, output)
+        self._add_terms(self.losses.regularizers(predicted, wanted, predictions, weights), output)
+
+    def _add_terms(self, terms: dict[str, tuple[float, Tensor]], output: HJEPAOutput) -> None:
         for name, (weight, term) in terms.items():
             output.level_losses[name] = term.detach()
             output.loss = output.loss + weight * term
@@ -352,8 +406,8 @@ class HJEPA(nn.Module, PretrainedMixin):
         finer = self.target_encoder.upsample(canvas, tokens_per_axis(sizes, plan.output_patch), index)
         return whole, normalize(finer)
 
-    def _wanted(self, whole: Float[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
-        """Return the layer-normed tokens at `index`, without what those of a place have in common if it is so set."""
+    def _wanted(self, whole: Float[Tensor, "B N D"], index: Int[Tensor, "B K"] | None = None) -> Float[Tensor, "B K D"]:
+        """Return layer-normed tokens, all or those at `index`; centred by place if it is so set."""
         if self.config.center_targets:
             if len(whole) * world_size() < 2:
                 raise ValueError(
@@ -361,7 +415,7 @@ class HJEPA(nn.Module, PretrainedMixin):
                     "allowed: two or more, over all processes; give more images, or leave center_targets out"
                 )
             whole = whole - all_reduce_mean(whole.detach().mean(0, keepdim=True))
-        return normalize(gather_tokens(whole, index))
+        return normalize(whole if index is None else gather_tokens(whole, index))
 
     def _predict(
         self,
@@ -387,7 +441,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         self,
         predictions: list[Canvas],
         targets: list[Canvas],
-        index: Tensor,
+        index: Tensor | None,
         weights: Tensor,
         step: Tensor,
         plan: StepPlan,
@@ -417,10 +471,12 @@ class HJEPA(nn.Module, PretrainedMixin):
 
     def target_levels(self, tokens: Float[Tensor, "B K D"], index: Int[Tensor, "B K"], grid: Grid) -> list[Canvas]:
         """Return the target side of every level from layer-normed tokens at `index`, by the path of predictions."""
-        canvas = scatter_to_canvas(tokens, index, grid)
+        return self._target_side(scatter_to_canvas(tokens, index, grid), self._few_known(index))
+
+    def _target_side(self, canvas: Canvas, few: Int[Tensor, "B K"] | None = None) -> list[Canvas]:
         if self.target_pyramid is None:
             return self.pyramid.pool(canvas)
-        levels: list[Canvas] = self.target_pyramid(canvas, self._few_known(index))
+        levels: list[Canvas] = self.target_pyramid(canvas, few)
         return levels
 
     def _few_known(self, index: Int[Tensor, "B K"]) -> Int[Tensor, "B K"] | None:

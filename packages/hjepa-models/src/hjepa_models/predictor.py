@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hjepa_models._validation import check_drop_path, check_heads, check_positive, coerce_choice
+from hjepa_models.crops import CHANGES, Relation
 from hjepa_models.encoder import EncoderConfig, check_position, grid_positions
 from hjepa_models.grid import Grid, grid_coordinates, sincos_positions
 from hjepa_models.initialization import construct, initialize, truncated_normal_
@@ -67,9 +68,15 @@ class PredictorConfig:
 
 
 class Predictor(nn.Module):
-    """A narrow transformer from context tokens and positions to the tokens expected there."""
+    """A narrow transformer from context tokens and positions to the tokens expected there.
 
-    def __init__(self, config: PredictorConfig, encoder: EncoderConfig) -> None:
+    Args:
+        config: its description.
+        encoder: of the encoder whose tokens it sees.
+        views: it is for `across`, and learns what a change of size or direction does to a patch.
+    """
+
+    def __init__(self, config: PredictorConfig, encoder: EncoderConfig, *, views: bool = False) -> None:
         super().__init__()
         check_position("predictor", encoder.position, config.embed_dim, config.num_heads, len(encoder.grid))
         self.config = config
@@ -93,6 +100,7 @@ class Predictor(nn.Module):
             activation_checkpointing=encoder.activation_checkpointing,
         )
         self.output = nn.Linear(dim, encoder.embed_dim)
+        self.change = nn.Linear(CHANGES, dim) if views else None
         self.state: HybridState | None = None
         if config.state is not None:
             self.state = HybridState(config.state, dim, encoder.embed_dim, encoder.embed_dim)
@@ -164,6 +172,42 @@ class Predictor(nn.Module):
         places = self.positions.places(grid, index, tokens.device)
         tokens = self.transformer(tokens, [place._replace(group=group) for place in places])
         out: Tensor = self.output(tokens[:, visible:])
+        return out
+
+    def across(
+        self, context: Float[Tensor, "B N D"], relation: Relation, grid: Grid | None = None
+    ) -> Float[Tensor, "B N D"]:
+        """Predict the tokens of one view of an image from those of another.
+
+        Args:
+            context: all tokens of the other view, row-major.
+            relation: how the patches of the first stand to it.
+            grid: rows and columns of tokens of both where they are not the configured ones.
+
+        Returns:
+            Predicted tokens at the encoder's width, row-major.
+
+        Raises:
+            ValueError: for a predictor that was not built for views, or whose positions are those of a grid alone.
+
+        Source:
+            Tao et al. 2022 (Siamese Image Modeling, arXiv 2206.01204), section 3.1: the decoder knows where the crops
+            lie to each other, and how much larger one is; that one is mirrored it is told here too.
+        """
+        if self.change is None:
+            raise ValueError("views=False: the predictor knows no crops; allowed: views=True; build it with them")
+        grid, reference = grid or self.grid, self.positions.reference
+        own = grid_coordinates(grid, reference, context.device).expand(len(context), -1, -1)
+        # Positions are counted on the reference grid, as for patches.
+        there = [
+            (place + 0.5) * (wanted / size) - 0.5
+            for place, size, wanted in zip(relation.places.unbind(-1), grid, reference, strict=True)
+        ]
+        projected = self.input(context)
+        mask = (self.mask_token + self.change(relation.change).unsqueeze(1)).expand(-1, context.shape[1], -1)
+        tokens = torch.cat([projected, mask.to(projected.dtype)], dim=1)
+        tokens, places = self.positions.at(tokens, torch.cat([own, torch.stack(there, dim=-1)], dim=1))
+        out: Tensor = self.output(self.transformer(tokens, places)[:, context.shape[1] :])
         return out
 
     def rollout(

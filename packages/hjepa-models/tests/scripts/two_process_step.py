@@ -13,7 +13,7 @@ from hjepa_models import EncoderConfig, GlobalConfig, HJEPAConfig, PredictorConf
 BATCH = 8
 
 
-def step(objective: str, rows: slice) -> tuple[torch.Tensor, torch.nn.Module]:
+def step(objective: str, rows: slice, prediction: str = "hidden") -> tuple[torch.Tensor, torch.nn.Module]:
     """Return the loss of these rows of a fixed batch and the model with its gradients."""
     config = HJEPAConfig(
         encoder=EncoderConfig(image_size=(16, 16), patch_size=(4, 4), embed_dim=24, depth=1, num_heads=2),
@@ -21,6 +21,8 @@ def step(objective: str, rows: slice) -> tuple[torch.Tensor, torch.nn.Module]:
         pyramid=PyramidConfig(levels=3, fpn="concat", fpn_dim=16),
         global_level=GlobalConfig(hidden_dim=16, out_dim=8, num_directions=32, objective=objective),
         targets="detached",
+        prediction=prediction,
+        center_targets=prediction == "view",
         vicreg_weight=0.1,
     )
     model = config.build(seed=1)
@@ -29,7 +31,9 @@ def step(objective: str, rows: slice) -> tuple[torch.Tensor, torch.nn.Module]:
     order = torch.stack([torch.randperm(16, generator=generator) for _ in range(BATCH)])[rows]
     # Overlapping blocks: the number of hidden cells then differs between images, and so between ranks.
     targets = torch.stack([order[:, 4:10], order[:, 8:14]], dim=1)
-    output = model(views, order[:, :4], targets, step=5)
+    # Of some images nothing or little of one view lies in the other.
+    crops = [torch.rand(BATCH, 5, generator=generator)[rows].round(decimals=1).clamp(min=0.1) for _ in range(2)]
+    output = model(views, order[:, :4], targets, step=5, crops=crops)
     output.loss.backward()
     return output.loss.detach(), model
 
@@ -40,18 +44,21 @@ def main(rank: int, world: int, store: str, folder: str) -> None:
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     share = BATCH // world
-    for objective in ("sigreg", "vicreg"):
-        loss, model = step(objective, slice(rank * share, (rank + 1) * share))
-        results = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        results |= {name: buffer * 1.0 for name, buffer in model.named_buffers()} | {"loss": loss}
+    for name, objective, prediction in (
+        ("sigreg", "sigreg", "hidden"),
+        ("vicreg", "vicreg", "hidden"),
+        ("nt_xent", "nt_xent", "hidden"),
+        ("view", "vicreg", "view"),
+    ):
+        loss, model = step(objective, slice(rank * share, (rank + 1) * share), prediction)
+        results = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        results |= {key: buffer * 1.0 for key, buffer in model.named_buffers()} | {"loss": loss}
         if world > 1:
             for value in results.values():
                 dist.all_reduce(value)
                 value.div_(world)
         if rank == 0:
-            save_file(
-                {k: v.contiguous() for k, v in results.items()}, Path(folder) / f"{objective}_{world}.safetensors"
-            )
+            save_file({k: v.contiguous() for k, v in results.items()}, Path(folder) / f"{name}_{world}.safetensors")
     if world > 1:
         dist.destroy_process_group()
 

@@ -55,7 +55,7 @@ def axis_rates(count: int, theta: float, device: torch.device | None = None) -> 
     return theta ** -(torch.arange(count, device=device, dtype=torch.float32) / max(count, 1))
 
 
-def rotation_angles(coordinates: Float[Tensor, "N A"], head_dim: int, theta: float) -> Float[Tensor, "N F"]:
+def rotation_angles(coordinates: Float[Tensor, "*B N A"], head_dim: int, theta: float) -> Float[Tensor, "*B N F"]:
     r"""Return the rotation angles of each token, $x_a \theta^{-i/n}$ for axis $a$ and $i < n = \lfloor d / 2A \rfloor$.
 
     Args:
@@ -70,7 +70,7 @@ def rotation_angles(coordinates: Float[Tensor, "N A"], head_dim: int, theta: flo
         Su et al. 2021 (RoFormer), equation 15, one share of the pairs per axis.
     """
     rate = axis_rates(head_dim // (2 * coordinates.shape[-1]), theta, coordinates.device)
-    angle = (coordinates.float().unsqueeze(-1) * rate).flatten(1)
+    angle = (coordinates.float().unsqueeze(-1) * rate).flatten(-2)
     return torch.nn.functional.pad(angle, (0, head_dim // 2 - angle.shape[-1]))
 
 
@@ -216,6 +216,25 @@ class GridPositions(nn.Module):
             return [Place(self._rotation(angle.cos(), angle.sin(), index, prefix)) for angle in angles]
         return [Place(self._rotation(*self._axial(grid, device), index, prefix))] * self.depth
 
+    def at(
+        self, tokens: Float[Tensor, "B K D"], coordinates: Float[Tensor, "B K A"]
+    ) -> tuple[Float[Tensor, "B K D"], list[Place]]:
+        """Return tokens with what is added to them, and what each layer knows of them, at places between patches too.
+
+        Args:
+            tokens: of any kind.
+            coordinates: of each, in tokens of the reference grid.
+
+        Raises:
+            ValueError: for a kind whose weights are for the places of a grid.
+        """
+        check_continuous(self.kind)
+        if self.kind is Position.sincos:
+            added = sincos_positions(coordinates, self.embed_dim)
+            return tokens + added.to(tokens.dtype), [Place()] * self.depth
+        angle = rotation_angles(coordinates, self.head_dim, self.theta).unsqueeze(1)
+        return tokens, [Place(Rotation(angle.cos(), angle.sin()))] * self.depth
+
     def _axial(self, grid: Grid, device: torch.device) -> tuple[Float[Tensor, "1 N F"], Float[Tensor, "1 N F"]]:
         """Return the cosine and sine of every token's angles, the same for all layers and heads; those kept, if any."""
         kept = self._kept.get(grid)
@@ -261,6 +280,15 @@ class GridPositions(nn.Module):
         zero = num_tokens(offsets) // 2
         bias = table[flat.unsqueeze(2) - flat.unsqueeze(1) + zero].permute(0, 3, 1, 2)
         return torch.nn.functional.pad(bias, (prefix, 0, prefix, 0))
+
+
+def check_continuous(kind: Position) -> None:
+    """Refuse kinds that know the places of a grid only."""
+    if kind not in (Position.rope, Position.sincos):
+        raise ValueError(
+            f"position={kind}: has weights for the places of a grid, and views are predicted at places between them; "
+            "allowed: rope, sincos; change one of them"
+        )
 
 
 def offset_grid(grid: Grid) -> Grid:
