@@ -79,6 +79,7 @@ def test_local_views_are_in_the_step(tiny):
     local = ("data.local_views=2", "data.local_size=[16,16]")
     alone, step = (TrainingStep(settings.load([*words, *more])[0], CPU) for more in ((), local))
     assert [tuple(view.shape[2:]) for view in step.batch.views] == [(32, 32), (32, 32), (16, 16), (16, 16)]
+    assert [tuple(crop.shape) for crop in step.batch.crops] == [(len(step.batch), 5)] * 4
     assert operations(step) > operations(alone)
     assert step.parts(repeats=1, warmup=0)["whole views"] > 0
 
@@ -92,6 +93,17 @@ def test_a_model_is_measured_at_the_size_of_its_recipe(tmp_path, monkeypatch):
     assert seen[0].data.image_size == (224, 224)
     assert seen[0].hjepa.encoder.embed_dim == 768
     assert seen[1].data.image_size == (32, 32)
+
+
+def test_the_few_images_that_are_counted_keep_their_crops(step, monkeypatch):
+    counted, run = [], step.forward_backward
+    monkeypatch.setattr(step, "forward_backward", lambda number: counted.append(step.batch) or run(number))
+    whole = step.batch
+    operations(step)
+    for batch in counted:
+        assert [len(crop) for crop in batch.crops] == [len(batch)] * len(whole.views)
+        assert all(torch.equal(part, crop[: len(batch)]) for part, crop in zip(batch.crops, whole.crops, strict=True))
+    assert counted
 
 
 def test_operations_are_those_of_the_matrix_products(step, config):

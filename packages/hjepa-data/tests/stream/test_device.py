@@ -23,7 +23,7 @@ def take(batches, count):
 
 
 def same(one, two):
-    pairs = zip((*one.views, one.sample, one.epoch), (*two.views, two.sample, two.epoch), strict=True)
+    pairs = zip((*one.views, *one.numbers), (*two.views, *two.numbers), strict=True)
     return all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
 
@@ -34,7 +34,7 @@ def test_it_gives_the_batches_and_states_of_its_stream(shards, device, workers):
         assert ahead.state_dict() == plain.state_dict()
         batch = next(ahead)
         assert same(batch, next(plain))
-        assert {t.device.type for t in (*batch.views, batch.labels, batch.sample, batch.epoch)} == {device.type}
+        assert {t.device.type for t in (*batch.views, *batch.numbers)} == {device.type}
     assert ahead.state_dict() == plain.state_dict()
     ahead.close()
     # Nothing was lost by closing.

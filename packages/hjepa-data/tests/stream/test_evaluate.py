@@ -41,6 +41,7 @@ def test_full_crop_of_the_same_size_is_the_image_itself(tmp_path):
     source = ShardSource(write_shards(list(pixels), tmp_path))
     (batch,) = EvalConfig(size=(32, 32), crop_fraction=1.0).build(source)
     assert np.array_equal(batch.views[0].numpy(), pixels.transpose(0, 3, 1, 2))
+    assert batch.crops == ()
 
 
 def test_crop_is_centred(tmp_path):

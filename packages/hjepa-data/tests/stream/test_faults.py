@@ -117,7 +117,7 @@ def test_without_shared_memory_no_worker_starts(shards):
     stream = config(1).build(ShardSource(shards), seed=SEED)
     limit_files(100)
     try:
-        with pytest.raises(WorkerError, match=r"no shared memory \(/dev/shm\) for a batch of 1296 bytes") as caught:
+        with pytest.raises(WorkerError, match=r"no shared memory \(/dev/shm\) for a batch of 1416 bytes") as caught:
             next(stream)
     finally:
         limit_files(before)

@@ -107,7 +107,7 @@ def numbers(batches):
 
 
 def same(one, two):
-    return all(torch.equal(a, b) for a, b in zip((*one.views, one.sample), (*two.views, two.sample), strict=True))
+    return all(torch.equal(a, b) for a, b in zip((*one.views, *one.numbers), (*two.views, *two.numbers), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,7 @@ def test_images_and_crops_are_those_of_the_cpu_path(source, device):
     shown = set(numbers(found)[0])
     assert shown == set(range(TOTAL)) - set(BAD)
     for batch, right in zip(found, expected, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(batch.crops, right.crops, strict=True))
         for view, pixels in zip(batch.views, right.views, strict=True):
             assert view.dtype == torch.uint8
             assert view.device.type == device.type

@@ -21,11 +21,15 @@ def stream(shards, workers=2, **fields):
 
 
 def tensors(batch):
-    return (*batch.views, batch.labels, batch.sample, batch.epoch)
+    return (*batch.views, *batch.numbers)
 
 
 def same(one, two):
     return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(two), strict=True))
+
+
+def part_of(batch, step):
+    return (batch.views[0][2:4], batch.views[2].numpy()[1], batch.sample[3], batch.crops[1][2])[step % 4]
 
 
 def take(stream, count):
@@ -44,12 +48,11 @@ def test_parts_that_are_held_keep_their_pixels(shards):
     parts = []
     running = stream(shards)
     for step, batch in zip(range(4 * PLACES), running, strict=False):
-        parts.append((batch.views[0][2:4], batch.views[2].numpy()[1], batch.sample[3])[step % 3])
+        parts.append(part_of(batch, step))
     del batch
     running.close()
     for step, (part, batch) in enumerate(zip(parts, take(stream(shards, workers=0), 4 * PLACES), strict=True)):
-        expected = (batch.views[0][2:4], batch.views[2].numpy()[1], batch.sample[3])[step % 3]
-        assert (part == expected).all()
+        assert (part == part_of(batch, step)).all()
 
 
 def test_memory_is_used_again(shards):
@@ -71,10 +74,13 @@ def test_a_place_is_free_when_the_last_tensor_is_gone():
     assert (first, second, pool.take()) == (0, 1, None)
     pool.batch(first).views[1].fill_(7)
     pool.batch(first).labels.fill_(-1)
+    for number, crop in enumerate(pool.batch(first).crops):
+        crop.fill_(number / 2)
     batch = pool.lend(first)
     assert [tuple(view.shape) for view in batch.views] == [(4, 3, 2, 2), (4, 3, 5, 1)]
     assert (batch.views[1] == 7).all()
     assert batch.labels.tolist() == [-1] * 4
+    assert [crop.tolist() for crop in batch.crops] == [[[0.0] * 5] * 4, [[0.5] * 5] * 4]
     row = batch.views[1][2]
     del batch
     gc.collect()

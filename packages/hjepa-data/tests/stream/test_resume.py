@@ -33,11 +33,12 @@ def build(source, workers=0, **layout):
 
 
 def shown(batch):
-    """What a batch shows: epoch, sample, label and a hash of all pixels of each row."""
-    rows = zip(batch.epoch.tolist(), batch.sample.tolist(), batch.labels.tolist(), *batch.views, strict=True)
+    """What a batch shows: epoch, sample, label and a hash of all pixels and crops of each row."""
+    seen = (*batch.views, *batch.crops)
+    rows = zip(batch.epoch.tolist(), batch.sample.tolist(), batch.labels.tolist(), *seen, strict=True)
     return [
-        (epoch, sample, label, hashlib.sha256(b"".join(view.numpy().tobytes() for view in views)).hexdigest())
-        for epoch, sample, label, *views in rows
+        (epoch, sample, label, hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
+        for epoch, sample, label, *parts in rows
     ]
 
 

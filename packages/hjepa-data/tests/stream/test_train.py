@@ -33,12 +33,7 @@ def take(stream, count):
 
 
 def same(one, two):
-    return (
-        all(torch.equal(a, b) for a, b in zip(one.views, two.views, strict=True))
-        and torch.equal(one.labels, two.labels)
-        and torch.equal(one.sample, two.sample)
-        and torch.equal(one.epoch, two.epoch)
-    )
+    return all(torch.equal(a, b) for a, b in zip((*one.views, *one.numbers), (*two.views, *two.numbers), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +51,8 @@ def test_batches_are_what_they_claim(reference, device):
     assert len(first) == 6
     assert [tuple(view.shape) for view in first.views] == [(6, 3, 8, 12), (6, 3, 8, 12), (6, 3, 4, 4)]
     assert all(view.dtype == torch.uint8 and view.device.type == device.type for view in first.views)
+    assert all(number.device.type == device.type for number in first.numbers)
+    assert [tuple(crop.shape) for crop in first.crops] == [(6, 5)] * 3
     assert torch.equal(first.labels, first.sample % 7)
     assert not torch.equal(first.views[0], first.views[1])
     epochs = torch.cat([batch.epoch for batch in reference])

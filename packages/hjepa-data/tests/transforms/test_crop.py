@@ -13,7 +13,7 @@ from hjepa_data.random import Draws
 from hjepa_data.shards.check import CheckConfig
 from hjepa_data.shards.make import MakeConfig
 from hjepa_data.shards.show import SheetConfig
-from hjepa_data.transforms.crop import random_views, resized_crop_box
+from hjepa_data.transforms.crop import crop_plans, cut_views, resized_crop_box
 from hjepa_data.transforms.decode import SkipImageError, open_image
 
 LIMIT = 10**8
@@ -29,7 +29,8 @@ def encoded(pixels, kind="PNG", **options):
 def views(data, *groups, key=(0, 0, 0)):
     sizes = [group.size for group in groups for _ in range(group.count)]
     out = [np.zeros((1, 3, *size), dtype=np.uint8) for size in sizes]
-    random_views(open_image(data, max_pixels=LIMIT), groups, key, out, 0)
+    upright = open_image(data, max_pixels=LIMIT)
+    cut_views(upright, crop_plans(upright, groups, key), out, 0)
     return [array[0] for array in out]
 
 

@@ -33,6 +33,7 @@ def operations(step: TrainingStep) -> float:
         labels=whole.labels[:counted],
         sample=whole.sample[:counted],
         epoch=whole.epoch[:counted],
+        crops=tuple(crop[:counted] for crop in whole.crops),
     )
     total = 0
     try:

@@ -214,7 +214,7 @@ def _encode(encoder: torch.nn.Module, *views: Tensor) -> Tensor:
 
 
 def synthetic_batch(config: PretrainConfig, device: torch.device) -> Batch:
-    """Random pixels of a batch of the run, local views among them, on the device."""
+    """Random pixels of a batch of the run, local views among them, each that of a whole image, on the device."""
     generator = torch.Generator().manual_seed(0)
     count, channels = config.data.batch_size, config.hjepa.encoder.in_channels
     views = tuple(
@@ -224,6 +224,11 @@ def synthetic_batch(config: PretrainConfig, device: torch.device) -> Batch:
     )
     classes = None if config.baseline is None else config.baseline.num_classes
     labels = torch.full((count,), -1) if classes is None else torch.arange(count) % classes
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0]).repeat(count, 1)
     return Batch(
-        views=views, labels=labels, sample=torch.arange(count), epoch=torch.zeros(count, dtype=torch.int64)
+        views=views,
+        labels=labels,
+        sample=torch.arange(count),
+        epoch=torch.zeros(count, dtype=torch.int64),
+        crops=(whole,) * len(views),
     ).to(device)

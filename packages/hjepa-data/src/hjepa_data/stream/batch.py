@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 __all__ = ["Batch"]
@@ -21,15 +21,24 @@ class Batch:
         labels: class numbers, -1 if unknown.
         sample: number of each image in its source; the same in every epoch and on every layout.
         epoch: epoch in which each image is shown.
+        crops: where each view was cut, float32, a tensor for each view: left, top, width and height of the box that was
+            drawn, as parts of the width (left, width) and height (top, height) of the upright image, and 1 where the
+            view is mirrored, else 0. Empty where it is not known: centre crops, clips, batches made by hand.
     """
 
     views: tuple[UInt8[Tensor, "B C H W"], ...]
     labels: Int[Tensor, " B"]
     sample: Int[Tensor, " B"]
     epoch: Int[Tensor, " B"]
+    crops: tuple[Float[Tensor, "B 5"], ...] = ()
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
+
+    @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """What is said of the views: labels, sample, epoch and crops."""
+        return (self.labels, self.sample, self.epoch, *self.crops)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Copy the batch to a device.
@@ -46,12 +55,14 @@ class Batch:
             labels=self.labels.to(device, non_blocking=non_blocking),
             sample=self.sample.to(device, non_blocking=non_blocking),
             epoch=self.epoch.to(device, non_blocking=non_blocking),
+            crops=tuple(crop.to(device, non_blocking=non_blocking) for crop in self.crops),
         )
 
     def pin_memory(self) -> Self:
         """Move the batch to pinned memory, from which copies to a GPU need not wait."""
         self.views = tuple(view.pin_memory() for view in self.views)
-        self.labels, self.sample, self.epoch = (t.pin_memory() for t in (self.labels, self.sample, self.epoch))
+        self.labels, self.sample, self.epoch, *crops = (tensor.pin_memory() for tensor in self.numbers)
+        self.crops = tuple(crops)
         return self
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
@@ -60,5 +71,5 @@ class Batch:
         Args:
             stream: other than the one on which the batch was copied.
         """
-        for tensor in (*self.views, self.labels, self.sample, self.epoch):
+        for tensor in (*self.views, *self.numbers):
             tensor.record_stream(stream)

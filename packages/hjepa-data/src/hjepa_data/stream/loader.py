@@ -242,7 +242,7 @@ def _as_it_is(loaded: Any) -> Any:  # noqa: ANN401 (the loader's types are for l
 def _share(loaded: Any) -> Any:  # noqa: ANN401 (as above)
     """Move a batch into shared memory before it is handed over, where a want of it would go unheard."""
     batch = loaded.batch
-    tensors = [*batch.views, batch.labels, batch.sample, batch.epoch] if isinstance(batch, Batch) else []
+    tensors = [*batch.views, *batch.numbers] if isinstance(batch, Batch) else []
     for tensor in [*tensors, *([] if loaded.encoded is None else [loaded.encoded.data])]:
         try:
             tensor.share_memory_()  # type: ignore[no-untyped-call, unused-ignore]

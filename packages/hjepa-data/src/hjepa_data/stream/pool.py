@@ -16,13 +16,16 @@ from torch.utils.data import Dataset
 from hjepa_data.errors import WorkerError, one_line
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.worker import Loaded, TrainTasks
+from hjepa_data.transforms.crop import NUMBERS_PER_CROP
 
 __all__ = ["BatchPool", "PooledTasks"]
 
 _keys = numbers()
 _pools: weakref.WeakValueDictionary[int, BatchPool] = weakref.WeakValueDictionary()
+# Label, sample and epoch of an image are int64, its crop in each view is float32.
 _NUMBERS = 3
-_BYTES_PER_NUMBER = 8
+_BYTES_PER_IMAGE = 8 * _NUMBERS
+_BYTES_PER_CROP = 4 * NUMBERS_PER_CROP
 
 
 class BatchPool:
@@ -38,8 +41,14 @@ class BatchPool:
 
     def __init__(self, shapes: Iterable[tuple[int, ...]], places: int) -> None:
         self._shapes = [*shapes]
-        size = _NUMBERS * _BYTES_PER_NUMBER * self._shapes[0][0] + sum(map(math.prod, self._shapes))
-        self._memory = [_shared(size) for _ in range(places)]
+        count = self._shapes[0][0]
+        # Numbers come before pixels, so that they are aligned.
+        self._sizes = [
+            _BYTES_PER_IMAGE * count,
+            _BYTES_PER_CROP * count * len(self._shapes),
+            *map(math.prod, self._shapes),
+        ]
+        self._memory = [_shared(sum(self._sizes)) for _ in range(places)]
         self._free = deque(range(places))
         self.key = next(_keys)
         _pools[self.key] = self
@@ -59,11 +68,15 @@ class BatchPool:
         return self._batch(torch.from_numpy(memory))
 
     def _batch(self, memory: Tensor) -> Batch:
-        size = self._shapes[0][0]
-        parts = torch.split_with_sizes(memory, [_NUMBERS * _BYTES_PER_NUMBER * size, *map(math.prod, self._shapes)])
-        labels, sample, epoch = parts[0].view(torch.int64).view(_NUMBERS, size)
-        views = tuple(part.view(shape) for part, shape in zip(parts[1:], self._shapes, strict=True))
-        return Batch(views=views, labels=labels, sample=sample, epoch=epoch)
+        numbers, crops, *pixels = torch.split_with_sizes(memory, self._sizes)
+        labels, sample, epoch = numbers.view(torch.int64).view(_NUMBERS, -1)
+        return Batch(
+            views=tuple(part.view(shape) for part, shape in zip(pixels, self._shapes, strict=True)),
+            labels=labels,
+            sample=sample,
+            epoch=epoch,
+            crops=crops.view(torch.float32).view(len(self._shapes), -1, NUMBERS_PER_CROP).unbind(),
+        )
 
 
 class PooledTasks(Dataset[Loaded]):
@@ -90,9 +103,8 @@ class PooledTasks(Dataset[Loaded]):
         batch = self._pool.batch(place)
         loaded = self._tasks.load(start, batch.views)
         if loaded.batch is not None:
-            batch.labels.copy_(loaded.batch.labels)
-            batch.sample.copy_(loaded.batch.sample)
-            batch.epoch.copy_(loaded.batch.epoch)
+            for whole, part in zip(batch.numbers, loaded.batch.numbers, strict=True):
+                whole.copy_(part)
             ticket: Any = _Ticket(self._pool.key, place)
             loaded.batch = ticket
         return loaded

@@ -19,7 +19,18 @@ from hjepa_data.sources.base import Source
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.gpu_decode import Decode, Encoded, is_plain_jpeg
 from hjepa_data.stream.order import Order
-from hjepa_data.transforms.crop import Interpolation, Pixels, ViewGroup, center_crop, crop_plans, random_views
+from hjepa_data.transforms.crop import (
+    NUMBERS_PER_CROP,
+    CropPlan,
+    Crops,
+    Interpolation,
+    Pixels,
+    ViewGroup,
+    center_crop,
+    crop_numbers,
+    crop_plans,
+    cut_views,
+)
 from hjepa_data.transforms.decode import SMALLEST_SHRINK, SkipImageError, SkipReason, Upright, open_image
 
 __all__ = ["EvalTasks", "Loaded", "TrainTasks", "UnreadablePolicy"]
@@ -153,11 +164,7 @@ class TrainTasks(Dataset[Loaded]):
             for reason, number in alone.skipped.items():
                 loaded.skipped[reason] = loaded.skipped.get(reason, 0) + number
                 loaded.examples.setdefault(reason, alone.examples[reason])
-        for whole, one in zip(
-            (*views, batch.labels, batch.sample, batch.epoch),
-            (*alone.batch.views, alone.batch.labels, alone.batch.sample, alone.batch.epoch),
-            strict=True,
-        ):
+        for whole, one in zip((*views, *batch.numbers), (*alone.batch.views, *alone.batch.numbers), strict=True):
             whole[row] = one[0]
 
     def shapes(self, count: int) -> list[tuple[int, ...]]:
@@ -171,6 +178,7 @@ class TrainTasks(Dataset[Loaded]):
         if views is None:
             views = [torch.empty(shape, dtype=torch.uint8) for shape in self.shapes(count)]
         pixels = [view.numpy() for view in views]
+        crops = np.empty((len(pixels), count, NUMBERS_PER_CROP), dtype=np.float32)
         loaded = Loaded(encoded=encoded)
         files: list[bytes] = []
         finished: list[int] = []
@@ -180,7 +188,7 @@ class TrainTasks(Dataset[Loaded]):
             while True:
                 try:
                     key = (self._seed, _CROP, int(epochs[row]), int(samples[row]))
-                    if (file := self._write(key, pixels, row, encoded)) is None:
+                    if (file := self._write(key, pixels, crops, row, encoded)) is None:
                         finished.append(row)
                     else:
                         files.append(file)
@@ -203,7 +211,7 @@ class TrainTasks(Dataset[Loaded]):
             if files:
                 encoded.data = torch.frombuffer(bytearray().join(files), dtype=torch.uint8)
             views = [view[finished] for view in views]
-        loaded.batch = _batch(views, self._source.labels[samples], samples, epochs)
+        loaded.batch = _batch(views, self._source.labels[samples], samples, epochs, torch.from_numpy(crops).unbind())
         return loaded
 
     def _read_ahead(self, start: int) -> None:
@@ -219,7 +227,7 @@ class TrainTasks(Dataset[Loaded]):
             threading.Thread(target=self._source.read_ahead, args=(new,), daemon=True).start()
 
     def _write(
-        self, draws_key: tuple[int, ...], pixels: list[Pixels], row: int, encoded: Encoded | None
+        self, draws_key: tuple[int, ...], pixels: list[Pixels], crops: Crops, row: int, encoded: Encoded | None
     ) -> bytes | None:
         """Cut the views of a row, or plan them and give the file where the device is to decode it."""
         sample = draws_key[-1]
@@ -228,11 +236,17 @@ class TrainTasks(Dataset[Loaded]):
             raw = _read(self._source, sample, self._unreadable)
             upright = open_image(raw.image, max_pixels=self._max_pixels)
             if encoded is not None and isinstance(raw.image, bytes) and is_plain_jpeg(raw.image, upright):
-                encoded.add(row, upright, len(raw.image), crop_plans(upright, self._groups, draws_key))
+                encoded.add(row, upright, len(raw.image), self._plan(upright, draws_key, crops, row))
                 return raw.image
             upright = self._kept(sample, upright)
-        random_views(upright, self._groups, draws_key, pixels, row)
+        cut_views(upright, self._plan(upright, draws_key, crops, row), pixels, row)
         return None
+
+    def _plan(self, upright: Upright, draws_key: tuple[int, ...], crops: Crops, row: int) -> list[CropPlan]:
+        """Draw the crops of a row and note where they lie."""
+        plans = crop_plans(upright, self._groups, draws_key)
+        crops[:, row] = crop_numbers(upright, plans)
+        return plans
 
     def _kept(self, sample: int, upright: Upright) -> Upright:
         """Keep the decoded image if there is room, and if no crop would decode it at a smaller scale."""
@@ -311,10 +325,17 @@ def _read(source: Source, sample: int, unreadable: UnreadablePolicy) -> RawSampl
         raise SkipImageError(SkipReason.UNREADABLE, str(error)) from None
 
 
-def _batch(views: Sequence[torch.Tensor], labels: Int64Array, samples: Int64Array, epochs: Int64Array) -> Batch:
+def _batch(
+    views: Sequence[torch.Tensor],
+    labels: Int64Array,
+    samples: Int64Array,
+    epochs: Int64Array,
+    crops: tuple[torch.Tensor, ...] = (),
+) -> Batch:
     return Batch(
         views=tuple(views),
         labels=torch.from_numpy(labels),
         sample=torch.from_numpy(samples),
         epoch=torch.from_numpy(epochs),
+        crops=crops,
     )

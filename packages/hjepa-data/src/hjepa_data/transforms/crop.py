@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float32
 from PIL import Image
 from torch.nn import functional
 
@@ -17,19 +18,24 @@ from hjepa_data.random import Draws
 from hjepa_data.transforms.decode import SkipImageError, SkipReason, Upright
 
 __all__ = [
+    "NUMBERS_PER_CROP",
     "CropPlan",
+    "Crops",
     "Interpolation",
     "Pixels",
     "ViewGroup",
     "center_crop",
+    "crop_numbers",
     "crop_plans",
-    "random_views",
+    "cut_views",
     "resized_crop_box",
 ]
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Crops = np.ndarray[Any, np.dtype[np.float32]]
 Box = tuple[float, float, float, float]
 
+NUMBERS_PER_CROP = 5
 _TRIES = 10
 _REDUCING_GAP = 2.0
 
@@ -146,22 +152,39 @@ def crop_plans(upright: Upright, groups: tuple[ViewGroup, ...], draws_key: tuple
     return plans
 
 
-def random_views(
-    upright: Upright, groups: tuple[ViewGroup, ...], draws_key: tuple[int, ...], out: list[Pixels], row: int
-) -> None:
-    """Cut the random views of one image; it is decoded once for all of them.
+def crop_numbers(upright: Upright, plans: list[CropPlan]) -> Float32[np.ndarray, "V 5"]:
+    """Say where crops lie, whatever the size of the image.
 
     Args:
         upright: the image.
-        groups: what views.
-        draws_key: of ``crop_plans``.
+        plans: of ``crop_plans``.
+
+    Returns:
+        For each view left, top, width and height as parts of the upright image's width (left, width) and height (top,
+        height), and 1 if it is mirrored, else 0.
+    """
+    across, down = upright.width, upright.height
+    return np.array(
+        [
+            (left / across, top / down, width / across, height / down, flip)
+            for _, (left, top, width, height), flip in plans
+        ],
+        dtype=np.float32,
+    )
+
+
+def cut_views(upright: Upright, plans: list[CropPlan], out: list[Pixels], row: int) -> None:
+    """Cut the views of one image; it is decoded once for all of them.
+
+    Args:
+        upright: the image.
+        plans: of ``crop_plans``.
         out: for each view, an array [B, 3, H, W].
         row: which image of ``out`` is written.
 
     Raises:
         SkipImageError: the file is damaged.
     """
-    plans = crop_plans(upright, groups, draws_key)
     scale = upright.scale(min(min(box[2] / group.size[1], box[3] / group.size[0]) for group, box, _ in plans))
     columns = [_scaled(box[0], box[2], upright.width, scale) for _, box, _ in plans]
     rows = [_scaled(box[1], box[3], upright.height, scale) for _, box, _ in plans]
