@@ -324,10 +324,10 @@ class PretrainConfig:
         channels = self.hjepa.encoder.in_channels
         if channels != 3:
             raise ValueError(f"hjepa.encoder.in_channels={channels}: images of shards are decoded to 3; allowed: 3")
-        if self.hjepa.global_level is not None and self.data.views < 2:
+        if self.hjepa.encodes_views and self.data.views < 2:
             raise ValueError(
-                f"data.views={self.data.views}: the global level compares views of one image; allowed: 2 and more, "
-                "or hjepa.global_level=null"
+                f"data.views={self.data.views}: the global level and hjepa.prediction=view take views of one image; "
+                "allowed: 2 and more, or hjepa.global_level=null and hjepa.prediction=hidden"
             )
         if self.data.local_views:
             check_image_size("data.local_size", self.data.local_size, self.hjepa.encoder.processing_patch)

@@ -7,6 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from hjepa_data.transforms.crop import NUMBERS_PER_CROP
 from hjepa_models import Block
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import PretrainConfig
@@ -53,16 +54,19 @@ def step_cost_of(config: PretrainConfig) -> StepCost:
     if config.baseline is not None:
         raise settings.SettingsError("plan.dry: counts an H-JEPA; leave baseline out")
     rows, step = _images(config) // config.trainer.accumulate, _fullest_step(config)
-    masks = config.masks.build(config.run.seed)(step, torch.arange(2))
+    masks = config.masks.build(config.run.seed)(step, torch.arange(2)) if config.hjepa.hides_patches else None
     count = rows * config.hjepa.masked_views
     model = config.hjepa.build(seed=config.run.seed, device="meta")
     recompute_activations(model, config.trainer.recompute)
     with fake_tensors(model):
         groups = config.data.stream(1).views
         views = [torch.empty(rows, 3, *group.size) for group in groups for _ in range(group.count)]
-        context = torch.zeros(count, *masks.context.shape[1:], dtype=torch.int64)
-        targets = torch.zeros(count, *masks.targets.shape[1:], dtype=torch.int64)
-        return step_cost(model, lambda: model(views, context, targets, step).loss, config.trainer)
+        context, targets = (
+            None if one is None else torch.zeros(count, *one.shape[1:], dtype=torch.int64)
+            for one in ((None, None) if masks is None else (masks.context, masks.targets))
+        )
+        crops = [torch.ones(rows, NUMBERS_PER_CROP)] * len(views)
+        return step_cost(model, lambda: model(views, context, targets, step, crops).loss, config.trainer)
 
 
 def table(plans: dict[str, Plan], config: PretrainConfig) -> Table:
@@ -106,6 +110,6 @@ def _images(config: PretrainConfig) -> int:
 
 
 def _fullest_step(config: PretrainConfig) -> int:
-    """Return the last step that computes the masked term, when every level of a curriculum has come in."""
+    """Return the last step that computes the predicted term, when every level of a curriculum has come in."""
     every = config.hjepa.masked_every
     return max(config.run.steps // every, 1) * every - 1

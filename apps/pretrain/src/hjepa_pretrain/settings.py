@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hjepa_data.masks import MASK_LAWS
-from hjepa_models import ContrastScope, Objective, encoder_config
+from hjepa_models import ContrastScope, Objective, Prediction, encoder_config
 from hjepa_models.config import WITHOUT_EMA
 from hjepa_models.encoder import tokens_per_axis
 from hjepa_models.pooling import pooling_grid
@@ -212,6 +212,8 @@ def _name_idle(plain: DictConfig, given: Mapping[str, object]) -> None:
     """Say which of the given settings nothing reads in this run."""
     averages = plain.baseline is None and plain.hjepa.targets not in WITHOUT_EMA
     optimizer = plain.trainer.optimizer.kind
+    hides = plain.hjepa.prediction is Prediction.hidden and any(plain.hjepa.level_weights.weights)
+    hides = hides or plain.baseline is not None  # told below
     for names, needed, there in (
         (("trainer.compile_mode", "trainer.compile_backend"), "trainer.compile=true", plain.trainer.compile),
         (("trainer.ema_momentum",), "hjepa.targets=ema or pooled", averages),
@@ -221,6 +223,7 @@ def _name_idle(plain: DictConfig, given: Mapping[str, object]) -> None:
         (("trainer.parallel.fsdp",), "parallel=fsdp", plain.parallel is ParallelKind.fsdp),
         (("monitor.lr_",), "monitor.policy=lower_lr", plain.monitor.policy is CollapsePolicy.lower_lr),
         (("data.local_size", "data.local_scale"), "data.local_views", plain.data.local_views),
+        (("masks",), "hjepa.prediction=hidden and a level weight", hides),
         (("profiler",), "profile=true", plain.profile),
         (("logger.",), "loggers=[wandb] or [mlflow]", {LoggerKind.wandb, LoggerKind.mlflow} & set(plain.loggers)),
     ):  # fmt: skip

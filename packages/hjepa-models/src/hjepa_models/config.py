@@ -105,7 +105,7 @@ class HJEPAConfig:
         level_weights: weight of each level over the steps; one weight per level.
         global_level: the level above all grids, over several views; None leaves it out.
         masked_views: how many of the views carry masked prediction, the first ones.
-        masked_every: the masked term is computed at every k-th step only: at step k - 1 (counted from 0), 2k - 1, ...
+        masked_every: prediction is part of every k-th step only: of step k - 1 (counted from 0), 2k - 1, ...
         instance_weight: weight of the instance contrast: projected and pooled context tokens of the first masked view
             against those of the second, or against the target tokens of the whole image where one view is masked; 0 is
             off.
@@ -199,6 +199,11 @@ class HJEPAConfig:
     def encodes_views(self) -> bool:
         """Whether all views are encoded whole, with gradient."""
         return self.global_level is not None or self.prediction is Prediction.view
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether masked prediction is part of the loss."""
+        return self.prediction is Prediction.hidden and any(self.level_weights.weights)
 
     @property
     def map_widths(self) -> tuple[int, ...]:

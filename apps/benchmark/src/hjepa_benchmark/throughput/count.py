@@ -87,14 +87,14 @@ def graph_breaks(step: TrainingStep) -> int:
     """Places where `torch.compile` would cut the model's forward pass in two."""
     config, batch = step.config, step.batch
     views = [normalize(view, config.data.mean, config.data.std) for view in batch.views]
-    context, targets = step.task.draw_masks(0, batch.sample)
+    context, targets = step.task.draw_masks(0, batch.sample) if step.masked else (None, None)
     level = logging.getLogger("torch._dynamo").level
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             explain = torch._dynamo.explain(step.task.run_model)
-            found = explain(views, context, targets, batch.labels, step.step_of(0))
+            found = explain(views, context, targets, batch.labels, step.step_of(0), batch.crops)
     finally:
         logging.getLogger("torch._dynamo").setLevel(level)
         torch._dynamo.reset()

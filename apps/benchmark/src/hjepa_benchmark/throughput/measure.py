@@ -181,7 +181,7 @@ def print_throughput(words: Sequence[str], *, steps: int, reference: bool, outpu
             f"parallel={config.parallel} trainer.accumulate={config.trainer.accumulate}: throughput times one process "
             "and one batch; give parallel=single trainer.accumulate=1 and the data.batch_size of one process"
         )
-    if reference and (config.baseline is not None or not any(config.hjepa.level_weights.weights)):
+    if reference and (config.baseline is not None or not config.hjepa.hides_patches):
         raise ValueError(f"--reference: the plain step is an I-JEPA, {config.recipe} has no masks; leave it out")
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads or threads)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hjepa_benchmark.throughput.clock import milliseconds
 from hjepa_data import Batch, normalize
-from hjepa_models import HJEPA, Block, scatter_to_canvas
+from hjepa_models import HJEPA, Block, Prediction, scatter_to_canvas
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.task import build_task
 from hjepa_train import EMA
@@ -76,6 +76,14 @@ class TrainingStep:
         """Whether any step of the run's last ones hides patches."""
         return any(self.task.model.needs_masks(self.step_of(number)) for number in range(self.every))
 
+    @property
+    def predicts(self) -> bool:
+        """Whether any of them predicts features."""
+        model = self.task.model
+        return isinstance(model, HJEPA) and any(
+            model.plan(self.step_of(number)).predicts for number in range(self.every)
+        )
+
     def step_of(self, number: int) -> int:
         """The step of the run that call `number` does: the last ones, over and over."""
         return self.config.run.steps - 1 - number % self.every
@@ -119,13 +127,14 @@ class TrainingStep:
         """What forward and backward do beyond the parts that can run alone."""
         if not isinstance(self.task.model, HJEPA):
             return "forward, backward"
-        return PREDICTOR if self.masked else "projectors, loss"
+        return PREDICTOR if self.predicts else "projectors, loss"
 
     def _alone(self) -> list[tuple[str, Callable[[], object], float]]:
         """Parts that can run by themselves: name, work, and how much of it a step has on average."""
         config, model = self.config, self.task.model
         images = [normalize(view, config.data.mean, config.data.std) for view in self.batch.views]
-        masked = torch.cat(images[: config.hjepa.masked_views])
+        across = config.hjepa.prediction is Prediction.view
+        wanted = torch.cat(images[: 2 if across else config.hjepa.masked_views])
         context, targets = self.task.draw_masks(0, self.batch.sample)
         share = 1 / self.every
 
@@ -138,13 +147,14 @@ class TrainingStep:
             found.append(("masks", partial(self.task.draw_masks, 0, self.batch.sample), share))
         if not isinstance(model, HJEPA):
             return found
-        if self.masked and model.target_encoder is not None:
-            found.append(("target", self._forward(model.target_encoder, masked), share))
+        if self.predicts and model.target_encoder is not None:
+            found.append(("target", self._forward(model.target_encoder, wanted), share))
         if self.masked:
-            found.append(("context", self._both(model.encoder, masked, context), share))
-        if self.masked and not model.config.encoder.output_patch_size:
-            found.append((PYRAMID, self._pyramid(model, targets.flatten(1)), share))
-        if model.global_level is not None:
+            found.append(("context", self._both(model.encoder, wanted, context), share))
+        if self.predicts and not model.config.encoder.output_patch_size:
+            places = torch.arange(model.config.encoder.num_patches, device=self.device).expand(len(wanted), -1)
+            found.append((PYRAMID, self._pyramid(model, places if across else targets.flatten(1)), share))
+        if model.config.encodes_views:
             # In one batch where they have one shape, else one by one, as in the step.
             full = [torch.cat(images)] if len({view.shape for view in images}) == 1 else images
             found.append(("whole views", self._both(partial(_encode, model.encoder), *full), 1.0))

@@ -93,7 +93,7 @@ def loss_section(rows: list[dict[str, Any]]) -> Section:
     window = max(1, len(rows) // 40)
     drawn = (
         figures.curves(rows, ["train/loss"], "training loss", smooth=window),
-        figures.curves(rows, levels, "masked levels, unweighted", smooth=window),
+        figures.curves(rows, levels, "predicted levels, unweighted", smooth=window),
         # A baseline's only term is its loss.
         *(
             figures.curves(rows, [key], f"{key.removeprefix('train/loss_level_')}, unweighted", smooth=window)
@@ -135,7 +135,7 @@ def rank_section(rows: list[dict[str, Any]]) -> Section:
 
 def _masks(config: PretrainConfig, test: Images) -> list[Section]:
     pixels = config.baseline is not None and config.baseline.kind is BaselineKind.mae
-    if not pixels and (config.baseline is not None or not any(config.hjepa.level_weights.weights)):
+    if not pixels and (config.baseline is not None or not config.hjepa.hides_patches):
         return []
     shown = test.head(_SHOWN)
     drawn = config.masks.build(config.run.seed)(0, torch.arange(len(shown.labels)))
