@@ -87,8 +87,8 @@ def test_results_of_runs_merge(run_dir, tmp_path, capsys):
 
 def test_the_page_shows_pictures_and_opens_offline(run_dir):
     page = (run_dir / "report.html").read_text()
-    for heading in ("What was learned", "Loss", "RankMe", "Masks", "Features", "Nearest neighbours"):
-        assert heading in page
+    for heading in ("What was learned", "Loss", "RankMe", "Views", "Features", "Nearest neighbours"):
+        assert f">{heading}" in page
     assert page.count("data:image/png;base64,") == 3
     assert page.count("data:image/svg+xml;base64,") >= 5
     assert "http://" not in page

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
@@ -90,6 +91,37 @@ def masks(images: Array, grid: tuple[int, int], context: Array, targets: Array) 
             for spine in axes[row, column].spines.values():
                 spine.set_color(edge)
     for row, label in enumerate(("image", "context", "targets")):
+        axes[row, 0].set_ylabel(label)
+    _bare(axes)
+    return png(figure)
+
+
+def views(images: Array, pair: tuple[Array, Array], crops: Array, inside: Array) -> bytes:
+    """Draws two views of each image, and which patches of the second lie in the first.
+
+    Args:
+        images: uint8 [n, H, W, 3].
+        pair: the two views, uint8 [n, h, w, 3].
+        crops: left, top, width and height as parts of the image, and whether the view is mirrored [2, n, 5].
+        inside: for each patch of the second view whether its centre lies in the first [n, rows, columns].
+    """
+    figure, axes = plt.subplots(3, len(images), figsize=(1.45 * len(images), 4.6), squeeze=False)
+    for column, image in enumerate(images):
+        height, width = image.shape[:2]
+        axes[0, column].imshow(image)
+        for (left, top, across, down, _), edge in zip(crops[:, column], (_CONTEXT, _TARGET), strict=True):
+            corner = (left * width - 0.5, top * height - 0.5)
+            axes[0, column].add_patch(
+                Rectangle(corner, across * width, down * height, fill=False, color=edge, linewidth=1.6)
+            )
+        first, second = (view[column] for view in pair)
+        counted = _enlarge(inside[column], second.shape[:2])[..., None]
+        axes[1, column].imshow(first)
+        axes[2, column].imshow(np.where(counted, second, np.full_like(second, 235)))
+        for row, edge in ((1, _CONTEXT), (2, _TARGET)):
+            for spine in axes[row, column].spines.values():
+                spine.set_color(edge)
+    for row, label in enumerate(("image", "seen", "predicted")):
         axes[row, 0].set_ylabel(label)
     _bare(axes)
     return png(figure)

@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from hjepa_data import normalize
+from hjepa_data.transforms.crop import NUMBERS_PER_CROP, crop_numbers, crop_plans, cut_views
+from hjepa_data.transforms.decode import Upright
 from hjepa_eval import Results
-from hjepa_models import Pooling, coarsen
+from hjepa_models import Pooling, Prediction, coarsen
+from hjepa_models.crops import relate_crops
 from hjepa_pretrain.baselines import BaselineKind
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.evaluation import Images
@@ -48,7 +52,7 @@ def write_report(
     sections = [_learned(results), loss_section(rows), rank_section(rows)]
     if images is not None:
         train, test = images
-        sections += _masks(config, test)
+        sections += [*_masks(config, test), *_views(config, test)]
         sections += [feature_section(config, model, test), neighbour_section(config, model, train, test)]
     sections += [_speed(rows), Section(title="Configuration", body=code((folder / "config.yaml").read_text()))]
     path = folder / "report.html"
@@ -147,6 +151,33 @@ def _masks(config: PretrainConfig, test: Images) -> list[Section]:
         f"to predict the {'pixels' if pixels else 'features'} of {targets.shape[1]} blocks of {targets.shape[2]}."
     )
     return [Section(title="Masks", note=note, pictures=[picture])]
+
+
+def _views(config: PretrainConfig, test: Images) -> list[Section]:
+    """What the predictor sees and has to predict, on held-out images and crops as in training, without the colours."""
+    hjepa = config.hjepa
+    if config.baseline is not None or hjepa.prediction is Prediction.hidden or not any(hjepa.level_weights.weights):
+        return []
+    images = _arrays(test.head(_SHOWN).pixels)
+    groups, (height, width) = config.data.stream(1).views, images.shape[1:3]
+    views = [np.empty((len(images), 3, *group.size), np.uint8) for group in groups for _ in range(group.count)]
+    crops = np.empty((len(views), len(images), NUMBERS_PER_CROP), np.float32)
+    for row, image in enumerate(images):
+        upright = Upright(image=Image.fromarray(image), turn=None, width=width, height=height)
+        plans = crop_plans(upright, groups, (config.run.seed, row))
+        cut_views(upright, plans, views, row)
+        crops[:, row] = crop_numbers(upright, plans)
+    seen, wanted = (torch.from_numpy(crop) for crop in crops[:2])
+    grid = (hjepa.encoder.grid[-2], hjepa.encoder.grid[-1])
+    inside = relate_crops(wanted, seen, grid).inside.bool().unflatten(1, grid).numpy()
+    first, second = (view.transpose(0, 2, 3, 1) for view in views[:2])
+    note = (
+        "The predictor sees the features of one view (blue) and has to predict those of the other (orange), and the other "
+        "way round, knowing where both were cut. Patches outside of the seen view do not count. In training the colours "
+        "of the views differ."
+    )
+    picture = figures.views(images, (first, second), crops[:2], inside)
+    return [Section(title="Views", note=note, pictures=[picture])]
 
 
 @torch.no_grad()
