@@ -172,9 +172,9 @@ def _views(config: PretrainConfig, test: Images) -> list[Section]:
     inside = relate_crops(wanted, seen, grid).inside.bool().unflatten(1, grid).numpy()
     first, second = (view.transpose(0, 2, 3, 1) for view in views[:2])
     note = (
-        "The predictor sees the features of one view (blue) and has to predict those of the other (orange), and the other "
-        "way round, knowing where both were cut. Patches outside of the seen view do not count. In training the colours "
-        "of the views differ."
+        "The predictor sees the features of one view (blue) and has to predict those of the other (orange), and the "
+        "other way round, knowing where both were cut. Patches outside of the seen view do not count. In training the "
+        "colours of the views differ."
     )
     picture = figures.views(images, (first, second), crops[:2], inside)
     return [Section(title="Views", note=note, pictures=[picture])]
