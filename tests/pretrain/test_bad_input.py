@@ -131,7 +131,8 @@ def test_a_truncated_tar(pretrain, tiny, tmp_path, shards):
     broken = tmp_path / "train-000000.tar"
     whole = next(shards.glob("train-*.tar")).read_bytes()
     broken.write_bytes(whole[: len(whole) // 2 + 100])
-    refuse(pretrain(f"run.dir={tmp_path}/run", *tiny, f"data.train={broken}"), "train-000000.tar", "truncated")
+    words = [word for word in tiny if not word.startswith("masks.")]  # the default recipe says that it reads none
+    refuse(pretrain(f"run.dir={tmp_path}/run", *words, f"data.train={broken}"), "train-000000.tar", "truncated")
 
 
 def test_undecodable_images_are_counted_and_the_run_goes_on(pretrain, tiny, tmp_path, shards, read_rows):

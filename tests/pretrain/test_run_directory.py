@@ -38,7 +38,7 @@ def test_rows_have_the_promised_names(run_dir, read_rows):
     for row in rows:
         assert {"train/loss", "train/images_per_second"} <= row.keys()
     last = rows[-1]
-    assert {"train/loss_level_0", "train/loss_level_1", "train/loss_level_2", "train/loss_level_global"} <= last.keys()
+    assert {"train/loss_level_0", "train/loss_level_1", "train/loss_level_global"} <= last.keys()
     assert any("eval/encoder/knn_20" in row for row in read_rows(run_dir))
     assert any(re.fullmatch(r"monitor/.*rankme", key) for row in read_rows(run_dir) for key in row)
 
@@ -63,7 +63,7 @@ def test_results_name_level_branch_and_pooling(run_dir):
     # The recipe keeps no moving average.
     assert {one.name.branch for one in results.measurements} == {"online", "untrained online", "-"}
     trained = {one.name.level for one in results.measurements if one.name.branch == "online"}
-    assert trained == {"encoder", "0", "1", "2", "pooled", "global"}
+    assert trained == {"encoder", "0", "1", "pooled", "global"}
     for one in results.measurements:
         assert one.name.pooling == ("flatten" if one.name.branch == "-" else "mean")
         assert one.low <= one.value <= one.high
@@ -79,7 +79,7 @@ def test_results_of_runs_merge(run_dir, tmp_path, capsys):
     assert merge([str(run_dir / "results.json"), str(other), "--markdown"]) == 0
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header.startswith("| model | data | branch | level | pooling | knn_20 (n 300/120) | linear (n 300/120) |")
-    assert len(rows) == 26
+    assert len(rows) == 22
     assert rows[0].startswith("| run | ")
     assert "| online | encoder | mean | 0." in rows[0]
     assert rows[0].count("[") == 5
@@ -99,7 +99,7 @@ def test_the_terminal_shows_the_table(run_dir):
     printed = (run_dir / "stdout").read_text()
     for word in ("trained", "untrained", "pixels", "kNN", "linear", "RankMe", "images/s"):
         assert word in printed
-    assert len(re.findall(r"0\.\d{3}±\.\d{3}  0\.\d{3}±\.\d{3} ", printed)) == 13
+    assert len(re.findall(r"0\.\d{3}±\.\d{3}  0\.\d{3}±\.\d{3} ", printed)) == 11
 
 
 def test_the_trace_is_one_that_viewers_read(run_dir):
