@@ -29,13 +29,19 @@ def test_a_law_trains_and_resumes(pretrain, tiny, tmp_path, capsys, law, read_lo
 
 
 @pytest.mark.parametrize(
-    ("recipe", "steps"),
-    [("hjepa", [0, 1, 2, 3]), ("hjepa_global", []), ("mae", [0, 1, 2, 3]), ("simclr", []), ("supervised", [])],
+    ("words", "steps"),
+    [
+        (["recipe=hjepa"], [0, 1, 2, 3]),
+        (["recipe=hjepa_global"], []),
+        (["recipe=hjepa_global", "hjepa.prediction=hidden", "hjepa.masked_every=4"], [3]),
+        (["recipe=mae"], [0, 1, 2, 3]),
+        (["recipe=simclr"], []),
+        (["recipe=supervised", "baseline.num_classes=3"], []),
+    ],
 )
-def test_masks_are_drawn_at_the_steps_that_need_them(tiny, monkeypatch, recipe, steps):
-    words = [word for word in tiny if not word.startswith("masks.")]
-    words += ["baseline.num_classes=3"] if recipe == "supervised" else []
-    config, _ = settings.load([*words, f"recipe={recipe}", "preset=demo", "data.train=synthetic"])
+def test_masks_are_drawn_at_the_steps_that_need_them(tiny, monkeypatch, words, steps):
+    tiny = [word for word in tiny if not word.startswith("masks.")]
+    config, _ = settings.load([*tiny, *words, "preset=demo", "data.train=synthetic"])
     task, drawn = build_task(config), []
     draw = task.draw_masks
     monkeypatch.setattr(task, "draw_masks", lambda step, sample: drawn.append(step) or draw(step, sample))

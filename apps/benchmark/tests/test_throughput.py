@@ -216,3 +216,15 @@ def test_the_plain_step_learns_and_sees_the_same_tokens(config, step):
     # As many parameters in the encoder as ours, up to the position of the norm and the layout of the patch embedding.
     ours = sum(one.numel() for one in step.task.model.encoder.parameters())
     assert sum(one.numel() for one in plain.encoder.parameters()) == pytest.approx(ours, rel=0.02)
+
+
+@pytest.mark.parametrize("targets", ["detached", "ema"])
+def test_prediction_of_views_has_its_parts(tiny, targets):
+    tiny = [word for word in tiny if not word.startswith("masks.")]
+    words = ("recipe=hjepa_global", "data.train=synthetic", *tiny, f"hjepa.targets={targets}")
+    step = TrainingStep(settings.load(words)[0], CPU)
+    parts = step.parts(repeats=1, warmup=0)
+    target = ["target"] if targets == "ema" else []
+    assert list(parts) == ["input", *target, "pyramid, losses", "whole views", "predictor", "optimizer", "EMA"]
+    assert parts["pyramid, losses"] > 0
+    assert graph_breaks(step) == 0

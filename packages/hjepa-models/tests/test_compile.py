@@ -9,17 +9,18 @@ import torch
 from hjepa_models import HJEPAConfig, LevelWeightsConfig, PredictorConfig, PyramidConfig, StateConfig, encoder_config
 from hjepa_models.global_level import GlobalConfig
 
+TOP = {"pool_heads": 4, "hidden_dim": 24, "out_dim": 8, "num_directions": 16}
 STATE = StateConfig(recurrent_dim=16, hidden_dim=16, num_groups=2, num_classes=4)
 
 
-def small_config(*, encoder=None, predictor=None, with_global=False, **fields):
+def small_config(*, encoder=None, predictor=None, with_global=None, **fields):
     size = {"image_size": (16, 16), "embed_dim": 32, "depth": 2, "num_heads": 2}
     return HJEPAConfig(
         encoder=encoder_config("vit_nano_patch4", **(size | (encoder or {}))),
         predictor=PredictorConfig(**({"depth": 1, "embed_dim": 24, "num_heads": 2} | (predictor or {}))),
         pyramid=PyramidConfig(levels=2, fpn="add", fpn_dim=16),
         level_weights=fields.pop("level_weights", LevelWeightsConfig(weights=(1.0, 0.5))),
-        global_level=GlobalConfig(pool_heads=4, hidden_dim=24, out_dim=8, num_directions=16) if with_global else None,
+        global_level=GlobalConfig(**(TOP | {"objective": with_global})) if with_global else None,
         **fields,
     )
 
@@ -34,7 +35,7 @@ def batches(device, views, count):
 
 CASES = {
     "hjepa": {},
-    "hjepa_global": {"targets": "detached", "with_global": True},
+    "hjepa_global": {"targets": "detached", "with_global": "sigreg"},
     "adaptive": {"level_weights": LevelWeightsConfig(kind="adaptive", weights=(1.0, 0.5))},
     "state": {"predictor": {"state": STATE}},
     "hybrid": {
@@ -46,7 +47,7 @@ CASES = {
         "encoder": {"position": "relative", "registers": 2, "qk_norm": True, "layer_scale": 1e-4},
         "predictor": {"mode": "isolated"},
     },
-    "view": {"targets": "detached", "with_global": True, "prediction": "view", "center_targets": True},
+    "view": {"targets": "detached", "with_global": "nt_xent", "prediction": "view", "center_targets": True},
     "contrast": {"objective": "patch_discrimination", "contrast": "batch", "instance_weight": 0.1},
 }
 
@@ -96,7 +97,7 @@ def test_fifty_steps_are_one_graph_without_recompiles(device, fields):
 @pytest.mark.slow
 def test_a_curriculum_has_one_graph_for_each_plan(device):
     weights = LevelWeightsConfig(kind="curriculum", weights=(1.0, 0.5), ramp_start=(8, 4), ramp_end=(12, 6))
-    model = small_config(level_weights=weights, with_global=True, targets="detached").build(device=device)
+    model = small_config(level_weights=weights, with_global="sigreg", targets="detached").build(device=device)
     graphs = []
     model.compile_step(backend=lambda graph, _: graphs.append(graph) or graph.forward)
     with torch._dynamo.config.patch(error_on_recompile=False):
@@ -107,7 +108,7 @@ def test_a_curriculum_has_one_graph_for_each_plan(device):
 
 @pytest.mark.slow
 def test_the_default_compiler_gives_the_same_losses_and_gradients(device):
-    plain, compiled = (small_config(with_global=True).build(seed=1, device=device) for _ in range(2))
+    plain, compiled = (small_config(with_global="sigreg").build(seed=1, device=device) for _ in range(2))
     compiled.compile_step()
     for step, (views, context, target) in enumerate(batches(device, 2, 3)):
         results = []

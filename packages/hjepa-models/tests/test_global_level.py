@@ -58,11 +58,12 @@ def test_vicreg_takes_invariance_from_pairs_and_the_rest_from_all_views(device):
 
 
 def test_equal_collapsed_views_agree_but_are_punished(device):
-    for objective in GlobalObjective:
+    # NT-Xent of rows that are all alike is no more than the logarithm of their number.
+    for objective, times in {"sigreg": 20, "vicreg": 20, "nt_xent": 2}.items():
         level = GlobalConfig(**SMALL, objective=objective).build(16, device=device)
         collapsed = level.loss(torch.zeros(2, 256, 8, device=device), 0)
         spread = level.loss(torch.randn(1, 256, 8, device=device).expand(2, -1, -1), 0)
-        assert collapsed > 2 * spread
+        assert collapsed > times * spread
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,8 @@ def test_predictions_equal_to_targets_give_zero_at_each_level(device, targets, f
     _, _, target_index = batch(device)
     index = target_index.flatten(1)
     tokens = normalize(torch.randn(6, 12, 32, device=device))
-    targets_of_levels = model.target_levels(tokens, index, GRID)
-    predictions = model.pyramid(scatter_to_canvas(tokens, index, GRID))
+    canvas = scatter_to_canvas(tokens, index, GRID)
+    targets_of_levels, predictions = model.target_levels(canvas), model.pyramid(canvas)
     for level, (prediction, target) in enumerate(zip(predictions, targets_of_levels, strict=True)):
         loss = model.level_loss(prediction, target, index if level == 0 else None)
         assert float(loss) == pytest.approx(0, abs=1e-6)
@@ -196,7 +196,7 @@ def test_a_step_without_a_masked_term_needs_no_masks(device):
     views, *masks = batch(device, views=2)
     assert [step for step in range(6) if model.needs_masks(step)] == [2, 5]
     assert torch.equal(model(views, None, None, 0).loss, model(views, *masks, 0).loss)
-    with pytest.raises(ValueError, match="masks: None at step 2, which has a masked term"):
+    with pytest.raises(ValueError, match="masks: None at step 2, which hides patches"):
         model(views, None, None, 2)
 
 
@@ -445,7 +445,7 @@ def test_centred_targets_need_two_images(device):
     model = small_config("ema", center_targets=True).build(device=device)
     views, context, target = batch(device)
     assert model(views, context[:2], target[:2], step=0).loss.isfinite()
-    with pytest.raises(ValueError, match="center_targets=True: one masked image less its own mean is 0"):
+    with pytest.raises(ValueError, match="center_targets=True: one image less its own mean is 0"):
         model(views, context[:1], target[:1], step=0)
 
 

@@ -334,7 +334,7 @@ def test_projected_pixels_are_frozen_and_layer_normed(device):
         ({"predictor": {"drop_path": 1.5}}, "predictor.drop_path=1.5: no rate"),
         (
             {"with_global": True, "vicreg_weight": 0.1, "level_weights": LevelWeightsConfig(weights=(0.0, 0.0, 0.0))},
-            "vicreg_weight=0.1: the masked term, to which it belongs, is off",
+            "vicreg_weight=0.1: prediction, to which it belongs, is off",
         ),
         ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
         ({"objective": "two_hots"}, "did you mean 'two_hot'"),

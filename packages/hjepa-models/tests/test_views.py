@@ -64,10 +64,8 @@ def test_relations_are_those_of_pictures_of_coordinates():
             # The image's coordinate is linear in the token's: two tokens of the other crop say how.
             line = there[axis].select(1 - axis, 0)
             expected = (seen[axis].flatten() - line[0]) / (line[1] - line[0])
-            torch.testing.assert_close(relation.places[row, :, axis], expected)
-            inside = (expected > -0.5) & (expected < size - 0.5)
-            assert (relation.inside[row] <= inside).all()
-        both = ((relation.places[row] > -0.5) & (relation.places[row] < torch.tensor(GRID) - 0.5)).all(-1)
+            torch.testing.assert_close(relation.places[row, :, axis], (expected + 0.5) / size)
+        both = ((relation.places[row] > 0) & (relation.places[row] < 1)).all(-1)
         assert torch.equal(relation.inside[row].bool(), both)
         for axis in (0, 1):
             spread = [one[axis].max() - one[axis].min() for one in (seen, there)]
@@ -76,9 +74,10 @@ def test_relations_are_those_of_pictures_of_coordinates():
     assert torch.equal(relation.change[:, 2], 1 - 2 * (crop[:, 4] != other[:, 4]).double())
 
 
-@pytest.mark.parametrize("position", ["rope", "sincos"])
+@pytest.mark.parametrize("position", ["rope", "rope_mixed", "sincos"])
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("reference", [(), (8, 12)])
-def test_patches_that_lie_on_patches_are_predicted_as_hidden_ones_are(device, position, reference):
+def test_patches_that_lie_on_patches_are_predicted_as_hidden_ones_are(device, position, reference, half):
     encoder = EncoderConfig(**ENCODER, position=position, position_grid=reference)
     predictor = small_config({"position": position, "position_grid": reference}).build(device=device).predictor
     assert predictor.positions.reference == (reference or encoder.grid)
@@ -87,10 +86,15 @@ def test_patches_that_lie_on_patches_are_predicted_as_hidden_ones_are(device, po
     context = torch.randn(3, 24, 32, device=device)
     crop = random_crops(3, 3).to(device)
     order = torch.arange(24, device=device).expand(3, -1)
-    expected = predictor(context, order, order[:, None])[:, 0]
-    torch.testing.assert_close(predictor.across(context, relate_crops(crop, crop, GRID)), expected)
     other = relate_crops(random_crops(3, 4).to(device), crop, GRID)
-    assert (predictor.across(context, other) - expected).abs().max() > 1e-3
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        expected = predictor(context, order, order[:, None])[:, 0]
+        same = predictor.across(context, relate_crops(crop, crop, GRID))
+        torch.testing.assert_close(same, expected, **({"atol": 0.01, "rtol": 0.0} if half else {}))
+        tokens = torch.zeros(3, 24, 24, device=device, dtype=expected.dtype)
+        added = predictor.positions.add(tokens, GRID, None), predictor.positions.at(tokens, tokens[..., :2])[0]
+        assert added[0].dtype == added[1].dtype  # the residual stream's
+        assert (predictor.across(context, other) - expected).abs().max() > 1e-3
 
 
 def test_a_change_of_size_or_direction_is_told_to_the_predictor(device):
@@ -125,7 +129,7 @@ def test_loss_is_that_of_both_directions_one_by_one(device, objective, targets, 
             tokens = wanted[own * 6 + row, places[0]][None]
             levels = zip(
                 model.pyramid(scatter_to_canvas(guess[row, places[0]][None], places, GRID)),
-                model.target_levels(tokens, places, GRID),
+                model.target_levels(scatter_to_canvas(tokens, places, GRID)),
                 strict=True,
             )
             for level, (prediction, wish) in enumerate(levels):
@@ -140,7 +144,7 @@ def test_loss_is_that_of_both_directions_one_by_one(device, objective, targets, 
 @pytest.mark.parametrize("global_level", [GLOBAL, None])
 @pytest.mark.parametrize("targets", ["detached", "online", "ema", "pooled"])
 def test_gradients_reach_all_that_trains(device, targets, global_level):
-    kept = {"vicreg_weight": 0.1} if targets == "online" else {}
+    kept = {"vicreg_weight": 0.1, "sigreg_weight": 0.1} if targets == "online" else {}
     model = small_config(targets=targets, global_level=global_level, **kept).build(device=device)
     views, crops = batch(device)
     assert not model.needs_masks(0)
@@ -173,6 +177,22 @@ def test_a_view_is_predicted_from_the_other_alone(device):
     assert (seen[0][6:] - seen[1][6:]).abs().min(-1).values.max() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_may_be_of_another_dtype(device, dtype):
+    model = small_config(targets="ema", global_level=None).build(device=device).to(dtype)
+    views, crops = batch(device)
+    assert model([view.to(dtype) for view in views], None, None, 0, crops).loss.isfinite()
+
+
+def test_views_beside_the_first_two_are_not_encoded_for_nothing(device):
+    model = small_config(global_level=None, targets="ema").build(device=device)
+    views, crops = batch(device)
+    seen = []
+    model.encoder.register_forward_hook(lambda _, arguments, __: seen.append(len(arguments[0])))
+    model([*views, views[0]], None, None, 0, [*crops, crops[0]])
+    assert seen == [12]
+
+
 def test_views_may_change_places(device):
     model = small_config().build(device=device).eval()
     views, crops = batch(device)
@@ -195,7 +215,7 @@ def test_prediction_at_every_other_step_needs_no_crops_between(device):
     views, crops = batch(device)
     assert set(model(views, None, None, 0).level_losses) == {"global"}
     assert set(model(views, None, None, 1, crops).level_losses) == {"0", "1", "global"}
-    with pytest.raises(ValueError, match="crops: None; prediction=view"):
+    with pytest.raises(ValueError, match="crops: none given; prediction=view"):
         model(views, None, None, 1)
 
 
@@ -206,16 +226,20 @@ def test_wrong_crops_and_views(device):
         model(views, None, None, 0, [crops[0][:5], crops[1]])
     with pytest.raises(ValueError, match="allowed: 2 or more with masked_views=1, prediction=view"):
         small_config(global_level=None).build(device=device)(views[:1], None, None, 0, crops[:1])
-    with pytest.raises(ValueError, match="two views of one shape"):
+    with pytest.raises(ValueError, match=r"views of shapes .*: one is not predicted from the other"):
         model([views[0], views[1][..., :16]], None, None, 0, crops)
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="a width or height is not above 0"):
+            model(views, None, None, 0, [crops[0], torch.zeros_like(crops[1])])
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"masked_views": 2}, "masked_views=2: goes with hidden patches; allowed: 1"),
-        ({"instance_weight": 0.1}, "instance_weight=0.1: goes with hidden"),
-        ({"sigreg_weight": 0.1}, "sigreg_weight=0.1: goes with hidden"),
+        ({"masked_views": 2}, "masked_views=2: has no meaning with prediction=view; allowed: 1"),
+        ({"instance_weight": 0.1}, "instance_weight=0.1: has no meaning"),
+        ({"contrast": "batch"}, "contrast=batch: has no meaning with prediction=view; allowed: image"),
+        ({"encoder": {"rope_legacy": True}}, "rope_legacy=True: has no meaning"),
         ({"targets": "projection"}, "targets other than projection"),
         ({"encoder": {"position": "learned"}}, "position=learned: has weights for the places of a grid"),
         ({"prediction": "veiw"}, "did you mean 'view'"),

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from hjepa_data.masks import MaskConfig
 from hjepa_data.stream import Decode, EvalConfig, StreamConfig, UnreadablePolicy, WorkerConfig
 from hjepa_data.transforms import IMAGENET_MEAN, IMAGENET_STD, ColorConfig, ViewGroup
-from hjepa_models import HJEPAConfig
+from hjepa_models import HJEPAConfig, Prediction
 from hjepa_models.encoder import check_image_size
-from hjepa_pretrain.baselines.config import BaselineConfig
+from hjepa_pretrain.baselines.config import BaselineConfig, BaselineKind
 from hjepa_pretrain.duration import seconds
 from hjepa_train import (
     CheckpointConfig,
@@ -306,6 +306,13 @@ class PretrainConfig:
     early_stop: EarlyStopConfig | None = None
     """`{metric: eval/encoder/knn_20, patience: 5}` ends a run that no longer gets better; null runs to the end."""
     plan: PlanConfig = field(default_factory=PlanConfig)
+
+    @property
+    def hides_patches(self) -> bool:
+        """Whether the loss hides patches, so that masks are drawn."""
+        if self.baseline is not None:
+            return self.baseline.kind is BaselineKind.mae
+        return self.hjepa.predicts is Prediction.hidden
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit one another."""

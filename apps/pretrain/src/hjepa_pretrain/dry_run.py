@@ -54,17 +54,18 @@ def step_cost_of(config: PretrainConfig) -> StepCost:
     if config.baseline is not None:
         raise settings.SettingsError("plan.dry: counts an H-JEPA; leave baseline out")
     rows, step = _images(config) // config.trainer.accumulate, _fullest_step(config)
-    masks = config.masks.build(config.run.seed)(step, torch.arange(2)) if config.hjepa.hides_patches else None
+    # Before tensors are fake: masks are drawn by their values.
+    masks = config.masks.build(config.run.seed)(step, torch.arange(2)) if config.hides_patches else None
     count = rows * config.hjepa.masked_views
     model = config.hjepa.build(seed=config.run.seed, device="meta")
     recompute_activations(model, config.trainer.recompute)
     with fake_tensors(model):
         groups = config.data.stream(1).views
         views = [torch.empty(rows, 3, *group.size) for group in groups for _ in range(group.count)]
-        context, targets = (
-            None if one is None else torch.zeros(count, *one.shape[1:], dtype=torch.int64)
-            for one in ((None, None) if masks is None else (masks.context, masks.targets))
-        )
+        context = targets = None
+        if masks is not None:
+            context = torch.zeros(count, *masks.context.shape[1:], dtype=torch.int64)
+            targets = torch.zeros(count, *masks.targets.shape[1:], dtype=torch.int64)
         crops = [torch.ones(rows, NUMBERS_PER_CROP)] * len(views)
         return step_cost(model, lambda: model(views, context, targets, step, crops).loss, config.trainer)
 

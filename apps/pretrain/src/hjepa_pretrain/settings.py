@@ -224,6 +224,7 @@ def _name_idle(plain: DictConfig, given: Mapping[str, object]) -> None:
         (("monitor.lr_",), "monitor.policy=lower_lr", plain.monitor.policy is CollapsePolicy.lower_lr),
         (("data.local_size", "data.local_scale"), "data.local_views", plain.data.local_views),
         (("masks",), "hjepa.prediction=hidden and a level weight", hides),
+        (("hjepa.predictor.mode",), "hjepa.prediction=hidden", plain.hjepa.prediction is Prediction.hidden),
         (("profiler",), "profile=true", plain.profile),
         (("logger.",), "loggers=[wandb] or [mlflow]", {LoggerKind.wandb, LoggerKind.mlflow} & set(plain.loggers)),
     ):  # fmt: skip

@@ -20,7 +20,7 @@ class PretrainTask(nn.Module):
 
     Args:
         model: what learns.
-        masks: one sampler for each masked view.
+        masks: one sampler for each masked view; none where nothing is hidden.
         color: colour augmentation, or None.
         mean: of each channel, pixels from 0 to 1.
         std: likewise.
@@ -101,7 +101,7 @@ def build_task(config: PretrainConfig) -> PretrainTask:
     seed = config.run.seed
     return PretrainTask(
         build_model(config),
-        [config.masks.build(seed + view) for view in range(config.hjepa.masked_views)],
+        [config.masks.build(seed + view) for view in range(config.hjepa.masked_views if config.hides_patches else 0)],
         None if config.color is None else config.color.build(seed),
         config.data.mean,
         config.data.std,

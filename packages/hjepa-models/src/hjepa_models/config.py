@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Targets(StrEnum):
-    """Where the targets of the masked levels come from.
+    """Where the targets of the predicted levels come from.
 
     `ema`: moving averages of encoder and pyramid. `pooled`: moving average of the encoder, plain pooling. `detached`:
     the online encoder's own features without gradient, plain pooling. `online`: the same with gradient, so that
@@ -53,7 +53,9 @@ class Prediction(StrEnum):
 
     `hidden`: the tokens of hidden patches from those of the visible patches of the same view, which alone are encoded.
     `view`: all tokens of one view from all tokens of another, both ways between the first two views, knowing where both
-    were cut: as every view is encoded whole, it costs a pass of the predictor and none of the encoder.
+    were cut; patches outside of the other view do not count. Beside a global level, which encodes every view whole, and
+    with `detached` or `online` targets it costs a pass of the predictor and none of the encoder. After Siamese Image
+    Modeling (arXiv 2206.01204), where the view that is seen is masked.
     """
 
     hidden = "hidden"
@@ -91,7 +93,7 @@ class HJEPAConfig:
         output_tokens: how many output tokens of each hidden patch the loss scores, drawn anew each step; 0 means all.
         patch_schedule: output patch size by the step; None means `encoder.output_patch_size` throughout.
         center_targets: take away from target tokens what those of a place have in common over the batch, of all
-            processes: it says where they are, which the predictor is told, not what is there. Without it features that
+            processes: it says where they are in their view, not what is there. Without it features that
             say their place and nothing else solve `patch_discrimination`. Not with `projection` or an output patch.
         objective: what a level's loss is: a distance of predicted and target tokens (`smooth_l1`, `l1`, `l2`,
             `cosine`), the cross entropy of bins (`two_hot`), or telling a token's target from other targets
@@ -192,7 +194,7 @@ class HJEPAConfig:
             raise ValueError(
                 f"encoder.stem_norm=batch: with targets={self.targets} and no global level the encoder sees no whole "
                 "image in training, so the statistics for evaluation would never be measured; allowed: "
-                "stem_norm=none, targets=detached or a global level; change one of them"
+                "stem_norm=none, targets=detached, prediction=view or a global level; change one of them"
             )
 
     @property
@@ -201,9 +203,9 @@ class HJEPAConfig:
         return self.global_level is not None or self.prediction is Prediction.view
 
     @property
-    def hides_patches(self) -> bool:
-        """Whether masked prediction is part of the loss."""
-        return self.prediction is Prediction.hidden and any(self.level_weights.weights)
+    def predicts(self) -> Prediction | None:
+        """What is predicted from what; None where no level has weight."""
+        return self.prediction if any(self.level_weights.weights) else None
 
     @property
     def map_widths(self) -> tuple[int, ...]:
@@ -312,7 +314,7 @@ class HJEPAConfig:
                 )
 
     def _check_collapse(self) -> None:
-        whole = self.targets is Targets.online or self.global_level is not None
+        whole = self.targets is Targets.online or self.encodes_views
         if self.sigreg_weight and not whole:
             raise ValueError(
                 f"sigreg_weight={self.sigreg_weight}: with targets={self.targets} and no global level no whole image "
@@ -343,7 +345,7 @@ class HJEPAConfig:
         if needs_masks and not masked:
             name, value = next(iter(needs_masks.items()))
             raise ValueError(
-                f"{name}={value}: the masked term, to which it belongs, is off with level_weights.weights="
+                f"{name}={value}: prediction, to which it belongs, is off with level_weights.weights="
                 f"{self.level_weights.weights}; allowed: with a level weight above 0; raise one or leave it out"
             )
         if self.center_targets and (self.targets is Targets.projection or self.encoder.output_patch_size):
@@ -387,14 +389,16 @@ class HJEPAConfig:
         others = {
             "masked_views": (self.masked_views, 1),
             "encoder.output_patch_size": (self.encoder.output_patch_size, ()),
+            "encoder.rope_legacy": (self.encoder.rope_legacy, False),
             "predictor.state": (self.predictor.state, None),
             "instance_weight": (self.instance_weight, 0.0),
-            "sigreg_weight": (self.sigreg_weight, 0.0),
+            # In a batch a place has its own other view among the others.
+            "contrast": (self.contrast, ContrastScope.image),
         }
         for name, (value, only) in others.items():
             if value != only:
                 raise ValueError(
-                    f"{name}={value}: goes with hidden patches; allowed: {only} with prediction=view; change one"
+                    f"{name}={value}: has no meaning with prediction=view; allowed: {only}; change one of them"
                 )
         if self.targets is Targets.projection or len(self.encoder.patch_size) != 2:
             raise ValueError(

@@ -16,8 +16,8 @@ class Relation(NamedTuple):
     """How the patches of a crop stand to another crop of the same image.
 
     Attributes:
-        places: their centres on the other's grid, in tokens (0 is the centre of its first one), rows before columns;
-            beyond the grid where they lie outside of the other crop.
+        places: row and column of their centres as parts of the other's height and width; below 0 or above 1 where they
+            lie outside of it.
         change: log2 of their height and width over those of the other's patches, and -1 where one crop is mirrored and
             the other is not, else 1.
         inside: 1 where the centre lies in the other crop, else 0.
@@ -38,11 +38,12 @@ def relate_crops(crop: Float[Tensor, "B 5"], other: Float[Tensor, "B 5"], grid: 
 
     >>> left, right = torch.tensor([[0.0, 0, 0.5, 1, 0]]), torch.tensor([[0.5, 0, 0.5, 1, 0]])
     >>> relate_crops(right, left, (1, 2)).places.tolist()  # next to the other's two patches
-    [[[0.0, 2.0], [0.0, 3.0]]]
+    [[[0.5, 1.25], [0.5, 1.75]]]
     """
     left, top, width, height, mirrored = crop.unsqueeze(-1).unbind(1)
     other_left, other_top, other_width, other_height, other_mirrored = other.unsqueeze(-1).unbind(1)
-    rows, columns = ((one + 0.5) / size for one, size in zip(_centres(grid, crop), grid, strict=True))
+    centres = grid_coordinates(grid, device=crop.device).to(crop.dtype).unbind(-1)
+    rows, columns = ((one + 0.5) / size for one, size in zip(centres, grid, strict=True))
     columns = torch.where(mirrored > 0, 1 - columns, columns)
     rows = (top + rows * height - other_top) / other_height
     columns = (left + columns * width - other_left) / other_width
@@ -50,11 +51,7 @@ def relate_crops(crop: Float[Tensor, "B 5"], other: Float[Tensor, "B 5"], grid: 
     inside = (rows >= 0) & (rows <= 1) & (columns >= 0) & (columns <= 1)
     direction = 1 - 2 * (mirrored - other_mirrored).abs()
     return Relation(
-        places=torch.stack([rows * grid[0] - 0.5, columns * grid[1] - 0.5], dim=-1),
+        places=torch.stack([rows, columns], dim=-1),
         change=torch.cat([(height / other_height).log2(), (width / other_width).log2(), direction], dim=-1),
         inside=inside.to(crop.dtype),
     )
-
-
-def _centres(grid: Grid, like: Tensor) -> tuple[Tensor, ...]:
-    return grid_coordinates(grid, device=like.device).to(like.dtype).unbind(-1)

@@ -37,9 +37,10 @@ class HJEPAOutput:
             "map0", ... (of the stem's maps), and of each term that is on: "vicreg", "sigreg", "disentanglement",
             "instance", "state". A level whose weight is 0 at this step has no key.
         embeddings: detached mean features, one row per image: "encoder" (all tokens of the first view: of the online
-            encoder where there is a global level, else of the target's; the visible tokens where whole images are not
-            encoded), each masked level ("0", ...: its hidden tokens on the target side, at steps with a masked term,
-            one row for each image of each masked view), "global" (the projected first view) and "map0", ... (pooled).
+            encoder where views are encoded whole, else of the target's; the visible tokens where whole images are not
+            encoded), each predicted level ("0", ...: its wanted tokens on the target side, at steps that predict, one
+            row for each image of each predicted view; 0 where crops do not overlap), "global" (the projected first
+            view) and "map0", ... (pooled).
     """
 
     loss: Float[Tensor, ""]
@@ -62,7 +63,7 @@ class StepPlan(NamedTuple):
 
 
 class HJEPA(nn.Module, PretrainedMixin):
-    """Predicts the features of hidden patches at every level of a pyramid, and of whole views at the top."""
+    """Predicts features of hidden patches or of another view at every level, and of whole views at the top."""
 
     def __init__(self, config: HJEPAConfig) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class HJEPA(nn.Module, PretrainedMixin):
 
     def needs_masks(self, step: int) -> bool:
         """Return whether a step hides patches."""
-        return self.config.prediction is Prediction.hidden and self.plan(step).predicts
+        return self.config.predicts is Prediction.hidden and self.plan(step).predicts
 
     def compile_step(self, **options: Any) -> None:  # noqa: ANN401
         """Compile the forward pass in place; its backward follows.
@@ -198,7 +199,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         if context_index is not None and target_index is not None:
             self._check_masks(views, context_index, target_index)
         elif self.needs_masks(step):
-            raise ValueError(f"masks: None at step {step}, which has a masked term; draw them where needs_masks(step)")
+            raise ValueError(f"masks: None at step {step}, which hides patches; draw them where needs_masks(step)")
         pair = None
         if plan.predicts and self.config.prediction is Prediction.view:
             pair = self._pair_of(views, crops)
@@ -223,7 +224,9 @@ class HJEPA(nn.Module, PretrainedMixin):
         plan: StepPlan,
     ) -> HJEPAOutput:
         output = HJEPAOutput(torch.zeros((), device=views[0].device), {}, {})
-        scales = self._encode_full(views) if self.config.encodes_views else None
+        scales = None
+        if self.config.encodes_views:
+            scales = self._encode_full(views if self.global_level is not None else views[:2])
         full = None if scales is None else [tokens for tokens, *_ in scales]
         if full is not None:
             output.embeddings["encoder"] = full[0].detach().mean(1)
@@ -259,14 +262,30 @@ class HJEPA(nn.Module, PretrainedMixin):
     def _pair_of(self, views: Sequence[Tensor], crops: Sequence[Float[Tensor, "B 5"]] | None) -> Float[Tensor, "2 B 5"]:
         """Return where the first two views were cut."""
         if not crops:
-            raise ValueError("crops: None; prediction=view has to know where views were cut; give those of the batch")
-        shapes = [tuple(one.shape) for one in crops[:2]]
-        if shapes != [(len(view), 5) for view in views[:2]] or views[0].shape != views[1].shape:
+            raise ValueError("crops: none given; prediction=view has to know where views were cut; give the batch's")
+        sizes = [tuple(view.shape) for view in views[:2]]
+        if sizes[0] != sizes[1]:
             raise ValueError(
-                f"crops of shapes {', '.join(map(str, shapes))} for views of shapes {tuple(views[0].shape)} and "
-                f"{tuple(views[1].shape)}; allowed: [batch, 5] for each of two views of one shape; check them"
+                f"views of shapes {sizes[0]} and {sizes[1]}: one is not predicted from the other; allowed: one shape; "
+                "check the first two views"
             )
-        return torch.stack(list(crops[:2]))
+        shapes = [tuple(one.shape) for one in crops[:2]]
+        if shapes != [(len(views[0]), 5)] * 2:
+            raise ValueError(
+                f"crops of shapes {', '.join(map(str, shapes))}: do not fit {len(views[0])} images; allowed: "
+                "[batch, 5] for each view; give left, top, width, height and mirrored"
+            )
+        pair = torch.stack(list(crops[:2]))
+        if (
+            pair.is_cpu
+            and not torch.compiler.is_compiling()
+            and type(pair) is Tensor
+            and not (pair[..., 2:4] > 0).all()
+        ):
+            raise ValueError(
+                "crops: a width or height is not above 0; allowed: parts of the image, up to 1; check the crops"
+            )
+        return pair
 
     def _check_masks(self, views: Sequence[Tensor], context_index: Tensor, target_index: Tensor) -> None:
         """Refuse masks of other axes, without tokens, or off the grid; their rows are checked where they are spread."""
@@ -317,7 +336,8 @@ class HJEPA(nn.Module, PretrainedMixin):
         context = self.encoder(images, context_index)
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.targets is Targets.online):
             whole, wanted = self._target_tokens(images, full, rows, index, plan)
-            targets = self.target_levels(wanted, index, output_grid)
+            canvas = scatter_to_canvas(wanted, index, output_grid)
+            targets = self.target_levels(canvas, self._few_known(index))
         if full is None:
             seen = context if whole is None else whole
             output.embeddings["encoder"] = seen[:rows].detach().mean(1)
@@ -333,7 +353,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         if config.sigreg_weight:
             seen = full if whole is None or full is not None else whole.chunk(config.masked_views)
             assert seen is not None
-            terms["sigreg"] = (config.sigreg_weight, sigreg(torch.stack([tokens.mean(1) for tokens in seen]), step))
+            terms["sigreg"] = (config.sigreg_weight, self._sigreg(seen, step))
         self._add_levels(predictions, targets, index, weights, step, plan, output)
         self._add_terms(terms, output)
 
@@ -351,17 +371,24 @@ class HJEPA(nn.Module, PretrainedMixin):
         grid = self.encoder.grid_of(views[0])
         relation = relate_crops(crops.flatten(0, 1), crops.flip(0).flatten(0, 1), grid)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.targets is Targets.online):
-            whole = torch.cat(full[:2])
-            if self.target_encoder is not None:
-                whole = self.target_encoder(torch.cat(list(views[:2])))
+            target = self.target_encoder
+            whole = torch.cat(full[:2]) if target is None else target(torch.cat(list(views[:2])))
             wanted = self._wanted(whole)
-            targets = self._target_side(Canvas(wanted, relation.inside, grid))
+            targets = self.target_levels(Canvas(wanted, relation.inside, grid))
         predicted = self.predictor.across(torch.cat(full[1::-1]), relation, grid)
-        predictions = self.pyramid(Canvas(predicted.float(), relation.inside, grid))
+        values = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        predictions = self.pyramid(Canvas(values, relation.inside, grid))
         if self.level_averages is not None:
             weights = adaptive_weights(self.level_averages(step), weights)
         self._add_levels(predictions, targets, None, weights, step, plan, output)
-        self._add_terms(self.losses.regularizers(predicted, wanted, predictions, weights), output)
+        terms = self.losses.regularizers(predicted, wanted, predictions, weights, relation.inside)
+        if self.config.sigreg_weight:
+            terms["sigreg"] = (self.config.sigreg_weight, self._sigreg(full, step))
+        self._add_terms(terms, output)
+
+    @staticmethod
+    def _sigreg(views: Sequence[Float[Tensor, "B N D"]], step: Tensor) -> Float[Tensor, ""]:
+        return sigreg(torch.stack([tokens.mean(1) for tokens in views]), step)
 
     def _add_terms(self, terms: dict[str, tuple[float, Tensor]], output: HJEPAOutput) -> None:
         for name, (weight, term) in terms.items():
@@ -411,7 +438,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         if self.config.center_targets:
             if len(whole) * world_size() < 2:
                 raise ValueError(
-                    "center_targets=True: one masked image less its own mean is 0 everywhere; "
+                    "center_targets=True: one image less its own mean is 0 everywhere; "
                     "allowed: two or more, over all processes; give more images, or leave center_targets out"
                 )
             whole = whole - all_reduce_mean(whole.detach().mean(0, keepdim=True))
@@ -469,11 +496,13 @@ class HJEPA(nn.Module, PretrainedMixin):
             )
         return context_index.repeat(views, 1), target_index.repeat(views, 1, 1), given
 
-    def target_levels(self, tokens: Float[Tensor, "B K D"], index: Int[Tensor, "B K"], grid: Grid) -> list[Canvas]:
-        """Return the target side of every level from layer-normed tokens at `index`, by the path of predictions."""
-        return self._target_side(scatter_to_canvas(tokens, index, grid), self._few_known(index))
+    def target_levels(self, canvas: Canvas, few: Int[Tensor, "B K"] | None = None) -> list[Canvas]:
+        """Return the target side of every level, by the path of predictions.
 
-    def _target_side(self, canvas: Canvas, few: Int[Tensor, "B K"] | None = None) -> list[Canvas]:
+        Args:
+            canvas: layer-normed tokens of the finest level.
+            few: the places that are known, where they are few (`Pyramid.forward`).
+        """
         if self.target_pyramid is None:
             return self.pyramid.pool(canvas)
         levels: list[Canvas] = self.target_pyramid(canvas, few)

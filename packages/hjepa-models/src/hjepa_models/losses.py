@@ -1,4 +1,4 @@
-"""The terms of the loss that predictions at masked places are scored by."""
+"""The terms of the loss that predictions are scored by."""
 
 from collections.abc import Sequence
 
@@ -62,6 +62,7 @@ class MaskedLosses(nn.Module):
         wanted: Float[Tensor, "B K D"],
         levels: Sequence[Canvas],
         weights: Float[Tensor, " L"],
+        known: Float[Tensor, "B K"] | None = None,
     ) -> dict[str, tuple[float, Float[Tensor, ""]]]:
         """Return the terms on all predictions, (weight, term) by name; those whose weight is 0 are left out.
 
@@ -70,16 +71,17 @@ class MaskedLosses(nn.Module):
             wanted: layer-normed target tokens.
             levels: the predicted tokens through the pyramid.
             weights: of the levels at this step.
+            known: 1 for the tokens that are scored, 0 for others; None means all.
         """
         config, terms = self.config, {}
         if config.vicreg_weight and config.vicreg_levels:
             each = torch.stack([self._spread(mean_token(level.values, level.weight)) for level in levels])
             terms["vicreg"] = (config.vicreg_weight, (weights * each).sum())
         elif config.vicreg_weight:
-            mean = predicted.mean(1)
+            mean = mean_token(predicted, known)
             term = self._spread(mean)
             if config.vicreg_invariance:
-                difference = torch.nn.functional.mse_loss(mean.to(wanted.dtype), wanted.mean(1))
+                difference = torch.nn.functional.mse_loss(mean.to(wanted.dtype), mean_token(wanted, known))
                 term = term + config.vicreg_invariance * difference
             terms["vicreg"] = (config.vicreg_weight, term)
         if config.disentanglement_weight:

@@ -1,4 +1,4 @@
-"""The predictor: guesses the tokens of hidden patches from those of the visible ones."""
+"""The predictor: guesses the tokens of hidden patches from visible ones, or those of a view from another's."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -191,20 +191,21 @@ class Predictor(nn.Module):
             ValueError: for a predictor that was not built for views, or whose positions are those of a grid alone.
 
         Source:
-            Tao et al. 2022 (Siamese Image Modeling, arXiv 2206.01204), section 3.1: the decoder knows where the crops
-            lie to each other, and how much larger one is; that one is mirrored it is told here too.
+            After Tao et al. 2022 (Siamese Image Modeling, arXiv 2206.01204), section 3.1: the decoder knows where the
+            crops lie to each other, and how much larger one is. Unlike there, the view that is seen is not masked,
+            and that one view is mirrored is told to the predictor.
         """
         if self.change is None:
-            raise ValueError("views=False: the predictor knows no crops; allowed: views=True; build it with them")
-        grid, reference = grid or self.grid, self.positions.reference
-        own = grid_coordinates(grid, reference, context.device).expand(len(context), -1, -1)
+            raise ValueError(
+                "views=False: the predictor knows no crops; allowed: that of a model with prediction=view; build one"
+            )
+        reference = self.positions.reference
+        own = grid_coordinates(grid or self.grid, reference, context.device).expand(len(context), -1, -1)
         # Positions are counted on the reference grid, as for patches.
-        there = [
-            (place + 0.5) * (wanted / size) - 0.5
-            for place, size, wanted in zip(relation.places.unbind(-1), grid, reference, strict=True)
-        ]
+        there = [place * size - 0.5 for place, size in zip(relation.places.unbind(-1), reference, strict=True)]
         projected = self.input(context)
-        mask = (self.mask_token + self.change(relation.change).unsqueeze(1)).expand(-1, context.shape[1], -1)
+        change = self.change(relation.change.to(self.change.weight.dtype)).unsqueeze(1)
+        mask = (self.mask_token + change).expand(-1, context.shape[1], -1)
         tokens = torch.cat([projected, mask.to(projected.dtype)], dim=1)
         tokens, places = self.positions.at(tokens, torch.cat([own, torch.stack(there, dim=-1)], dim=1))
         out: Tensor = self.output(self.transformer(tokens, places)[:, context.shape[1] :])

@@ -87,7 +87,7 @@ def graph_breaks(step: TrainingStep) -> int:
     """Places where `torch.compile` would cut the model's forward pass in two."""
     config, batch = step.config, step.batch
     views = [normalize(view, config.data.mean, config.data.std) for view in batch.views]
-    context, targets = step.task.draw_masks(0, batch.sample) if step.masked else (None, None)
+    context, targets = step.draw_masks()
     level = logging.getLogger("torch._dynamo").level
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     try:

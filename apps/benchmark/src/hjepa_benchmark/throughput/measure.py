@@ -97,7 +97,7 @@ def measure_throughput(config: PretrainConfig, *, steps: int, reference: bool = 
     cuda = config.run.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     step = TrainingStep(config, device)
-    context, targets = step.task.draw_masks(0, step.batch.sample)
+    context, targets = step.draw_masks()
     counted = operations(step)
     step.recompute()
     breaks = graph_breaks(step)
@@ -116,6 +116,8 @@ def measure_throughput(config: PretrainConfig, *, steps: int, reference: bool = 
         peak = (torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()) / 2**30
     plain, held = None, torch.cuda.memory_allocated() if cuda else 0
     if reference:
+        assert context is not None
+        assert targets is not None
         plain = ReferenceStep(config, context, targets, device)
         for _ in range(_WARMUP):
             plain()
@@ -145,8 +147,8 @@ def measure_throughput(config: PretrainConfig, *, steps: int, reference: bool = 
         peak_gib=peak,
         graph_breaks=breaks,
         host_synchronisations=host_synchronisations(step),
-        context_tokens=context.shape[1] if step.masked else None,
-        target_tokens=(targets.shape[1], targets.shape[2]) if step.masked else None,
+        context_tokens=None if context is None else context.shape[1],
+        target_tokens=None if targets is None else (targets.shape[1], targets.shape[2]),
         reference=found,
     )
 
@@ -181,7 +183,7 @@ def print_throughput(words: Sequence[str], *, steps: int, reference: bool, outpu
             f"parallel={config.parallel} trainer.accumulate={config.trainer.accumulate}: throughput times one process "
             "and one batch; give parallel=single trainer.accumulate=1 and the data.batch_size of one process"
         )
-    if reference and (config.baseline is not None or not config.hjepa.hides_patches):
+    if reference and (config.baseline is not None or not config.hides_patches):
         raise ValueError(f"--reference: the plain step is an I-JEPA, {config.recipe} has no masks; leave it out")
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads or threads)

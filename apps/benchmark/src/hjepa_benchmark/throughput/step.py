@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hjepa_benchmark.throughput.clock import milliseconds
 from hjepa_data import Batch, normalize
-from hjepa_models import HJEPA, Block, Prediction, scatter_to_canvas
+from hjepa_models import HJEPA, Block, Prediction, dense_canvas, num_tokens, scatter_to_canvas
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.task import build_task
 from hjepa_train import EMA
@@ -72,17 +72,13 @@ class TrainingStep:
         self.ema.update(0.996)
 
     @property
-    def masked(self) -> bool:
-        """Whether any step of the run's last ones hides patches."""
-        return any(self.task.model.needs_masks(self.step_of(number)) for number in range(self.every))
+    def predicts(self) -> Prediction | None:
+        """What an H-JEPA predicts from what at one of its last steps; None for a step without prediction."""
+        return self.config.hjepa.predicts if isinstance(self.task.model, HJEPA) else None
 
-    @property
-    def predicts(self) -> bool:
-        """Whether any of them predicts features."""
-        model = self.task.model
-        return isinstance(model, HJEPA) and any(
-            model.plan(self.step_of(number)).predicts for number in range(self.every)
-        )
+    def draw_masks(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Draw context and targets of the batch, where the step hides patches."""
+        return self.task.draw_masks(0, self.batch.sample) if self.config.hides_patches else (None, None)
 
     def step_of(self, number: int) -> int:
         """The step of the run that call `number` does: the last ones, over and over."""
@@ -133,9 +129,8 @@ class TrainingStep:
         """Parts that can run by themselves: name, work, and how much of it a step has on average."""
         config, model = self.config, self.task.model
         images = [normalize(view, config.data.mean, config.data.std) for view in self.batch.views]
-        across = config.hjepa.prediction is Prediction.view
-        wanted = torch.cat(images[: 2 if across else config.hjepa.masked_views])
-        context, targets = self.task.draw_masks(0, self.batch.sample)
+        wanted = torch.cat(images[: 2 if self.predicts is Prediction.view else config.hjepa.masked_views])
+        context, targets = self.draw_masks()
         share = 1 / self.every
 
         def prepare() -> None:
@@ -143,17 +138,17 @@ class TrainingStep:
                 normalize(view, config.data.mean, config.data.std)
 
         found: list[tuple[str, Callable[[], object], float]] = [("input", prepare, 1.0)]
-        if self.masked:
+        if context is not None:
             found.append(("masks", partial(self.task.draw_masks, 0, self.batch.sample), share))
         if not isinstance(model, HJEPA):
             return found
         if self.predicts and model.target_encoder is not None:
             found.append(("target", self._forward(model.target_encoder, wanted), share))
-        if self.masked:
+        if context is not None:
             found.append(("context", self._both(model.encoder, wanted, context), share))
         if self.predicts and not model.config.encoder.output_patch_size:
-            places = torch.arange(model.config.encoder.num_patches, device=self.device).expand(len(wanted), -1)
-            found.append((PYRAMID, self._pyramid(model, places if across else targets.flatten(1)), share))
+            index = None if targets is None else targets.flatten(1)
+            found.append((PYRAMID, self._pyramid(model, len(wanted), index), share))
         if model.config.encodes_views:
             # In one batch where they have one shape, else one by one, as in the step.
             full = [torch.cat(images)] if len({view.shape for view in images}) == 1 else images
@@ -179,17 +174,22 @@ class TrainingStep:
 
         return work
 
-    def _pyramid(self, model: HJEPA, index: Tensor) -> Callable[[], object]:
-        """Both sides of every level, from predicted and wanted tokens, and their losses."""
+    def _pyramid(self, model: HJEPA, rows: int, index: Tensor | None) -> Callable[[], object]:
+        """Both sides of every level, from predicted and wanted tokens, at `index` or everywhere, and their losses."""
         grid, weights = model.encoder.grid, model.config.level_weights.weights
-        shape, dtype = (*index.shape, model.config.encoder.embed_dim), self.config.trainer.precision.dtype
+        count, dtype = num_tokens(grid) if index is None else index.shape[1], self.config.trainer.precision.dtype
+        shape = (rows, count, model.config.encoder.embed_dim)
         wanted = torch.randn(shape, device=self.device)
         predicted = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
 
         def loss(predicted: Tensor, wanted: Tensor) -> Tensor:
+            canvases = [
+                dense_canvas(tokens, grid) if index is None else scatter_to_canvas(tokens, index, grid)
+                for tokens in (wanted, predicted)
+            ]
             with torch.no_grad():
-                targets = model.target_levels(wanted, index, grid)
-            predictions = model.pyramid(scatter_to_canvas(predicted, index, grid))
+                targets = model.target_levels(canvases[0])
+            predictions = model.pyramid(canvases[1])
             # The finest level is scored on its tokens, the others on their canvas.
             places = [index, *[None] * (len(weights) - 1)]
             losses = map(model.level_loss, predictions, targets, places)

@@ -139,7 +139,7 @@ def rank_section(rows: list[dict[str, Any]]) -> Section:
 
 def _masks(config: PretrainConfig, test: Images) -> list[Section]:
     pixels = config.baseline is not None and config.baseline.kind is BaselineKind.mae
-    if not pixels and (config.baseline is not None or not config.hjepa.hides_patches):
+    if not config.hides_patches:
         return []
     shown = test.head(_SHOWN)
     drawn = config.masks.build(config.run.seed)(0, torch.arange(len(shown.labels)))
@@ -155,8 +155,7 @@ def _masks(config: PretrainConfig, test: Images) -> list[Section]:
 
 def _views(config: PretrainConfig, test: Images) -> list[Section]:
     """What the predictor sees and has to predict, on held-out images and crops as in training, without the colours."""
-    hjepa = config.hjepa
-    if config.baseline is not None or hjepa.prediction is Prediction.hidden or not any(hjepa.level_weights.weights):
+    if config.baseline is not None or config.hjepa.predicts is not Prediction.view:
         return []
     images = _arrays(test.head(_SHOWN).pixels)
     groups, (height, width) = config.data.stream(1).views, images.shape[1:3]
@@ -168,14 +167,14 @@ def _views(config: PretrainConfig, test: Images) -> list[Section]:
         cut_views(upright, plans, views, row)
         crops[:, row] = crop_numbers(upright, plans)
     seen, wanted = (torch.from_numpy(crop) for crop in crops[:2])
-    grid = (hjepa.encoder.grid[-2], hjepa.encoder.grid[-1])
-    inside = relate_crops(wanted, seen, grid).inside.bool().unflatten(1, grid).numpy()
+    grid = (config.hjepa.encoder.grid[-2], config.hjepa.encoder.grid[-1])
+    inside = relate_crops(wanted, seen, grid).inside.bool().reshape(-1, *grid).numpy()
     first, second = (view.transpose(0, 2, 3, 1) for view in views[:2])
     note = (
         "The predictor sees the features of one view (blue) and has to predict those of the other (orange), and the "
-        "other way round, knowing where both were cut. Patches outside of the seen view do not count. In training the "
-        "colours of the views differ."
+        "other way round, knowing where both were cut. Patches outside of the seen view do not count."
     )
+    note += "" if config.color is None else " In training the colours of the views differ."
     picture = figures.views(images, (first, second), crops[:2], inside)
     return [Section(title="Views", note=note, pictures=[picture])]
 

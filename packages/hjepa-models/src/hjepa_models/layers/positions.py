@@ -196,9 +196,7 @@ class GridPositions(nn.Module):
         embedding = self.embedding(grid, index, tokens.device)
         if embedding is None:
             return tokens
-        # Under autocast the sum stays float32, as the residual stream does; a model in bfloat16 stays in bfloat16.
-        cast = torch.is_autocast_enabled(tokens.device.type)
-        return tokens + (embedding if cast else embedding.to(tokens.dtype))
+        return _plus(tokens, embedding)
 
     def places(
         self, grid: Grid, index: Int[Tensor, "B K"] | None, device: torch.device, prefix: int = 0
@@ -209,10 +207,7 @@ class GridPositions(nn.Module):
         if self.kind not in ROTARY:
             return [Place()] * self.depth
         if self.kind is Position.rope_mixed:
-            coordinates = grid_coordinates(grid, self.reference, device)
-            with torch.autocast(device.type, enabled=False):
-                frequencies = self.frequencies.to(torch.promote_types(self.frequencies.dtype, torch.float32))
-                angles = torch.einsum("lhfa,na->lhnf", frequencies, coordinates.to(frequencies.dtype))
+            angles = self._mixed_angles(grid_coordinates(grid, self.reference, device))
             return [Place(self._rotation(angle.cos(), angle.sin(), index, prefix)) for angle in angles]
         return [Place(self._rotation(*self._axial(grid, device), index, prefix))] * self.depth
 
@@ -230,10 +225,19 @@ class GridPositions(nn.Module):
         """
         check_continuous(self.kind)
         if self.kind is Position.sincos:
-            added = sincos_positions(coordinates, self.embed_dim)
-            return tokens + added.to(tokens.dtype), [Place()] * self.depth
-        angle = rotation_angles(coordinates, self.head_dim, self.theta).unsqueeze(1)
-        return tokens, [Place(Rotation(angle.cos(), angle.sin()))] * self.depth
+            return _plus(tokens, sincos_positions(coordinates, self.embed_dim)), [Place()] * self.depth
+        if self.kind is Position.rope_mixed:
+            angles = self._mixed_angles(coordinates).transpose(1, 2)
+        else:
+            angles = (
+                rotation_angles(coordinates, self.head_dim, self.theta).unsqueeze(1).expand(self.depth, -1, -1, -1, -1)
+            )
+        return tokens, [Place(Rotation(angle.cos(), angle.sin())) for angle in angles]
+
+    def _mixed_angles(self, coordinates: Float[Tensor, "*B N A"]) -> Float[Tensor, "L H *B N F"]:
+        with torch.autocast(coordinates.device.type, enabled=False):
+            frequencies = self.frequencies.to(torch.promote_types(self.frequencies.dtype, torch.float32))
+            return torch.einsum("lhfa,...na->lh...nf", frequencies, coordinates.to(frequencies.dtype))
 
     def _axial(self, grid: Grid, device: torch.device) -> tuple[Float[Tensor, "1 N F"], Float[Tensor, "1 N F"]]:
         """Return the cosine and sine of every token's angles, the same for all layers and heads; those kept, if any."""
@@ -282,12 +286,17 @@ class GridPositions(nn.Module):
         return torch.nn.functional.pad(bias, (prefix, 0, prefix, 0))
 
 
+def _plus(tokens: Float[Tensor, "B K D"], embedding: Float[Tensor, "#B K D"]) -> Float[Tensor, "B K D"]:
+    # Under autocast the sum stays float32, as the residual stream does; a model in bfloat16 stays in bfloat16.
+    return tokens + (embedding if torch.is_autocast_enabled(tokens.device.type) else embedding.to(tokens.dtype))
+
+
 def check_continuous(kind: Position) -> None:
     """Refuse kinds that know the places of a grid only."""
-    if kind not in (Position.rope, Position.sincos):
+    if kind in TABLES:
         raise ValueError(
             f"position={kind}: has weights for the places of a grid, and views are predicted at places between them; "
-            "allowed: rope, sincos; change one of them"
+            "allowed: rope, rope_mixed, sincos; change one of them"
         )
 
 

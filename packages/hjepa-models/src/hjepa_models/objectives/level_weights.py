@@ -21,7 +21,7 @@ class LevelWeighting(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class LevelWeightsConfig:
-    """Describes the weights of the masked levels.
+    """Describes the weights of the predicted levels.
 
     Attributes:
         kind: `fixed`; `curriculum`: level l rises linearly from 0 at `ramp_start[l]` to its weight at `ramp_end[l]`; or

@@ -10,7 +10,7 @@ from hjepa_models.objectives.symlog import symlog as to_symlog
 
 
 class Objective(StrEnum):
-    """What the masked levels minimise: a distance, the cross entropy of bins, or telling targets apart."""
+    """What the predicted levels minimise: a distance, the cross entropy of bins, or telling targets apart."""
 
     smooth_l1 = "smooth_l1"
     l1 = "l1"
