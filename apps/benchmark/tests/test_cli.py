@@ -200,6 +200,7 @@ def test_rivals_give_crops_of_the_images(shards, tmp_path):
         (["compare", "one", "two"], "one"),
         (["sweep", "run.stpes=1,2"], "run.steps"),
         (["sweep", "run.seed=0,1", "run.dir=x"], "run.dir=x: not with --multirun"),
+        (["sweep", "run.seed=0,1", "run.train_time=5m", "run.steps=9"], "run.train_time=5m: measures how many steps"),
         (["sweep", "run.seed=0,1", "nonsense"], "'nonsense' is not a setting; write key=a,b"),
         (["throughput", "trainer.accumulate=2"], "trainer.accumulate=2"),
         (["throughput", "parallel=ddp"], "parallel=ddp"),

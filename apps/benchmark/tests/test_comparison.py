@@ -119,6 +119,22 @@ def test_groups_are_runs_that_differ_in_the_seed_alone():
     assert list(group_by_settings(runs[:3])) == ["all"]
 
 
+@pytest.mark.parametrize("command", ["hjepa-pretrain", "hjepa-pretrain trainer.learning_rate.warmup_steps=1,2"])
+def test_seeds_of_equal_time_are_one_group_whatever_their_steps(command):
+    runs = [
+        candidate(f"{recipe}{seed}", [True], **{
+            "recipe": recipe, "run.seed": seed, "run.train_time": "5m", "run.steps": 1000 * (2 + rank) + seed,
+            "trainer.learning_rate.warmup_steps": 10 * rank + seed, "provenance": [{"command": command}],
+        })
+        for rank, recipe in enumerate(("hjepa", "simclr")) for seed in (0, 1)
+    ]  # fmt: skip
+    assert "run.steps" in differing_settings(runs)
+    chosen = "warmup_steps" in command
+    assert [len(group) for group in group_by_settings(runs).values()] == ([1] * 4 if chosen else [2, 2])
+    given = [replace(run, settings={**run.settings, "run.train_time": None}) for run in runs]
+    assert len(group_by_settings(given)) == 4
+
+
 def test_curves_over_images_and_seconds():
     rows = [{"step": 2, "train/step_ms": 500.0}, {"step": 4, "train/step_ms": 250.0, "eval/x": 0.3}]
     run = candidate("a", [True], rows=rows)

@@ -30,6 +30,9 @@ def test_a_word_that_names_no_data_leaves_the_demo(words):
         (["run.threads=100000"], "run.threads=100000: too few or too many; allowed: 1 to 1024"),
         (["run.time_limit=1h30"], "run.time_limit=1h30"),
         (["run.time_limit=0"], "run.time_limit=0"),
+        (["run.train_time=1h30"], "run.train_time=1h30: no length of time"),
+        (["run.train_time=0"], "run.train_time=0: no time at all"),
+        (["run={train_time: 5m, steps: 9}"], "run.train_time=5m: measures how many steps there are, and run.steps=9"),
         (["data.image_size=[0,0]"], "data.image_size=(0, 0)"),
         (["data.std=[nan,1,1]"], "std=(nan, 1.0, 1.0)"),
         (["data.crop_scale=[1,0.3]"], "scale=(1.0, 0.3)"),
@@ -107,6 +110,15 @@ def test_any_path_comes_through(text):
     path = f"x{text}y\\"
     (override,) = OverridesParser.create().parse_overrides([settings.quoted(f"run.dir={path}")])
     assert override.value() == path
+
+
+@pytest.mark.parametrize("recipe", ["hjepa", "simclr"])
+def test_measured_steps_are_as_good_as_given_ones(recipe):
+    words = [f"recipe={recipe}", "hjepa.level_weights.kind=curriculum"]
+    _, measured = settings.load([*words, "run.train_time=80s"], steps=77)
+    _, given = settings.load([*words, "run.steps=77"])
+    measured.run.train_time = None
+    assert measured == given
 
 
 def test_a_stored_run_takes_a_part_that_was_off(tmp_path):

@@ -20,8 +20,9 @@ and shows what was learned.
   torchrun --nproc-per-node=8 -m hjepa_pretrain ...          several processes: parallel=ddp or parallel=fsdp
   hjepa-pretrain --multirun run.seed=0,1,2 recipe=ijepa,hjepa   every combination, each in its folder
 
-Often set: run.dir run.steps run.seed run.time_limit (90s, 30m, 11h30m) data.batch_size data.image_size data.workers
-checkpoint.every_steps checkpoint.every_minutes eval.every_steps trainer.learning_rate.value
+Often set: run.dir run.steps or run.train_time (80s, 5m, 8h: as many steps as fit) run.seed run.time_limit (90s, 30m,
+11h30m: stop then, and save) data.batch_size data.image_size data.workers checkpoint.every_steps
+checkpoint.every_minutes eval.every_steps trainer.learning_rate.value
 
   hjepa-pretrain plan.show=true [key=value ...]              draw the schedules of a run, and stop
   hjepa-pretrain plan.find_lr=true [key=value ...]           sweep learning rates, suggest one, and stop
@@ -68,6 +69,8 @@ def _run(words: list[str]) -> int:
     try:
         config, plain = settings.load(words)
         if show:
+            if config.run.train_time is not None and not settings.holds_run(config.run.dir):
+                print("run.train_time: how many steps fit is measured when the run begins", file=sys.stderr)
             print(OmegaConf.to_yaml(plain, resolve=True), end="")
             return 0
         # Names of folders are no markup. While it trains, the trainer has signals of its own.

@@ -34,6 +34,8 @@ class RunConfig:
     """Its folder; null makes `runs/<recipe>-<time>`. A folder that holds a run is resumed."""
     steps: int = 100_000
     """Optimizer steps of the whole run."""
+    train_time: str | None = None
+    """Train for this long, as in 80s, 5m or 8h: how many steps fit is measured first and takes the place of `steps`."""
     seed: int = 0
     """Of weights, order, crops, colours and masks."""
     time_limit: str | None = None
@@ -56,14 +58,21 @@ class RunConfig:
             )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"run.device={self.device}: unknown; allowed: auto, cpu, cuda")
-        if self.time_limit is not None:
-            self.time_limit = str(self.time_limit)
-            seconds(self.time_limit)
+        for name in ("train_time", "time_limit"):
+            text = getattr(self, name)
+            if text is not None:
+                setattr(self, name, str(text))
+                seconds(str(text), f"run.{name}")
+
+    @property
+    def train_time_seconds(self) -> float | None:
+        """The time to train in seconds, or None."""
+        return None if self.train_time is None else seconds(self.train_time, "run.train_time")
 
     @property
     def time_limit_seconds(self) -> float | None:
         """The time limit in seconds, or None."""
-        return None if self.time_limit is None else seconds(self.time_limit)
+        return None if self.time_limit is None else seconds(self.time_limit, "run.time_limit")
 
 
 @dataclass(kw_only=True, slots=True)

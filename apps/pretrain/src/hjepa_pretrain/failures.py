@@ -10,7 +10,6 @@ import torch
 from torch.distributed import DistError
 
 from hjepa_data import WorkerError
-from hjepa_pretrain.run import OtherRankError
 from hjepa_train import (
     EXIT_ERROR,
     EXIT_PREEMPTED,
@@ -24,6 +23,10 @@ from hjepa_train import (
 _NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 _AGAIN = "start the same command again: it goes on from the last checkpoint"
+
+
+class OtherRankError(ValueError):
+    """Another process of this run has failed, and says why itself."""
 
 
 class Stopped(BaseException):

@@ -21,12 +21,14 @@ from hjepa_pretrain.claim import claim
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.dry_run import dry_run
 from hjepa_pretrain.evaluation import OnlineEvaluation, load_pair, measure, open_sources
+from hjepa_pretrain.failures import OtherRankError
 from hjepa_pretrain.model import Model, command, save_model
 from hjepa_pretrain.plan import find_learning_rate, show_schedules
 from hjepa_pretrain.provenance import provenance
 from hjepa_pretrain.report import write_report
 from hjepa_pretrain.results import RESULTS_FILE, measured_before, results_of, results_table
 from hjepa_pretrain.task import PretrainTask, build_task
+from hjepa_pretrain.train_time import LONG, measure_step
 from hjepa_train import (
     Callback,
     CollapseMonitor,
@@ -50,10 +52,6 @@ Sources = tuple[Source, Source | None]
 T = TypeVar("T")
 # What a finished run holds beside its results.
 _LEFT = ("model.safetensors", "config.json", "report.html")
-
-
-class OtherRankError(ValueError):
-    """Another process of this run has failed, and says why itself."""
 
 
 class SkippedImages(Callback):
@@ -149,11 +147,14 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
     with ExitStack() as held:
         try:
             sources = _sources(config, world)
+            folder = _name(config, world)
+            if config.run.train_time is not None:
+                config, plain = _fit_to_time(config, words, sources, world, folder, console)
             config.trainer.samples_per_epoch = len(sources[0])
             if config.plan.show or config.plan.find_lr:
                 _plan(config, plain, sources, world, console)
                 return Outcome.DONE
-            trainer, folder = _prepare(config, plain, words, sources, world, console, started, held)
+            trainer = _prepare(config, plain, words, sources, world, folder, console, started, held)
             outcome = trainer.fit()
         finally:
             leave_world()
@@ -200,24 +201,51 @@ def _sources(config: PretrainConfig, world: World) -> Sources:
     return sources
 
 
+def _fit_to_time(
+    config: PretrainConfig, words: list[str], sources: Sources, world: World, folder: Path, console: Console
+) -> tuple[PretrainConfig, DictConfig]:
+    """Compose the run of as many steps as there is time for; one that has begun has its steps already."""
+    if settings.holds_run(folder):
+        return settings.load([*words, f"run.dir={folder}"], quiet=True)
+    limit = config.run.train_time_seconds
+    assert limit is not None
+    timed, plain = settings.load(words, steps=LONG, quiet=True)
+    timed.trainer.samples_per_epoch = len(sources[0])
+    _count_classes(timed, plain, sources[0])
+    step = measure_step(timed, _stream(timed, sources, world), world, limit)
+    count, length = int(limit / step.seconds), f"{1e3 * step.seconds:,.1f} ms"
+
+    def fit() -> tuple[PretrainConfig, DictConfig]:
+        if not count:
+            raise settings.SettingsError(
+                f"run.train_time={config.run.train_time}: no time for a step, which takes {length}; give more"
+            )
+        return settings.load(words, steps=count)
+
+    fitted = _together(world, fit)
+    if world.is_main:
+        said = f"run.train_time={config.run.train_time}: {count:,} steps ({length} each, measured over {step.steps:,})"
+        console.print(said, highlight=False)
+    return fitted
+
+
 def _prepare(
     config: PretrainConfig,
     plain: DictConfig,
     words: list[str],
     sources: Sources,
     world: World,
+    folder: Path,
     console: Console,
     started: float,
     held: ExitStack,
-) -> tuple[Trainer, Path]:
+) -> Trainer:
     _count_classes(config, plain, sources[0])
     # Drop path draws from the global generator; checkpoints carry it.
     torch.manual_seed(config.run.seed * world.size + world.rank)
     task = build_task(config)
     stream = _stream(config, sources, world)
-    # Processes that torchrun starts again go back to the folder of the first ones.
-    stamp = world.first("run", int(time.time()))
-    folder = _together(world, lambda: _folder(config, plain, stamp))
+    _together(world, lambda: _make_folder(folder, plain))
     _together(world, lambda: held.enter_context(claim(folder)) if world.is_main else None)
     callbacks = _together(world, lambda: _callbacks(config, plain, sources, folder, console, started))
     trainer = Trainer(
@@ -233,7 +261,7 @@ def _prepare(
     )
     if world.is_main:
         _announce(config, task, len(sources[0]), folder, console)
-    return trainer, folder
+    return trainer
 
 
 def _stream(config: PretrainConfig, sources: Sources, world: World) -> DevicePrefetcher:
@@ -258,10 +286,15 @@ def _count_classes(config: PretrainConfig, plain: DictConfig, source: Source) ->
         plain.baseline.num_classes = config.baseline.num_classes
 
 
-def _folder(config: PretrainConfig, plain: DictConfig, stamp: int) -> Path:
-    """Make the run's folder, or go back to it."""
+def _name(config: PretrainConfig, world: World) -> Path:
+    """Name the run's folder; processes that torchrun starts again go back to that of the first ones."""
+    stamp = world.first("run", int(time.time()))
     name = f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(stamp))}"
-    folder = Path("runs") / name if config.run.dir is None else Path(config.run.dir)
+    return Path("runs") / name if config.run.dir is None else Path(config.run.dir)
+
+
+def _make_folder(folder: Path, plain: DictConfig) -> None:
+    """Make the run's folder, or go back to it."""
     plain.run.dir = str(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -279,7 +312,6 @@ def _folder(config: PretrainConfig, plain: DictConfig, stamp: int) -> Path:
             f"run.dir={folder}: a finished run without its checkpoints, which would begin again; choose another "
             f"folder, or remove its {RESULTS_FILE}"
         )
-    return folder
 
 
 def _callbacks(

@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.yaml"
 # What a run may change when it goes on; everything else would make it another run.
 CHANGEABLE = (
-    "run.dir", "run.steps", "run.time_limit", "run.device", "run.threads", "parallel", "data.eval", "data.workers",
-    "data.cache_mib", "data.decode", "data.max_skipped_fraction", "data.unreadable", "checkpoint.",
+    "run.dir", "run.steps", "run.train_time", "run.time_limit", "run.device", "run.threads", "parallel", "data.eval",
+    "data.workers", "data.cache_mib", "data.decode", "data.max_skipped_fraction", "data.unreadable", "checkpoint.",
     "eval.", "monitor.", "profile", "profiler.", "trainer.log_every",
     "trainer.learning_rate.", "trainer.weight_decay.", "trainer.precision", "trainer.guard.", "trainer.check_every",
     "trainer.accumulate", "trainer.recompute", "trainer.compile", "trainer.fp8", "trainer.parallel.fsdp.",
@@ -67,7 +67,7 @@ class SettingsError(ValueError):
     """Wrong words on the command line or in a stored configuration."""
 
 
-def load(words: Sequence[str], *, quiet: bool = False) -> tuple[PretrainConfig, DictConfig]:
+def load(words: Sequence[str], *, steps: int | None = None, quiet: bool = False) -> tuple[PretrainConfig, DictConfig]:
     """Returns the typed configuration and its plain form for the overrides in `words`.
 
     Without `data.train` the demo preset is taken. With a `run.dir` that already holds a run, that run's own
@@ -75,6 +75,7 @@ def load(words: Sequence[str], *, quiet: bool = False) -> tuple[PretrainConfig, 
 
     Args:
         words: of the command line.
+        steps: in place of `run.steps`, where they follow from `run.train_time`.
         quiet: leave out what has been said of these words before.
 
     Raises:
@@ -86,13 +87,17 @@ def load(words: Sequence[str], *, quiet: bool = False) -> tuple[PretrainConfig, 
     stored = _stored(given)
     try:
         plain = _fresh(words, given) if stored is None else _amend(stored, overrides)
+        if steps is not None:
+            plain.run.steps = steps
+        # How long the warm-up may be is known with the steps.
+        awaited = stored is None and steps is None and plain.run.train_time is not None
         if "parallel" not in given:
             _fit_world(plain)
         _derive(plain)
         if stored is None and plain.plan.dry and not given.keys() & {"model", "plan.models"}:
             plain.plan.models = list(PLANNED)
         warmup = int(plain.trainer.learning_rate.warmup_steps)
-        if stored is None and "trainer.learning_rate.warmup_steps" not in given:
+        if stored is None and not awaited and "trainer.learning_rate.warmup_steps" not in given:
             _shorten_warmup(plain)
         config = OmegaConf.to_object(plain)
     except (OmegaConfBaseException, ValueError, AssertionError) as error:
@@ -105,8 +110,9 @@ def load(words: Sequence[str], *, quiet: bool = False) -> tuple[PretrainConfig, 
         if now != warmup:
             text = "trainer.learning_rate.warmup_steps=%d shortened to %d, a fifth of run.steps=%d"
             logger.info(text, warmup, now, config.run.steps)
-        _name_idle(plain, given)
-        _name_lonely(config)
+        if steps is None:
+            _name_idle(plain, given)
+            _name_lonely(config)
     return config, plain
 
 
@@ -132,6 +138,11 @@ def read_provenance(folder: Path) -> list[dict[str, Any]]:
     path = folder / CONFIG_FILE
     content = yaml.safe_load(path.read_text()) if path.is_file() else {}
     return list(content.get("provenance", []))
+
+
+def holds_run(folder: str | Path | None) -> bool:
+    """Returns whether a folder holds a run that has begun."""
+    return folder is not None and (Path(folder) / CONFIG_FILE).is_file()
 
 
 def plain_keys() -> list[str]:
@@ -173,6 +184,11 @@ def _check(given: Mapping[str, object]) -> None:
             raise SettingsError(f"{said}; allowed: {key}=NAME, or --multirun {key}=A,B for a run of each")
         if key in _PATHS and value == "":
             raise SettingsError(f"{key}='': names nothing; give a path, or leave it out")
+    if given.get("run.train_time") is not None and "run.steps" in given:
+        raise SettingsError(
+            f"run.train_time={given['run.train_time']}: measures how many steps there are, and run.steps="
+            f"{given['run.steps']} says it; give one of the two"
+        )
 
 
 def _set(key: str, value: object) -> Iterator[tuple[str, object]]:
@@ -329,11 +345,9 @@ def _optional_parts(tree: DictConfig, prefix: str = "") -> dict[str, type]:
 
 
 def _stored(given: Mapping[str, object]) -> DictConfig | None:
-    if "run.dir" not in given:
+    if "run.dir" not in given or not holds_run(str(given["run.dir"])):
         return None
     path = Path(str(given["run.dir"])) / CONFIG_FILE
-    if not path.is_file():
-        return None
     try:
         content = dict(yaml.safe_load(path.read_text()))
         content.pop("provenance", None)
@@ -353,6 +367,13 @@ def _amend(stored: DictConfig, overrides: Sequence[Override]) -> DictConfig:
         key = str(override.key_or_group)
         # On the command line of a new run this word chooses the law's class.
         _update(plain, "mask_law" if key == "masks" else key, override.value())
+    if plain.run.train_time not in (None, stored.run.train_time):
+        raise SettingsError(
+            f"run.train_time={plain.run.train_time}: the run in {stored.run.dir} has its length, run.steps="
+            f"{stored.run.steps}; change that, or start another run.dir"
+        )
+    if plain.run.steps != stored.run.steps:
+        plain.run.train_time = None
     before, after = (dict(_leaves(OmegaConf.to_container(one, enum_to_str=True))) for one in (stored, plain))
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)

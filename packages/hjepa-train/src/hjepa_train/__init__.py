@@ -33,6 +33,7 @@ from hjepa_train.parallel import FSDPConfig, ParallelConfig, ParallelKind, World
 from hjepa_train.precision import Precision
 from hjepa_train.protocols import Batch, Callback, Compilable, HasEMA, Output, SkipsParameters, StepOutput, Stream
 from hjepa_train.schedules import RunLength, ScheduleConfig, ScheduleKind, ScheduleUnit
+from hjepa_train.step_time import StepTime, time_steps
 from hjepa_train.trainer import StepResult, Trainer, TrainerConfig
 
 __all__ = [
@@ -82,6 +83,7 @@ __all__ = [
     "SkipsParameters",
     "StepOutput",
     "StepResult",
+    "StepTime",
     "StopMode",
     "Stream",
     "TensorBoardLog",
@@ -97,4 +99,5 @@ __all__ = [
     "init_world",
     "leave_world",
     "parameter_groups",
+    "time_steps",
 ]

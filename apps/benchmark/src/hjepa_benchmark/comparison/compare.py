@@ -1,7 +1,7 @@
 """What tells runs apart: settings, results, and differences on the same samples."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from hjepa_pretrain.results import TRAINED, subject_of
 # What differs between any two runs, and what says nothing about them.
 _LEFT_OUT = ("run.dir", "provenance", "trainer.parallel.", "logger.", "plan.")
 SEED = "run.seed"
+# Of a run of a measured length it follows from that, unless the command names it.
+_WARMUP = "trainer.learning_rate.warmup_steps"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -133,6 +135,7 @@ def paired_differences(runs: Sequence[Candidate], metrics: Sequence[str]) -> lis
 
 def group_by_settings(runs: Sequence[Candidate]) -> dict[str, list[Candidate]]:
     """Runs that differ in the seed alone, by the settings that tell the groups apart."""
+    runs = [replace(run, settings=_asked(run)) for run in runs]
     keys = [key for key in differing_settings(runs) if key != SEED]
     groups: dict[str, list[Candidate]] = {}
     for run in runs:
@@ -157,6 +160,15 @@ def curve(run: Candidate, key: str, *, seconds: bool) -> list[tuple[float, float
         for row, spent in training_seconds(run.rows)
         if row.get(key) is not None
     ]
+
+
+def _asked(run: Candidate) -> dict[str, Any]:
+    """Settings of a run without those that `run.train_time` measured, which are others for every seed."""
+    if run.settings.get("run.train_time") is None:
+        return run.settings
+    named = any("warmup_steps" in sitting["command"] for sitting in run.settings.get("provenance", []))
+    measured = ("run.steps",) if named else ("run.steps", _WARMUP)
+    return {key: value for key, value in run.settings.items() if key not in measured}
 
 
 def _leading(keys: Sequence[str], runs: Sequence[Candidate]) -> list[str]:

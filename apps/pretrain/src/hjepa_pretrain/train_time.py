@@ -1,0 +1,79 @@
+"""How many steps a run has time for: what is measured for `run.train_time`, in place of `run.steps`."""
+
+import gc
+from collections import Counter
+
+import torch
+
+from hjepa_data import DevicePrefetcher
+from hjepa_models import HJEPA, Block
+from hjepa_pretrain.config import PretrainConfig
+from hjepa_pretrain.failures import Stopped
+from hjepa_pretrain.model import Model
+from hjepa_pretrain.task import build_task
+from hjepa_train import StepTime, World, time_steps
+
+LONG = 1_000_000
+"""Steps of the run that is timed: too many for one of its stages to end meanwhile."""
+_SHARE, _MOST_SECONDS = 0.05, 20.0
+_LOOKS = 1_000
+
+
+def measure_step(config: PretrainConfig, stream: DevicePrefetcher, world: World, seconds: float) -> StepTime:
+    """Time steps of a model that is thrown away; nothing is saved, and the generators are for the run to seed.
+
+    Args:
+        config: of a run of `LONG` steps.
+        stream: of the run; it is closed.
+        world: this process among the others, all of which get the same answer.
+        seconds: that the run has; a twentieth of it is timed, 20 s at most.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    task = build_task(config)
+    workers = config.data.stream(config.trainer.accumulate, world.size).workers
+    found = time_steps(
+        task,
+        stream,
+        config.trainer,
+        seconds=min(_MOST_SECONDS, _SHARE * seconds),
+        places=places(task.model),
+        cycle=_cycle(task.model),
+        prepared=-(-workers.count * workers.prefetch // config.trainer.accumulate),
+        world=world,
+        blocks=(Block,),
+    )
+    stream.close()
+    # The run's own model needs the memory, and the compiler keeps what it has made for a model.
+    del task
+    torch.compiler.reset()
+    gc.collect()
+    if found is None:
+        raise Stopped("stopped while steps were timed: nothing is lost, and the same command begins again")
+    return found
+
+
+def places(model: Model) -> dict[int, float]:
+    """Return where a run of `LONG` steps gets another cost, with the share of its steps that have it.
+
+    Levels of a curriculum come in one by one, and patches get smaller.
+
+    Args:
+        model: of the run.
+    """
+    if not isinstance(model, HJEPA):
+        return {0: 1.0}
+    first: dict[tuple[object, ...], int] = {}
+    count: Counter[tuple[object, ...]] = Counter()
+    cycle = _cycle(model)
+    for look in range(_LOOKS):
+        step = LONG * (2 * look + 1) // (2 * _LOOKS) // cycle * cycle
+        kinds = tuple(model.plan(step + later) for later in range(cycle))
+        first.setdefault(kinds, step)
+        count[kinds] += 1
+    return {first[kinds]: number / _LOOKS for kinds, number in count.items()}
+
+
+def _cycle(model: Model) -> int:
+    return model.config.masked_every if isinstance(model, HJEPA) else 1
