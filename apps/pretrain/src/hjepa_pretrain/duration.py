@@ -27,5 +27,5 @@ def seconds(text: str, name: str) -> float:
             f"{name}={text}: no length of time; allowed: seconds or units, as in 170, 90s, 3m or 1h30m, or null"
         )
     if total <= 0:
-        raise ValueError(f"{name}={text}: no time at all; allowed: above 0, or null for no limit")
+        raise ValueError(f"{name}={text}: no time at all; allowed: above 0, or null")
     return total

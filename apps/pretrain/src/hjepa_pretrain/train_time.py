@@ -15,7 +15,7 @@ from hjepa_train import StepTime, World, time_steps
 
 LONG = 1_000_000
 """Steps of the run that is timed: too many for one of its stages to end meanwhile."""
-_SHARE, _MOST_SECONDS = 0.05, 20.0
+_SHARE, _LEAST_SECONDS, _MOST_SECONDS = 0.05, 2.0, 20.0
 _LOOKS = 1_000
 
 
@@ -26,7 +26,7 @@ def measure_step(config: PretrainConfig, stream: DevicePrefetcher, world: World,
         config: of a run of `LONG` steps.
         stream: of the run; it is closed.
         world: this process among the others, all of which get the same answer.
-        seconds: that the run has; a twentieth of it is timed, 20 s at most.
+        seconds: that the run has; a twentieth of it is timed, 2 s to 20 s.
 
     Raises:
         Stopped: a signal came.
@@ -37,7 +37,7 @@ def measure_step(config: PretrainConfig, stream: DevicePrefetcher, world: World,
         task,
         stream,
         config.trainer,
-        seconds=min(_MOST_SECONDS, _SHARE * seconds),
+        seconds=min(_MOST_SECONDS, max(_LEAST_SECONDS, _SHARE * seconds)),
         places=places(task.model),
         cycle=_cycle(task.model),
         prepared=-(-workers.count * workers.prefetch // config.trainer.accumulate),

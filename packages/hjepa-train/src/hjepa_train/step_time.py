@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _UNCOUNTED = 3
 """Cycles before any is timed: in the first graphs are compiled, in the second those of CUDA are recorded, and the third
 tells how many there is time for."""
-_NO_END = 1 << 40
+_NO_END = 1_000_000_000
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
