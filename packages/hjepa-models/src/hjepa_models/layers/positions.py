@@ -227,12 +227,10 @@ class GridPositions(nn.Module):
         if self.kind is Position.sincos:
             return _plus(tokens, sincos_positions(coordinates, self.embed_dim)), [Place()] * self.depth
         if self.kind is Position.rope_mixed:
-            angles = self._mixed_angles(coordinates).transpose(1, 2)
-        else:
-            angles = (
-                rotation_angles(coordinates, self.head_dim, self.theta).unsqueeze(1).expand(self.depth, -1, -1, -1, -1)
-            )
-        return tokens, [Place(Rotation(angle.cos(), angle.sin())) for angle in angles]
+            mixed = self._mixed_angles(coordinates).transpose(1, 2)
+            return tokens, [Place(Rotation(angle.cos(), angle.sin())) for angle in mixed]
+        angle = rotation_angles(coordinates, self.head_dim, self.theta).unsqueeze(1)
+        return tokens, [Place(Rotation(angle.cos(), angle.sin()))] * self.depth
 
     def _mixed_angles(self, coordinates: Float[Tensor, "*B N A"]) -> Float[Tensor, "L H *B N F"]:
         with torch.autocast(coordinates.device.type, enabled=False):
