@@ -50,7 +50,7 @@ def refuse(finished, *words):
         (["hjepa.encoder.embed_dims=5"], ["embed_dims", "embed_dim"]),
         (["data.image_size=[36,36]"], ["36", "multiples of 8"]),
         (["hjepa.pyramid.levels=7"], ["levels=7", "3"]),
-        (["masks.context_ratio=0.95"], ["context"]),
+        (["recipe=hjepa", "masks.context_ratio=0.95"], ["context"]),
         (["data.batch_size=0"], ["batch_size=0"]),
         (["data.std=[0,1,1]"], ["std=(0.0, 1.0, 1.0)", "above 0"]),
         (["data.eval_crop_fraction=2"], ["data.eval_crop_fraction=2", "up to 1"]),

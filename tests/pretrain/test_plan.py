@@ -85,7 +85,7 @@ def test_every_level_is_measured_on_the_way(plan, tmp_path, read_rows):
     done = plan("eval.every_steps=2", "eval.online_samples=40", "eval.k=5", "run.steps=2", "eval.at_end=false")
     assert done.code == 0, done.err
     row = next(row for row in read_rows(tmp_path / "run") if row["step"] == 2)
-    for level in ("encoder", "0", "1", "2", "global"):
+    for level in ("encoder", "0", "1", "global"):
         assert 0 <= row[f"eval/{level}/knn_5"] <= 1
         assert row[f"eval/{level}/rankme"] >= 1
 

@@ -11,7 +11,7 @@ from hjepa_pretrain.model import build_model
 from hjepa_train import StepTime
 
 # Dropped paths draw from the global generator: what measuring has drawn would show.
-OWN = ("recipe=hjepa_global", "hjepa.encoder.drop_path=0.5", "eval.at_end=false")
+OWN = ("recipe=hjepa_global", "hjepa.masked_every=4", "hjepa.encoder.drop_path=0.5", "eval.at_end=false")
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ CASES = {
                                      "trainer.optimizer.eps=1e-3"),
     "global SIGReg, EMA, curriculum": (*GLOBAL, "hjepa.targets=ema", "hjepa.center_targets=true"),
     "levels": (*HJEPA, ADAPTIVE),
-    MUON: (*GLOBAL, "hjepa.targets=ema",
+    MUON: (*GLOBAL, "hjepa.targets=ema", "hjepa.prediction=hidden", "hjepa.level_weights.weights=[1.0,0.5]",
            "trainer.optimizer={kind: muon, muon_names: [blocks., stem.], muon_scale: 4.0}"),
 }  # fmt: skip
 PER_SAMPLE = ("levels",)
@@ -84,6 +84,8 @@ class PixelStream:
                 torch.randint(256, (self.batch_size, 3, 32, 32), generator=generator, dtype=torch.uint8)
                 for _ in range(self.views)
             ]
+            # Of some images little or nothing of one view lies in the other.
+            crops = [0.1 + 0.9 * torch.rand(self.batch_size, 5, generator=generator) for _ in range(self.views)]
             first = (micro * self.world.size + self.world.rank) * count
             mine = slice(first, first + count)
             sample = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)[mine]
@@ -93,6 +95,7 @@ class PixelStream:
                 labels=torch.full_like(sample, -1),
                 sample=sample,
                 epoch=torch.zeros_like(sample),
+                crops=tuple(crop[mine] for crop in crops),
             )
 
     def state_dict(self):
