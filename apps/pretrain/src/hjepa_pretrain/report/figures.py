@@ -79,20 +79,11 @@ def masks(images: Array, grid: tuple[int, int], context: Array, targets: Array) 
         context: flat indices of the context patches [n, Kc].
         targets: flat indices of the target blocks [n, M, Kt].
     """
-    figure, axes = plt.subplots(3, len(images), figsize=(1.45 * len(images), 4.6), squeeze=False)
-    for column, image in enumerate(images):
-        seen, hidden = _cells(context[column], grid), _cells(targets[column], grid)
-        size = image.shape[:2]
-        gray = np.full_like(image, 235)
-        axes[0, column].imshow(image)
-        axes[1, column].imshow(np.where(_enlarge(seen, size)[..., None], image, gray))
-        axes[2, column].imshow(np.where(_enlarge(hidden, size)[..., None], image, gray))
-        for row, edge in ((1, _CONTEXT), (2, _TARGET)):
-            for spine in axes[row, column].spines.values():
-                spine.set_color(edge)
-    for row, label in enumerate(("image", "context", "targets")):
-        axes[row, 0].set_ylabel(label)
-    _bare(axes)
+    shown = [
+        [_only(image, _cells(index[column], grid)) for column, image in enumerate(images)]
+        for index in (context, targets)
+    ]
+    figure, _ = _three_rows({"image": images, "context": shown[0], "targets": shown[1]})
     return png(figure)
 
 
@@ -105,26 +96,35 @@ def views(images: Array, pair: tuple[Array, Array], crops: Array, inside: Array)
         crops: left, top, width and height as parts of the image, and whether the view is mirrored [2, n, 5].
         inside: for each patch of the second view whether its centre lies in the first [n, rows, columns].
     """
-    figure, axes = plt.subplots(3, len(images), figsize=(1.45 * len(images), 4.6), squeeze=False)
+    counted = [_only(view, cells) for view, cells in zip(pair[1], inside, strict=True)]
+    figure, axes = _three_rows({"image": images, "seen": pair[0], "predicted": counted})
     for column, image in enumerate(images):
         height, width = image.shape[:2]
-        axes[0, column].imshow(image)
         for (left, top, across, down, _), edge in zip(crops[:, column], (_CONTEXT, _TARGET), strict=True):
             corner = (left * width - 0.5, top * height - 0.5)
             axes[0, column].add_patch(
                 Rectangle(corner, across * width, down * height, fill=False, color=edge, linewidth=1.6)
             )
-        first, second = (view[column] for view in pair)
-        counted = _enlarge(inside[column], second.shape[:2])[..., None]
-        axes[1, column].imshow(first)
-        axes[2, column].imshow(np.where(counted, second, np.full_like(second, 235)))
-        for row, edge in ((1, _CONTEXT), (2, _TARGET)):
-            for spine in axes[row, column].spines.values():
-                spine.set_color(edge)
-    for row, label in enumerate(("image", "seen", "predicted")):
-        axes[row, 0].set_ylabel(label)
-    _bare(axes)
     return png(figure)
+
+
+def _three_rows(rows: Mapping[str, Sequence[Array] | Array]) -> tuple[Figure, Array]:
+    """Draw images, below each what is seen of it and what has to be predicted, in frames of their colours."""
+    count = len(next(iter(rows.values())))
+    figure, axes = plt.subplots(3, count, figsize=(1.45 * count, 4.6), squeeze=False)
+    for (label, images), line, edge in zip(rows.items(), axes, ("black", _CONTEXT, _TARGET), strict=True):
+        line[0].set_ylabel(label)
+        for place, image in zip(line, images, strict=True):
+            place.imshow(image)
+            for spine in place.spines.values():
+                spine.set_color(edge)
+    _bare(axes)
+    return figure, axes
+
+
+def _only(image: Array, cells: Array) -> Array:
+    """Return an image that is grey where cells [rows, columns] are false."""
+    return np.where(_enlarge(cells, image.shape[:2])[..., None], image, np.full_like(image, 235))
 
 
 def pca_features(images: Array, levels: Mapping[str, Array]) -> bytes:

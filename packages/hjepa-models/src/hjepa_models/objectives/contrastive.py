@@ -141,7 +141,7 @@ def nt_xent(z: Float[Tensor, "V B P"], temperature: float = 0.2) -> Float[Tensor
     if len(z) < 2:
         raise ValueError(f"z: {len(z)} view given; allowed: two or more of the same images; contrast needs a pair")
     with torch.autocast(z.device.type, enabled=False):
-        views = [(_unit(view), all_gather_rows(_unit(view))) for view in z]
+        views = [(unit, all_gather_rows(unit)) for unit in _unit(z)]
         own = torch.arange(z.shape[1], device=z.device) + rank() * z.shape[1]
         losses = [_one_way(*pair, own, temperature) for a, b in combinations(views, 2) for pair in ((a, b), (b, a))]
         return torch.stack(losses).mean()
