@@ -67,10 +67,19 @@ def test_a_run_keeps_its_law(pretrain, tiny, tmp_path, capsys):
         (["masks=random", "masks.num_targets=2"], ["masks.num_targets", "masks=NAME"]),
         (["masks.levl=2"], ["masks.levl", "masks.level"]),
         (["mask_law=random"], ["mask_law", "masks"]),
-        (["masks=random", "masks.context_tokens=12"], ["context_tokens=12", "allowed"]),
+        (["recipe=hjepa", "masks=random", "masks.context_tokens=12"], ["context_tokens=12", "allowed"]),
     ],
 )
 def test_wrong_words(pretrain, capsys, words, expected):
     finished = pretrain.here(capsys, *words)
     assert finished.code == 2
     assert all(word in finished.message for word in expected), finished.message
+
+
+def test_masks_that_nobody_draws_need_not_fit_the_image(pretrain, tiny, tmp_path, capsys):
+    tiny = [word for word in tiny if not word.startswith(("masks.", "data.image_size"))]
+    small = (*tiny, "data.image_size=[16,16]", "masks.target_tokens=3", "eval.at_end=false", "run.steps=1")
+    assert pretrain.here(capsys, f"run.dir={tmp_path}/view", *small).code == 0
+    hidden = pretrain.here(capsys, f"run.dir={tmp_path}/hidden", "hjepa.prediction=hidden", *small)
+    assert hidden.code == 2
+    assert "target_tokens=3" in hidden.message

@@ -228,8 +228,7 @@ def _name_idle(plain: DictConfig, given: Mapping[str, object]) -> None:
     """Say which of the given settings nothing reads in this run."""
     averages = plain.baseline is None and plain.hjepa.targets not in WITHOUT_EMA
     optimizer = plain.trainer.optimizer.kind
-    hides = plain.hjepa.prediction is Prediction.hidden and any(plain.hjepa.level_weights.weights)
-    hides = hides or plain.baseline is not None  # told below
+    hides = _hides(plain) or plain.baseline is not None  # told below
     for names, needed, there in (
         (("trainer.compile_mode", "trainer.compile_backend"), "trainer.compile=true", plain.trainer.compile),
         (("trainer.ema_momentum",), "hjepa.targets=ema or pooled", averages),
@@ -254,6 +253,13 @@ def _name_idle(plain: DictConfig, given: Mapping[str, object]) -> None:
     idle = sorted(key for key in given if key.startswith(("hjepa.", "masks")) and not key.startswith(read))
     if idle:
         logger.warning("recipe=%s does not read %s", plain.recipe, ", ".join(idle))
+
+
+def _hides(plain: DictConfig) -> bool:
+    """Whether the run hides patches: `PretrainConfig.hides_patches` before there is one."""
+    if plain.baseline is not None:
+        return plain.baseline.kind is BaselineKind.mae
+    return plain.hjepa.prediction is Prediction.hidden and any(plain.hjepa.level_weights.weights)
 
 
 def _name_lonely(config: PretrainConfig) -> None:
@@ -285,12 +291,12 @@ def _derive(plain: DictConfig) -> None:
         plain.hjepa.patch_schedule.total_steps = max(2, plain.run.steps)
     encoder = plain.hjepa.encoder
     encoder.image_size = plain.data.image_size
-    # Masks hide what the blocks of the encoder see.
     sides = list(zip(encoder.image_size, encoder.processing_patch_size or encoder.patch_size, strict=False))
-    if all(size % patch == 0 for size, patch in sides):
-        plain.masks.grid = [size // patch for size, patch in sides]
-    else:
+    if any(size % patch for size, patch in sides):
         OmegaConf.to_object(encoder)  # says what is wrong with the size
+    elif _hides(plain):
+        # Masks hide what the blocks of the encoder see. Those that nobody draws need not fit it.
+        plain.masks.grid = [size // patch for size, patch in sides]
 
 
 def quoted(word: str) -> str:
