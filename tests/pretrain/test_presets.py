@@ -1,0 +1,27 @@
+"""A preset fits every recipe."""
+
+import pytest
+import torch
+
+from hjepa_benchmark.throughput.step import synthetic_batch
+from hjepa_models.layers.patch import StemNorm
+from hjepa_pretrain import settings
+from hjepa_pretrain.task import build_task
+
+WHOLE = ("hjepa_global", "simclr", "lejepa", "supervised")
+HIDDEN = ("ijepa", "hjepa", "hjepa_contrast", "mae")
+
+
+@pytest.mark.parametrize("preset", ["demo", "small_images"])
+@pytest.mark.parametrize("recipe", [*WHOLE, *HIDDEN])
+def test_a_recipe_trains_with_a_preset(preset, recipe):
+    words = [f"recipe={recipe}", f"preset={preset}", "data.train=synthetic", "data.batch_size=4", "run.device=cpu"]
+    words += ["baseline.num_classes=3"] if recipe == "supervised" else []
+    config, _ = settings.load(words)
+    # Batch norm in the stem is for recipes that measure its statistics on whole images.
+    assert (config.hjepa.encoder.stem_norm is StemNorm.batch) == (recipe in WHOLE)
+    task = build_task(config).train()
+    loss = task(synthetic_batch(config, torch.device("cpu")), 0).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(parameter.grad is not None for parameter in task.model.encoder.parameters())
