@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -131,21 +132,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 1 damage found, 2 wrong input, 130 interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] not in {*_RUN, "-h", "--help"}:
-        # FOLDER OUT
-        words.insert(0, "make")
-    options = _parser().parse_args(words)
     out = Console()
     log = Console(stderr=True)
     try:
+        if words and words[0] not in {*_RUN, "-h", "--help"}:
+            _check_no_command(words[0])
+            # FOLDER OUT
+            words.insert(0, "make")
+        options = _parser().parse_args(words)
         return _RUN[options.command](options, out, log)
     except (ValueError, OSError) as error:
-        log.print("[bold red]error:[/]", plain(one_line(error)), soft_wrap=True, highlight=False)
+        log.print("[bold red]hjepa-shards:[/]", plain(one_line(error)), soft_wrap=True, highlight=False)
         return _WRONG_INPUT
     except KeyboardInterrupt:
-        done = "; the shards that were complete remain" if options.command in {"make", "index"} else ""
+        done = "; the shards that were complete remain" if words[0] in {"make", "index"} else ""
         log.print(f"interrupted{done}", highlight=False)
         return _INTERRUPTED
+
+
+def _check_no_command(word: str) -> None:
+    """Refuse a first word that is nearly a command, and no folder."""
+    close = [] if Path(word).exists() else difflib.get_close_matches(word, _RUN, 1, 0.7)
+    if close:
+        raise ValueError(f"no such folder or command '{word}'; did you mean '{close[0]}'?")
 
 
 def _make(options: argparse.Namespace, out: Console, log: Console) -> int:
@@ -184,12 +193,7 @@ def _plan(text: str, config: MakeConfig) -> MakePlan:
     if is_adapter(text):
         sources = open_adapter(text)
         return plan_sources(sources, next(iter(sources.values())).classes, config)
-    folder = Path(text)
-    try:
-        return plan_folder(folder, config)
-    except DataError as error:
-        close = [] if folder.exists() else difflib.get_close_matches(text, _RUN, 1, 0.7)
-        raise DataError(f"{error}; did you mean '{close[0]}'?" if close else error) from None
+    return plan_folder(Path(text), config)
 
 
 def _index(options: argparse.Namespace, out: Console, log: Console) -> int:
@@ -295,8 +299,16 @@ def _size(text: str) -> int:
     return max(1, int(float(match.group(1)) * _UNITS[match.group(2).upper()]))
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for what is wrong, and no usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message."""
+        raise ValueError(f"{message}; {self.prog} --help says more")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hjepa-shards",
         usage="hjepa-shards [-h] {make,index,check,show} ...",
         description="Make webdataset shards from images, index, check and show them.",
