@@ -286,8 +286,8 @@ class PretrainConfig:
     recipe: str = "hjepa_global"
     """`ijepa`, `hjepa`, `hjepa_global`, `hjepa_contrast` or a baseline: a file of conf/recipe."""
     preset: str = "none"
-    """`demo` fits a recipe to the embedded demo, and is taken where no `data.train` is given; `small_images` to photos of
-    32x32 on one GPU."""
+    """`demo` fits a recipe to the embedded demo, and is taken where no `data.train` is given; `small_images` to
+    photos of 32x32 on one GPU."""
     model: str = "vit_small_patch16"
     """Size and patch of the encoder by name; `hjepa.encoder` has its other fields."""
     parallel: ParallelKind = ParallelKind.single
