@@ -25,3 +25,12 @@ def test_a_recipe_trains_with_a_preset(preset, recipe):
     loss.backward()
     assert loss.isfinite()
     assert all(parameter.grad is not None for parameter in task.model.encoder.parameters())
+
+
+@pytest.mark.parametrize(("preset", "hue"), [("none", 0.2), ("demo", 0.5), ("small_images", 0.1)])
+@pytest.mark.parametrize("recipe", ["hjepa_global", "simclr"])
+def test_colours_are_those_of_the_images(preset, hue, recipe):
+    words = [f"recipe={recipe}", f"preset={preset}", "data.train=synthetic"]
+    assert settings.load(words)[0].color.hue == hue
+    assert settings.load([*words, "color.hue=0.3"])[0].color.hue == 0.3
+    assert settings.load([*words, "color=null"])[0].color is None
