@@ -103,6 +103,16 @@ def test_the_command_prints_a_column_for_each_model(capsys, tmp_path):
     assert "allowed: multiples of 256" in capsys.readouterr().err
 
 
+def test_offloading_is_planned_without_a_gpu(capsys):
+    words = [*WORDS, "parallel=fsdp", "plan.dry=true", "plan.world_size=8", "data.batch_size=16"]
+    assert main([*words, "trainer.parallel.fsdp.cpu_offload=true"]) == 0
+    out = capsys.readouterr().out
+    for word in ("memory of the host", "over the bus a step", "neither the bus nor the optimizer"):
+        assert word in out
+    assert main(words) == 0
+    assert "host" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_models_that_nobody_names_are_the_three_large_ones(capsys):
     # Two blocks each: the widths and the way are those of the whole models, which take ten times as long to plan.

@@ -7,8 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from hjepa_train import Callback, ParallelConfig, RateSweep, StepOutput, TrainerConfig, TrainingError, find_rate
-from hjepa_train.testing import ArithmeticStream
+from hjepa_train import (
+    Callback,
+    ParallelConfig,
+    RateSweep,
+    ScheduleConfig,
+    StepOutput,
+    TrainerConfig,
+    TrainingError,
+    find_rate,
+)
+from hjepa_train.testing import ArithmeticStream, ToyModule
 
 
 class Bowl(nn.Module):
@@ -35,6 +44,29 @@ def test_the_sweep_rises_by_equal_factors_and_ends_where_the_loss_has_gone(devic
     assert sweep.losses[0] == 9.0
     assert 1e-3 < sweep.suggestion < 3.0
     assert not list(tmp_path.iterdir()), "something was saved"
+
+
+def test_weight_decay_and_momentum_are_those_of_the_runs_first_step(device):
+    class Rates(Callback):
+        def __init__(self):
+            self.seen = set()
+
+        def on_step_end(self, trainer, result):
+            self.seen.add((result.rates["weight_decay"], result.rates["ema_momentum"]))
+
+    run = TrainerConfig(
+        steps=36_000,
+        precision="fp32",
+        weight_decay=ScheduleConfig(kind="cosine", value=0.04, final=0.4, warmup_steps=3, unit="epochs"),
+        ema_momentum=ScheduleConfig(kind="linear", horizon=1 / 36, final=1.0),
+        samples_per_step=4,
+        samples_per_epoch=4,
+        parallel=ParallelConfig(device=device.type),
+    )
+    rates = Rates()
+    find_rate(ToyModule(), ArithmeticStream(), run, low=1e-5, high=1e-4, steps=10, callbacks=[rates])
+    # A warm-up of three steps is a quarter on its way, and an average over 1,000 steps has a momentum of 0.999.
+    assert sorted(rates.seen) == [(pytest.approx(0.01), pytest.approx(0.999))]
 
 
 def test_the_suggestion_is_the_steepest_fall():

@@ -1,5 +1,6 @@
 """The arithmetic of a step on machines that are not here."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 from torch import nn
 
 from hjepa_train import FSDPConfig, ParallelConfig, TrainerConfig
-from hjepa_train.plan import MachineConfig, StepCost, fake_tensors, plan_step, sent_bytes, step_cost
+from hjepa_train.parallel import wrap
+from hjepa_train.plan import MachineConfig, StepCost, _fake_world, fake_tensors, plan_step, sent_bytes, step_cost
+from hjepa_train.protocols import StepOutput
+from hjepa_train.sharded import is_sharded
 from hjepa_train.testing import ToyBlock
 
 COST = StepCost(flops=10**12, activation_bytes=1000, peak_bytes=5000)
@@ -64,9 +68,60 @@ def test_a_plan_counts_the_shards_of_a_rank():
     assert sharded.parameter_bytes == alone.parameter_bytes / 4
     assert sharded.gradient_bytes == alone.gradient_bytes / 4
     assert sharded.optimizer_bytes == alone.optimizer_bytes / 4
-    assert sharded.gathered_bytes == 2 * 4 * sum(p.numel() for p in _module()[0].parameters())
+    assert (sharded.host_bytes, sharded.bus_bytes) == (0, 0)
     assert sharded.seconds == pytest.approx(sharded.compute_seconds + sharded.sent_bytes / 1e9)
     assert not torch.distributed.is_initialized()
+
+
+class Branches(nn.Module):
+    """Two trained blocks, a frozen copy of them, and a layer that is in no block."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.online = nn.Sequential(ToyBlock(8, 0.0), ToyBlock(8, 0.0))
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+
+    def forward(self, batch, step):
+        values = self.first(batch)
+        with torch.no_grad():
+            target = self.target(values)
+        return StepOutput(loss=(self.online(values) - target).square().mean())
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_gathered_weights_are_those_that_fsdp_holds(reshard):
+    settings = config("fsdp", reshard_after_forward=reshard)
+    held = []
+    with _fake_world(4) as world:
+        module = Branches()
+        block = sum(p.nbytes for p in module.online[0].parameters())
+        wrapped = wrap(module, settings.parallel, world, (ToyBlock,))
+
+        def look(*_):
+            held.append(sum(p.nbytes for p in wrapped.parameters() if not is_sharded(p)))
+
+        for child in module.modules():
+            if isinstance(child, nn.GELU | nn.Dropout):
+                child.register_forward_hook(look)
+        wrapped(torch.rand(4, 8), 0)
+        look()
+    with torch.device("meta"):
+        plan = plan_step(Branches(), COST, settings, 4, MachineConfig(), (ToyBlock,))
+    assert plan.gathered_bytes == max(held) + block
+
+
+def test_offloaded_shards_are_in_the_memory_of_the_host():
+    def plan(**fsdp):
+        return plan_step(_module(), COST, config("fsdp", accumulate=3, **fsdp), 4, MachineConfig(), (ToyBlock,))
+
+    here, there = plan(), plan(cpu_offload=True)
+    trained, frozen = (sum(p.numel() for p in _module().parameters() if p.requires_grad is on) for on in (True, False))
+    # Weights, gradients and two means; the whole gradients of micro-batches stay on the device.
+    assert there.host_bytes == 4 * (4 * trained + frozen) / 4
+    assert there.memory_bytes == here.memory_bytes - there.host_bytes
+    assert there.bus_bytes == 3 * (2 * trained + frozen) + trained
+    assert plan(cpu_offload=True, reshard_after_forward=False).bus_bytes == 3 * (trained + frozen) + trained
 
 
 def test_the_cost_of_a_step_by_hand():

@@ -33,10 +33,12 @@ def dry_run(words: Sequence[str], config: PretrainConfig, console: Console) -> d
         plans[name] = plan_model(settings.load([*kept, f"model={name}"], quiet=True)[0])
     console.print(table(plans, config))
     machine = config.plan.machine
+    offloaded = any(plan.host_bytes for plan in plans.values())
     console.print(
         f"a step with all its terms, {_images(config)} images a rank in {config.trainer.accumulate} micro-batches; "
         f"{machine.efficiency:.0%} of {machine.peak_tflops:g} TFLOP/s; {machine.bandwidth_gb:g} GB/s, nothing sent "
-        "while something is computed; eager, so that a compiled step keeps less",
+        "while something is computed; eager, so that a compiled step keeps less"
+        + ("; neither the bus nor the optimizer on the host is in the time" if offloaded else ""),
         highlight=False,
     )
     return plans
@@ -83,10 +85,13 @@ def table(plans: dict[str, Plan], config: PretrainConfig) -> Table:
     for label, name in (
         ("weights", "parameter_bytes"), ("gradients", "gradient_bytes"), ("optimizer", "optimizer_bytes"),
         ("activations", "activation_bytes"), ("at the peak", "working_bytes"),
-        ("gathered blocks", "gathered_bytes"), ("memory", "memory_bytes"),
+        ("gathered weights", "gathered_bytes"), ("memory", "memory_bytes"),
     ):  # fmt: skip
         grid.add_row(label, *(_size(getattr(p, name)) for p in each))
     grid.add_row(f"of {limit:g} GiB", *(f"{p.memory_bytes / 2**30 / limit:.0%}" for p in each))
+    if any(p.host_bytes for p in each):
+        grid.add_row("memory of the host", *(_size(p.host_bytes) for p in each))
+        grid.add_row("over the bus a step", *(f"{p.bus_bytes / 1e9:,.3f} GB" for p in each))
     grid.add_row("sent a step", *(f"{p.sent_bytes / 1e9:,.3f} GB" for p in each))
     grid.add_row("arithmetic a step", *(f"{p.flops / 1e12:,.2f} TFLOP" for p in each))
     grid.add_row("step", *(f"{p.seconds * 1e3:,.1f} ms" for p in each))

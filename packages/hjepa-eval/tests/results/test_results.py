@@ -151,6 +151,15 @@ def test_the_command_line_merges_files_and_names_what_is_wrong(tmp_path, capsys,
     assert "absent" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [[], ["a", "--markdwon"], ["a", "--metrics"]])
+def test_wrong_words_are_one_line_and_code_2(arguments, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("python -m hjepa_eval.results: ")
+    assert said.endswith("; python -m hjepa_eval.results --help says more\n")
+    assert said.count("\n") == 1
+
+
 def test_no_name_of_a_wide_table_is_cut_off(tmp_path, capsys, monkeypatch):
     names = [f"runs/with-a-long-name-{number}" for number in range(9)]
     for name in names:

@@ -86,6 +86,8 @@ def find_rate(
 ) -> RateSweep:
     """Train for some steps while the learning rate rises from `low` to `high` by equal factors; nothing is saved.
 
+    Weight decay and EMA momentum are those of the run's first step throughout.
+
     It ends early where the loss is not finite or has left its least value far behind. The module has been trained
     afterwards, and the stream has moved on: throw both away. Where targets move with the module (EMA), a falling loss
     is no proof of learning; the sweep then mostly tells the rate from which on it diverges.
@@ -111,13 +113,24 @@ def find_rate(
         raise ValueError(f"low={low}, high={high}, steps={steps}: no sweep; allowed: 0 < low < high, 10 steps and more")
     rising = ScheduleConfig(kind=ScheduleKind.exponential, value=low, final=high, steps=steps - 1)
     sweep = replace(
-        config, steps=steps, learning_rate=rising, log_every=1, guard=GuardConfig(max_skips=steps, spike=None)
+        config,
+        steps=steps,
+        learning_rate=rising,
+        weight_decay=_first(config.weight_decay, config),
+        ema_momentum=_first(config.ema_momentum, config),
+        log_every=1,
+        guard=GuardConfig(max_skips=steps, spike=None),
     )
     record = _Record()
     trainer = Trainer(module, stream, sweep, world=world, blocks=blocks, callbacks=[record, *callbacks])
     if trainer.fit() is Outcome.PREEMPTED:
         raise TrainingError(f"the sweep was stopped after step {trainer.step} of {steps}; start it again")
     return RateSweep(rates=np.array(record.rates), losses=np.array(record.losses))
+
+
+def _first(schedule: ScheduleConfig, config: TrainerConfig) -> ScheduleConfig:
+    """Stay at the first value: over the steps of the sweep the schedule would run from end to end."""
+    return ScheduleConfig(value=schedule.build(config.length)(0))
 
 
 class _Record(Callback):

@@ -9,7 +9,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,7 +76,12 @@ class Plan:
     working_bytes: int
     """Most that activations and what operations hand on take at once, gradients apart."""
     gathered_bytes: int
-    """FSDP: whole weights of the block at work and of the one that is fetched meanwhile."""
+    """FSDP: whole weights of the block at work and of the one that is fetched meanwhile, and those that stay: what is
+    in no block, or all without `reshard_after_forward`."""
+    host_bytes: int
+    """FSDP with `cpu_offload`: weights, gradients and optimizer state that lie in the memory of the host."""
+    bus_bytes: int
+    """Likewise: a step, between host and device; weights as they are gathered, gradients once."""
     sent_bytes: int
     """A step, gathering and averaging; statistics of the losses are a few kilobytes more."""
     flops: int
@@ -86,13 +91,16 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """What PyTorch holds at the peak of a step."""
-        kept = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+        """What PyTorch holds on the device at the peak of a step."""
+        kept = self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes - self.host_bytes
         return kept + self.working_bytes + self.gathered_bytes
 
     @property
     def seconds(self) -> float:
-        """Of a step, nothing sent while something is computed: an upper bound at this efficiency."""
+        """Of a step, nothing sent while something is computed: an upper bound at this efficiency.
+
+        With `cpu_offload` neither the bus nor the optimizer on the host is in it.
+        """
         return self.compute_seconds + self.send_seconds
 
 
@@ -195,13 +203,21 @@ def plan_step(
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
     trained = sum(count for count, learns in sizes if learns)
     frozen = sum(count for count, learns in sizes if not learns)
-    biggest = max((_size(child) for child in module.modules() if isinstance(child, tuple(blocks))), default=0)
+    gathered = _gathered(module, config.parallel.fsdp, blocks) if sharded else 0
     with _fake_world(world_size) as world:
         if sharded:
-            wrap(module, config.parallel, world, blocks)
-        parameters = sum(_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+            # Shards are as large wherever they lie, and there is no device here.
+            wrap(module, replace(config.parallel, fsdp=replace(config.parallel.fsdp, cpu_offload=False)), world, blocks)
+        weights = sum(_bytes(parameter) for parameter in module.parameters())
+        buffers = sum(_bytes(buffer) for buffer in module.buffers())
         gradients = sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
         optimizer = _optimizer_bytes(module, config)
+    host = bus = 0
+    if sharded and config.parallel.fsdp.cpu_offload:
+        host = weights + gradients + optimizer
+        # What is fetched are float32 shards, which the device casts.
+        again = gradients if config.parallel.fsdp.reshard_after_forward else 0
+        bus = config.accumulate * (weights + again) + gradients
     if sharded and config.accumulate > 1:
         # Until the last micro-batch each rank keeps whole gradients.
         gradients += trained * config.parallel.fsdp.reduce_dtype.dtype.itemsize
@@ -211,12 +227,14 @@ def plan_step(
         world_size=world_size,
         parameters=trained + frozen,
         trained=trained,
-        parameter_bytes=parameters,
+        parameter_bytes=weights + buffers,
         gradient_bytes=gradients,
         optimizer_bytes=optimizer,
         activation_bytes=cost.activation_bytes,
         working_bytes=max(cost.activation_bytes, cost.peak_bytes - 4 * trained),
-        gathered_bytes=2 * biggest * config.parallel.fsdp.param_dtype.dtype.itemsize if sharded else 0,
+        gathered_bytes=gathered,
+        host_bytes=host,
+        bus_bytes=bus,
         sent_bytes=sent,
         flops=flops,
         compute_seconds=flops / (machine.peak_tflops * 1e12 * machine.efficiency),
@@ -246,6 +264,17 @@ def sent_bytes(config: TrainerConfig, world_size: int, *, trained: int, frozen: 
     gathered = config.accumulate * _ring(weight * (gathers * trained + frozen), ranks)
     copies = world_size // ranks
     return gathered + _ring(gradient * trained, ranks) + 2 * _ring(math.ceil(gradient * trained / ranks), copies)
+
+
+def _gathered(module: nn.Module, config: FSDPConfig, blocks: Sequence[type[nn.Module]]) -> int:
+    """Count what FSDP has gathered at the end of the forward pass, and one block more that waits in a buffer."""
+    wrapped = nn.ModuleList(child for child in module.modules() if isinstance(child, tuple(blocks)))
+    biggest = max(map(_size, wrapped), default=0)
+    kept = _size(module)
+    if config.reshard_after_forward:
+        # The root, which holds what is in no block, is never freed before its backward pass.
+        kept += biggest - _size(wrapped)
+    return (kept + biggest) * config.param_dtype.dtype.itemsize
 
 
 def _ring(count: int, ranks: int) -> int:

@@ -2,22 +2,31 @@
 
 import argparse
 import sys
+from typing import NoReturn
 
 from hjepa_eval.results.measurement import read_results
 from hjepa_eval.results.table import merge
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for what is wrong, and no usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message."""
+        raise ValueError(f"{message}; {self.prog} --help says more")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m hjepa_eval.results", description="Merge results into one table.")
+    parser = _Parser(prog="python -m hjepa_eval.results", description="Merge results into one table.")
     parser.add_argument("files", nargs="+", help="results files that hjepa-eval wrote")
     parser.add_argument("--metrics", nargs="+", default=(), help="columns, in this order; all without it")
     parser.add_argument("--markdown", action="store_true", help="print Markdown instead of a terminal's table")
-    given = parser.parse_args(arguments)
     try:
+        given = parser.parse_args(arguments)
         table = merge([read_results(path) for path in given.files], metrics=given.metrics)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     if given.markdown:
         print(table.markdown())
