@@ -218,6 +218,22 @@ def test_too_many_bad_steps_end_the_run_with_a_dump(device, tmp_path, deferred):
     assert float(again.module(batch.to(device), 3).loss.detach()) == pytest.approx(told[4]["loss"], rel=1e-6)
 
 
+def test_the_dump_names_the_parameters_that_are_to_blame_and_no_others(device, tmp_path):
+    class Spoilt(ToyModule):
+        def forward(self, batch, step):
+            output = super().forward(batch, step)
+            return StepOutput(loss=output.loss + (self.predictor.norm.bias * 0).sqrt().sum())
+
+    config = TrainerConfig(
+        steps=2, check_every=1, guard=GuardConfig(max_skips=0), parallel=ParallelConfig(device=device.type)
+    )
+    with pytest.raises(DivergedError, match="step 1"):
+        Trainer(Spoilt(), ArithmeticStream(), config, run_dir=tmp_path).fit()
+    dump = json.loads((tmp_path / "dumps" / "step_00000001" / "rank0.json").read_text())
+    assert dump["gradients_not_finite"] == ["predictor.norm.bias"]
+    assert dump["steps"][-1]["grad_norm"] == "nan"
+
+
 def test_a_run_resumed_amid_bad_steps_ends_where_the_whole_one_does(device, tmp_path):
     faults = dict.fromkeys(range(5, 9), math.nan)
 

@@ -117,6 +117,12 @@ def test_accumulation_averages_gradients_once_a_step(kind, name, runs):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_dump_blames_the_gradient_that_is_not_finite_alone(kind, runs):
+    assert runs[2][f"{kind} blamed"] == ["mask_token"]
+
+
+@pytest.mark.distributed
 def test_weights_that_stay_gathered_are_sent_less_often(runs):
     root, _, outcomes = runs
     assert_same_weights(root / "fsdp" / "kept", root / "single" / "plain")
@@ -156,6 +162,18 @@ def test_a_checkpoint_of_two_ranks_is_resumed_by_one(kind, runs, tmp_path):
     expected = rows(one)[-1]["train/loss"]
     assert rows(two)[-1]["train/loss"] == pytest.approx(expected, rel=1e-4)
     assert [row["step"] for row in rows(two)] == list(range(1, 9))
+
+
+@pytest.mark.distributed
+def test_buffers_that_differ_between_ranks_are_the_main_ones_after_a_resume(tmp_path):
+    outputs = launch("buffers.py", tmp_path)
+    for code, out, err in outputs:
+        assert code == 0, err
+        equal = json.loads(out.splitlines()[-1])
+        assert {"model/layers.1.running_mean", "rank/layers.1.running_var"} <= equal.keys()
+        assert [name for name, same in equal.items() if not same] == []
+    for line in ("stopped after step 3 of 6 (a test)", "resumed at step 3 of 6"):
+        assert [line in err for _, _, err in outputs] == [True, False]
 
 
 @pytest.mark.distributed

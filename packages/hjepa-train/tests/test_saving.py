@@ -51,6 +51,19 @@ def test_steps_go_on_while_a_checkpoint_is_written(device, tmp_path, monkeypatch
     assert any("checkpoint/stall_seconds" in row and "train/loss" in row for row in rows.rows)
 
 
+def test_the_wait_for_the_last_checkpoint_is_told(device, tmp_path, monkeypatch):
+    write = store_module.write_tensors
+
+    def slow(*arguments):
+        time.sleep(0.5)
+        return write(*arguments)
+
+    monkeypatch.setattr(store_module, "write_tensors", slow)
+    trainer = build(device, tmp_path, steps=2)
+    trainer.fit()
+    assert max(trainer._saver.times.stalls) >= 0.5
+
+
 class Counts(Callback):
     def __init__(self):
         self.steps = []

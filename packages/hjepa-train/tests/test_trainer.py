@@ -8,6 +8,7 @@ from torch import nn
 from hjepa_train import (
     Callback,
     CheckpointConfig,
+    CheckpointError,
     GuardConfig,
     MetricsLog,
     Outcome,
@@ -197,6 +198,47 @@ def test_a_finished_run_stays_finished(device, tmp_path):
         assert trainer.step == 5
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
+
+
+def test_a_run_cannot_be_made_shorter_than_it_is(device, tmp_path):
+    Trainer(ToyModule(), ArithmeticStream(), config(device), run_dir=tmp_path).fit()
+    with pytest.raises(
+        CheckpointError, match=r"steps=3: .*checkpoints has a checkpoint of step 5; allowed: 5 "
+    ) as caught:
+        Trainer(ToyModule(), ArithmeticStream(), config(device, steps=3), run_dir=tmp_path).fit()
+    assert "\n" not in str(caught.value)
+
+
+def test_callbacks_of_one_class_keep_their_own_states(device, tmp_path):
+    class Named(Callback):
+        def __init__(self, name):
+            self.name, self.found = name, None
+
+        def state_dict(self):
+            return {"name": self.name}
+
+        def load_state_dict(self, state):
+            self.found = state["name"]
+
+    for steps in (2, 3):
+        named = [Named("a"), Named("b"), Named("c")]
+        trainer = Trainer(
+            ToyModule(), ArithmeticStream(), config(device, steps=steps), run_dir=tmp_path, callbacks=named
+        )
+        trainer.fit()
+    assert [callback.found for callback in named] == ["a", "b", "c"]
+    # As in checkpoints that knew one of a class.
+    assert trainer.store.newest().state["callbacks"]["Named"] == {"name": "a"}
+
+
+def test_a_buffer_that_no_checkpoint_can_hold_is_refused_before_the_first_step(device, tmp_path):
+    module = ToyModule()
+    module.register_buffer("odd", torch.zeros(2, dtype=torch.complex128))
+    trainer = Trainer(module, ArithmeticStream(), config(device), run_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=r"model/odd: complex128 cannot be saved; allowed: float64, ") as caught:
+        trainer.fit()
+    assert "\n" not in str(caught.value)
+    assert trainer.step == 0
 
 
 def test_a_run_can_be_made_longer(device, tmp_path):

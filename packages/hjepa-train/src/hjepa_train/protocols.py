@@ -97,7 +97,7 @@ class Callback:
 
     @property
     def key(self) -> str:
-        """Name of this callback's state in a checkpoint."""
+        """Name of this callback's state in a checkpoint; a second callback of it gets `<key> 2`, and so on."""
         return type(self).__name__
 
     def on_fit_start(self, trainer: Trainer) -> None:

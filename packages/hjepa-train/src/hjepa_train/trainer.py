@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from hjepa_train.callbacks.save import SaveEvery
 from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore, Saver
-from hjepa_train.checkpoint.state import generator_states, model_shapes, restore, run_tensors
+from hjepa_train.checkpoint.state import MODEL, generator_states, model_shapes, restore, run_tensors
+from hjepa_train.checkpoint.tensors import check_dtypes
 from hjepa_train.ema import EMA
-from hjepa_train.errors import CheckpointError, TrainingError, choice, one_line
+from hjepa_train.errors import CheckpointError, TrainingError, UnstableError, choice, one_line
 from hjepa_train.graph import CompileMode, compile_module, multiply_in_fp8, recompute_activations
 from hjepa_train.guard import Guard, GuardConfig, step_unless
 from hjepa_train.optim import OptimizerConfig, OptimizerKind, set_rates
@@ -26,7 +28,7 @@ from hjepa_train.parallel import ParallelConfig, ParallelKind, World, call, grad
 from hjepa_train.precision import Precision, autocast
 from hjepa_train.protocols import Batch, Callback, HasEMA, Stream
 from hjepa_train.schedules import RunLength, ScheduleConfig, ScheduleKind
-from hjepa_train.sharded import whole
+from hjepa_train.sharded import is_sharded, whole
 from hjepa_train.signals import StopSignals
 from hjepa_train.throughput import Throughput
 
@@ -227,7 +229,7 @@ class Trainer:
         Raises:
             UnstableError: Where too many steps in a row are bad, or a collapse is not tolerated.
             TrainingError: Where the stream ends.
-            CheckpointError: Where a checkpoint is of another model, or cannot be written.
+            CheckpointError: Where a checkpoint is of another model or a later step, or cannot be written.
         """
         outcome: Outcome | None = None
         try:
@@ -277,8 +279,12 @@ class Trainer:
         self.guard.check(self.step, now=True)
         began = time.perf_counter()
         self._call(lambda callback: callback.on_save(self))
-        tensors = run_tensors(self.module, self.optimizer)
-        self._saver.take(self.step, tensors, generator_states(self.world), self._state(), model_shapes(self.module))
+        tensors, own = run_tensors(self.module, self.optimizer), generator_states(self.world)
+        # Buffers may differ between ranks until DDP gives all of them the main rank's, so those are the ones to save.
+        names = [f"{MODEL}/{name}" for name, _ in self.module.named_buffers(remove_duplicate=False)]
+        buffers = {name: tensors.pop(name) for name in names if name in tensors and not is_sharded(tensors[name])}
+        own |= buffers if self.world.is_main else {}
+        self._saver.take(self.step, tensors, own, self._state(), model_shapes(self.module))
         self._saved_step = self.step
         self._stall = time.perf_counter() - began
         self._saver.times.stalls.append(self._stall)
@@ -287,6 +293,7 @@ class Trainer:
         """Go to the newest whole checkpoint of the run directory, if there is one; all ranks call it."""
         if self.store is None:
             return
+        check_dtypes(run_tensors(self.module, self.optimizer))
         checkpoint: Checkpoint | None = None
         problem: CheckpointError | None = None
         if self.world.is_main:
@@ -297,6 +304,11 @@ class Trainer:
         if any(self.world.any(problem is not None)):
             raise problem or CheckpointError("the main rank found no whole checkpoint")
         step = self.world.from_main(-1 if checkpoint is None else int(checkpoint.state["step"]))
+        if step > self.config.steps:
+            raise CheckpointError(
+                f"steps={self.config.steps}: {self.store.folder} has a checkpoint of step {step}; allowed: {step} "
+                "(nothing is left to do) and more; raise steps or choose another run directory"
+            )
         if step >= 0:
             checkpoint = self.store.at(step) if checkpoint is None else checkpoint
             checkpoint.check_model(model_shapes(self.module))
@@ -312,10 +324,12 @@ class Trainer:
             self._let_save_end()
             raise
         if self._saver is not None:
-            times, elapsed = self._saver.times, time.perf_counter() - began
+            times, waiting = self._saver.times, time.perf_counter()
             self._saver.wait()
             if times.stalls and self.world.is_main:
-                logger.info(times.summary(elapsed))
+                ended_at = time.perf_counter()
+                times.stalls[-1] += ended_at - waiting
+                logger.info(times.summary(ended_at - began))
         return ended
 
     def _let_save_end(self) -> None:
@@ -335,9 +349,7 @@ class Trainer:
             if self._is_logged():
                 self.log(self._read(result))
             with self._speed.paused():
-                for callback in self.callbacks:
-                    callback.on_step_end(self, result)
-                self._flush_row()
+                self._end_step(result)
             wishes = (self.stop_reason is not None, self.end_reason is not None, self._save_requested)
             unsaved = self._saver is not None and self._saver.failed
             # A rank that is late is waited for here: that is time of the step.
@@ -348,11 +360,20 @@ class Trainer:
                 self._save_requested = False
                 with self._speed.paused():
                     self.save()
-        if (stop or ended) and self.step < self.config.steps:
+        if (stop or ended) and self.step < self.config.steps and self.world.is_main:
             reason = (self.end_reason if ended else self.stop_reason) or "asked by another rank"
             what = "ended" if ended else "stopped"
             logger.info("%s after step %d of %d (%s)", what, self.step, self.config.steps, reason)
         return ended or self.step >= self.config.steps
+
+    def _end_step(self, result: StepResult) -> None:
+        try:
+            self._call(lambda callback: callback.on_step_end(self, result))
+        except UnstableError:
+            # The row says why.
+            self._flush_row()
+            raise
+        self._flush_row()
 
     def _train_step(self, batches: Iterator[Batch]) -> StepResult:
         rates = {name: schedule(self.step) for name, schedule in self._schedules.items()}
@@ -412,7 +433,9 @@ class Trainer:
         gradients = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._trainable, self.config.clip_norm, norm)
+            # A norm that is not finite would make every gradient so: a dump could not tell which were to blame.
+            finite = norm.nan_to_num(nan=0.0, posinf=0.0)
+            torch.nn.utils.clip_grads_with_norm_(self._trainable, self.config.clip_norm, finite)
         return whole(norm)
 
     def _is_logged(self) -> bool:
@@ -471,7 +494,7 @@ class Trainer:
         return {name: schedule.build(length) for name, schedule in schedules.items()}
 
     def _state(self) -> dict[str, Any]:
-        states = {callback.key: callback.state_dict() for callback in self.callbacks}
+        states = {key: callback.state_dict() for key, callback in self._keyed_callbacks()}
         return {
             "step": self.step,
             "samples": self.samples,
@@ -488,7 +511,16 @@ class Trainer:
         self.samples = int(state["samples"])
         self.stream.load_state_dict(state["stream"])
         self.guard.load_state_dict(state["guard"])
+        for key, callback in self._keyed_callbacks():
+            if key in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][key])
+        if self.world.is_main:
+            logger.info("resumed at step %d of %d", self.step, self.config.steps)
+
+    def _keyed_callbacks(self) -> Iterator[tuple[str, Callback]]:
+        """Yield each callback with the name of its state: its key, and a number from the second of a key on."""
+        counts: Counter[str] = Counter()
         for callback in self.callbacks:
-            if callback.key in state["callbacks"]:
-                callback.load_state_dict(state["callbacks"][callback.key])
-        logger.info("resumed at step %d of %d", self.step, self.config.steps)
+            counts[callback.key] += 1
+            count = counts[callback.key]
+            yield callback.key if count == 1 else f"{callback.key} {count}", callback

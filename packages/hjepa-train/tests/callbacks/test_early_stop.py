@@ -49,6 +49,23 @@ def test_a_resumed_run_ends_at_the_same_step(device, tmp_path, stop):
     assert (outcome, trainer.step) == (Outcome.DONE, 5)
 
 
+def test_another_metric_or_mode_begins_anew(device, tmp_path, caplog):
+    assert train(device, tmp_path)[0].step == 5
+    with caplog.at_level(logging.INFO):
+        trainer, outcome = train(device, tmp_path, mode="min")
+    assert (outcome, trainer.step) == (Outcome.DONE, 9)
+    (line,) = [record.message for record in caplog.records if "begins anew" in record.message]
+    assert "metric=eval/x, mode=min; the checkpoint has metric=eval/x, mode=max" in line
+    assert train(device, tmp_path, metric="train/loss", min_delta=1e9)[0].step == 12
+
+
+def test_a_state_that_does_not_name_its_metric_is_taken_over():
+    stopper = EarlyStop(EarlyStopConfig(metric="eval/x"))
+    stopper.load_state_dict({"best": 0.5, "best_step": 3, "waited": 2})
+    named = {"metric": "eval/x", "mode": "max", "best": 0.5, "best_step": 3, "waited": 2}
+    assert stopper.state_dict() == named
+
+
 def test_less_may_be_better_and_a_hair_may_not_count(device, tmp_path):
     assert train(device, tmp_path / "min", mode="min", patience=2)[0].step == 3
     assert train(device, tmp_path / "delta", min_delta=0.15, patience=5)[0].step == 11
@@ -70,6 +87,17 @@ def test_a_metric_that_never_came_is_said(device, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(device, tmp_path, metric="eval/y", steps=2)
     assert "no row had metric=eval/y" in caplog.text
+
+
+def test_a_metric_that_is_misspelt_is_said_once_at_the_first_row_of_its_kind(device, tmp_path, caplog):
+    def lines():
+        return [record.message for record in caplog.records if "is not among" in record.message]
+
+    train(device, tmp_path / "other", metric="monitor/0/rankme", steps=3)
+    train(device, tmp_path / "right", steps=3)
+    assert lines() == []
+    train(device, tmp_path / "wrong", metric="eval/y", steps=3)
+    assert lines() == ["step 1: early stop: metric=eval/y is not among what this row has: eval/x"]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,16 @@ def test_the_policy_stop_ends_the_run(device):
     assert "\n" not in str(caught.value)
 
 
+def test_the_row_of_the_collapse_is_written_before_the_run_ends(device):
+    rows = Rows()
+    monitor = CollapseMonitor(MonitorConfig(every=1, policy="stop"))
+    config = TrainerConfig(steps=3, parallel=ParallelConfig(device=device.type))
+    collapsed = Given([torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), torch.ones(64, 32)])
+    with pytest.raises(CollapseError, match="step 2"):
+        Trainer(collapsed, ArithmeticStream(), config, callbacks=[monitor, rows]).fit()
+    assert [(row["step"], row["monitor/alarm"]) for row in rows.rows] == [(1, 0.0), (2, 1.0)]
+
+
 def test_the_policy_lower_lr_lowers_the_rate_and_a_resumed_run_keeps_it(device, tmp_path):
     torch.manual_seed(0)
     line = torch.randn(64, 1) * torch.randn(1, 32)

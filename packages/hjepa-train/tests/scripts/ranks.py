@@ -3,6 +3,7 @@
 Argument: work folder. Environment: RANK, WORLD_SIZE, as torchrun sets them.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from hjepa_train import (
     Callback,
     CheckpointConfig,
     CollapseMonitor,
+    DivergedError,
     FSDPConfig,
+    GuardConfig,
     MetricsLog,
     MonitorConfig,
     OptimizerConfig,
@@ -52,6 +55,15 @@ class BadOnLastRank(ToyModule):
         output = super().forward(batch, step)
         if self.bad_rank and step == self.bad_step:
             output.loss = output.loss + float("inf")
+        return output
+
+
+class Spoilt(ToyModule):
+    """The gradient of its mask token is NaN, and no other."""
+
+    def forward(self, batch, step):
+        output = super().forward(batch, step)
+        output.loss = output.loss + (self.mask_token * 0).sqrt().sum()
         return output
 
 
@@ -101,6 +113,17 @@ def sent(parallel, world, kind, accumulate=1):
     return {name: count for name, count in counts.items() if kind in name}
 
 
+def blamed(parallel, world, folder):
+    """Return the parameters that the dump of a run names whose gradient is NaN."""
+    config = TrainerConfig(steps=1, precision="fp32", guard=GuardConfig(max_skips=0), parallel=parallel)
+    stream = ArithmeticStream(rank=world.rank, size=world.size)
+    with contextlib.suppress(DivergedError):
+        Trainer(Spoilt(), stream, config, world=world, run_dir=folder, blocks=[ToyBlock]).fit()
+    return json.loads((folder / "dumps" / "step_00000001" / f"rank{world.rank}.json").read_text())[
+        "gradients_not_finite"
+    ]
+
+
 def main():
     root = Path(sys.argv[1])
     outcomes = {}
@@ -112,6 +135,7 @@ def main():
         stopped = train({}, parallel, world, root / kind / "stopped", [StopRankOne()])
         resumed = train({}, parallel, world, root / kind / "stopped")
         outcomes[kind] = [stopped, resumed]
+        outcomes[f"{kind} blamed"] = blamed(parallel, world, root / kind / "spoilt")
         outcomes[f"{kind} reductions"] = [sent(parallel, world, "reduce", count) for count in (1, 4)]
     for name, fields in FSDP_CASES.items():
         parallel = ParallelConfig(kind="fsdp", device="cpu", fsdp=FSDPConfig(**fields))

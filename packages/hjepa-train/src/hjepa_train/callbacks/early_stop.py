@@ -64,15 +64,20 @@ class EarlyStop(Callback):
         self._best: float | None = None
         self._best_step = 0
         self._waited = 0
-        self._seen = False
+        self._seen = self._told = False
+        self._before: tuple[str, str] | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """End at once where the run has ended before."""
+        """End at once where the run has ended before; say so where it looked at another metric before."""
+        if self._before is not None and trainer.world.is_main:
+            text = "early stop: begins anew with metric=%s, mode=%s; the checkpoint has metric=%s, mode=%s"
+            logger.info(text, self.config.metric, self.config.mode, *self._before)
         self._judge(trainer)
 
     def on_row(self, trainer: Trainer, row: Mapping[str, float]) -> None:
         """Take a reading, where the row has one."""
         if self.config.metric not in row:
+            self._tell_others(trainer, row)
             return
         self._seen = True
         value = row[self.config.metric]
@@ -89,12 +94,28 @@ class EarlyStop(Callback):
             logger.warning("early stop: no row had metric=%s; metrics.jsonl has the names", self.config.metric)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best reading and how long it has stood."""
-        return {"best": self._best, "best_step": self._best_step, "waited": self._waited}
+        """Return the best reading, how long it has stood, and of what it is."""
+        which = {"metric": self.config.metric, "mode": self.config.mode.value}
+        return {**which, "best": self._best, "best_step": self._best_step, "waited": self._waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them over."""
+        """Take them over, unless they are of another metric or mode."""
+        mine = (self.config.metric, self.config.mode.value)
+        # Earlier checkpoints do not say of what they are.
+        saved = (state.get("metric", mine[0]), state.get("mode", mine[1]))
+        if saved != mine:
+            self._before = saved
+            return
         self._best, self._best_step, self._waited = state["best"], state["best_step"], state["waited"]
+
+    def _tell_others(self, trainer: Trainer, row: Mapping[str, float]) -> None:
+        prefix = self.config.metric.rpartition("/")[0] + "/"
+        others = [name for name in row if name.startswith(prefix)]
+        if others and not (self._told or self._seen or self._best is not None):
+            self._told = True
+            if trainer.world.is_main:
+                text = "step %d: early stop: metric=%s is not among what this row has: %s"
+                logger.warning(text, int(row["step"]), self.config.metric, ", ".join(others))
 
     def _judge(self, trainer: Trainer) -> None:
         if self._waited >= self.config.patience:

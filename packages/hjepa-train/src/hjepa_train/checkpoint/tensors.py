@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hjepa_train.checkpoint.files import DamagedError, Written
 from hjepa_train.checkpoint.parts import Box, Part, overlap, whole_shape
+from hjepa_train.errors import CheckpointError
 from hjepa_train.sharded import local, offsets
 
 SUFFIX = ".safetensors"
@@ -31,6 +32,21 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+
+
+def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what the format cannot hold.
+
+    Raises:
+        CheckpointError: Where a tensor's dtype has no name in the format.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            kind, *allowed = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *_DTYPES))
+            raise CheckpointError(
+                f"{name}: {kind} cannot be saved; allowed: {', '.join(allowed)}; convert it, or register a buffer with "
+                "persistent=False"
+            )
 
 
 def write_tensors(path: Path, parts: Mapping[str, Part]) -> Written:
