@@ -227,7 +227,7 @@ if __name__ == "__main__":
 
 
 def group(tmp_path, shards, *words):
-    """Run a program in a process group of its own; return its workers, what it said, the seconds from then on, its code."""
+    """Run a program in its own process group; return its workers, its output, the seconds from then on, its code."""
     script = tmp_path / "train.py"
     script.write_text(GROUP_SCRIPT)
     command = [sys.executable, script, shards, *words]
