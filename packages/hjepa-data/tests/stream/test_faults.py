@@ -248,7 +248,7 @@ def test_signals_to_the_whole_group_leave_the_workers_alone(shards, tmp_path, me
     assert (len(workers), said, code) == (2, "went on\n", 0)
 
 
-@pytest.mark.parametrize(("end", "seconds"), [("exit", 8), ("close", 15)])
+@pytest.mark.parametrize(("end", "seconds"), [("exit", 8), ("close", 18)])
 def test_workers_that_are_asleep_hold_up_nobody(shards, tmp_path, end, seconds):
     """A loader that is closed waits 5 s for each worker, and 5 s more where one is not killed then."""
     workers, _, took, code = group(tmp_path, shards, "fork", "asleep", end)
