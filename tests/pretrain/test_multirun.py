@@ -16,19 +16,21 @@ script="${@: -1}"
 cp "$script" "$FAKE_SLURM/job.sh"
 export SLURM_JOB_ID=77 SLURM_JOB_NODELIST=localhost SLURM_NNODES=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0
 export SLURM_NTASKS=$(grep -oP '(?<=--ntasks-per-node=)\\d+' "$script")
-bash "$script" >"$FAKE_SLURM/out" 2>&1 &
+(bash "$script"; echo $? >"$FAKE_SLURM/code") >"$FAKE_SLURM/out" 2>&1 &
 echo "Submitted batch job 77"
 """
 SRUN = """\
 #!/bin/bash
 while [[ "$1" == -* ]]; do case "$1" in --output|--error) shift 2;; *) shift;; esac; done
-for rank in $(seq 0 $((SLURM_NTASKS - 1))); do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & done
-wait
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks+=" $!"; done
+for task in $tasks; do wait $task || code=$?; done
 touch "$FAKE_SLURM/ended"
+exit $code
 """
 SACCT = """\
 #!/bin/bash
 state=RUNNING; [ -e "$FAKE_SLURM/ended" ] && state=COMPLETED
+[ -e "$FAKE_SLURM/code" ] && [ "$(cat "$FAKE_SLURM/code")" != 0 ] && state=FAILED
 echo "JobID|State|NodeList"; echo "77|$state|localhost"; echo "77_0|$state|localhost"
 """
 SCONTROL = """\
@@ -103,3 +105,17 @@ def test_a_slurm_job_is_one_run_of_all_its_tasks_and_queued_again_when_stopped(t
     assert stored["parallel"] == "ddp"
     assert (tmp_path / "sweep" / "0" / "checkpoints" / "latest").exists(), finished.stderr
     assert (tmp_path / "scontrol").read_text().split() == ["requeue", "77"], finished.stderr
+
+
+@pytest.mark.slow
+def test_a_slurm_job_has_the_exit_code_of_its_run(tiny, tmp_path, slurm):
+    same = [word for word in JOB if "tasks_per_node" not in word]
+    words = (*same, f"data.eval={tmp_path}/none.tar", f"hydra.sweep.dir={tmp_path}/sweep")
+    failed = run(*[word for word in tiny if not word.startswith("data.eval")], *words, env=slurm)
+    assert (tmp_path / "code").read_text() == "2\n", failed.stderr
+    assert failed.returncode == 1, failed.stderr
+    assert not (tmp_path / "scontrol").exists()
+    (line,) = failed.stderr.splitlines()
+    assert "Job 77" in line
+    assert "state: FAILED" in line
+    assert f"{tmp_path}/none.tar" in (tmp_path / "out").read_text()

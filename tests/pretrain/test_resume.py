@@ -1,5 +1,6 @@
 """A run that was killed goes on as if nothing had happened."""
 
+import os
 import shlex
 import signal
 
@@ -62,6 +63,24 @@ def test_a_process_that_gets_sigterm_ends_with_75_and_its_own_advice_goes_on(pre
     assert again.code == 0, again.err
     assert f"resumed at step {reached} of {reached + 2}" in again.err
     assert [step for step, _ in read_losses(run_dir)] == list(range(1, reached + 3))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_the_whole_group_leaves_workers_alone(pretrain, tmp_path, tiny, read_losses, name, capsys):
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    words = (*tiny, "checkpoint.every_steps=null", "checkpoint.every_minutes=null", "eval.at_end=false")
+    words = (*words, "data.workers=1", "trainer.accumulate=4", "run.steps=40")
+    number = getattr(signal, name)
+    stopped = pretrain.disturb(lambda process: os.killpg(process.pid, number), run_dir, 3, *words)
+    assert stopped.code == 75, stopped.err
+    reached = read_losses(run_dir)[-1][0]
+    assert (run_dir / "checkpoints" / f"step_{reached:08d}").is_dir()
+    assert reached < 40
+    for folder in (run_dir, whole):
+        done = pretrain.here(capsys, f"run.dir={folder}", *words)
+        assert done.code == 0, done.err
+    assert read_losses(run_dir) == read_losses(whole)
+    assert (run_dir / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_a_finished_run_is_not_run_again(pretrain, tmp_path, tiny, read_losses):

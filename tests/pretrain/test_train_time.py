@@ -102,6 +102,13 @@ def test_a_time_that_is_none_is_refused(pretrain, words, tmp_path, capsys, measu
     assert not (tmp_path / "run").exists()
 
 
+def test_the_time_limit_bounds_the_timing_of_steps(pretrain, words, tmp_path, capsys):
+    done = pretrain.here(capsys, f"run.dir={tmp_path}/run", *words, "run.train_time=1h", "run.time_limit=0.01s")
+    assert done.code == 75, done.err
+    assert "stopped while steps were timed" in done.message
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_signal_while_steps_are_timed_leaves_nothing(pretrain, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_time, "time_steps", lambda *_, **__: None)
     done = pretrain.here(capsys, f"run.dir={tmp_path}/run", *words, "run.train_time=1s")

@@ -2,8 +2,13 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +17,7 @@ from hjepa_pretrain import run as run_module
 from hjepa_pretrain.cli import main
 from hjepa_pretrain.demo.shards import write_demo_shards
 from hjepa_pretrain.failures import judge
+from hjepa_train import Callback
 
 TINY = (
     "preset=demo", "recipe=hjepa_contrast", "model=vit_nano_patch8", "hjepa.encoder.embed_dim=32",
@@ -69,6 +75,49 @@ def test_a_signal_before_or_after_the_training_is_an_early_stop(words, tmp_path,
     assert name in line
     assert {number: signal.getsignal(number) for number in handlers} == handlers
     assert main([f"run.dir={tmp_path}/run", *words]) == 0
+
+
+@pytest.mark.parametrize("limit", ["0.01s", "3s"])
+def test_the_time_limit_ends_measurements_as_a_signal_does(words, tmp_path, capsys, monkeypatch, limit):
+    handler = signal.getsignal(signal.SIGALRM)
+    command = [f"run.dir={tmp_path}/run", *words, f"data.eval={words[0].removeprefix('data.train=')}", "run.steps=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "measure", lambda *_: time.sleep(60))
+        assert main([*command, "eval.at_end=true", f"run.time_limit={limit}"]) == 75
+    (line,) = said(capsys)
+    assert f"stopped by run.time_limit={limit}, not in training" in line
+    assert (tmp_path / "run" / "checkpoints" / "latest").is_file()
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert main([*command, "eval.at_end=false", "run.time_limit=1h"]) == 0
+    assert (tmp_path / "run" / "results.json").is_file()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_signal_in_a_sweep_of_learning_rates_is_an_early_stop(words, tmp_path, capsys, monkeypatch):
+    class Killer(Callback):
+        def on_step_end(self, trainer, result):
+            if trainer.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("hjepa_pretrain.plan.ProgressBar", lambda console: Killer())
+    assert main([*words, f"plan.dir={tmp_path}", "plan.find_lr=true"]) == 75
+    (line,) = said(capsys)
+    assert "the sweep was stopped after step 2 of 100" in line
+
+
+def test_a_signal_while_the_program_loads_is_an_early_stop():
+    command = [sys.executable, "-m", "hjepa_pretrain", "--settings"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        blocked = 0
+        while not blocked >> (signal.SIGTERM - 1) & 1:
+            assert process.poll() is None, "signals were never held back"
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            blocked = int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16)
+        process.send_signal(signal.SIGTERM)
+        assert "stopped by SIGTERM, not in training" in process.communicate(timeout=120)[1]
+    assert process.returncode == 75
 
 
 def test_a_demo_that_cannot_be_kept_is_one_line(tmp_path, capsys):

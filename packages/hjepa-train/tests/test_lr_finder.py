@@ -14,9 +14,9 @@ from hjepa_train import (
     ScheduleConfig,
     StepOutput,
     TrainerConfig,
-    TrainingError,
     find_rate,
 )
+from hjepa_train.lr_finder import SweepStoppedError
 from hjepa_train.testing import ArithmeticStream, ToyModule
 
 
@@ -102,7 +102,7 @@ def test_a_sweep_that_is_stopped_suggests_nothing(device):
             if trainer.step == 12:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(TrainingError, match="stopped after step 12 of 40"):
+    with pytest.raises(SweepStoppedError, match="stopped after step 12 of 40"):
         find_rate(Bowl(), ArithmeticStream(), config(device), steps=40, callbacks=[Stop()])
 
 

@@ -138,11 +138,12 @@ def test_a_second_interrupt_is_at_once(device, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_worker_outlives_ctrl_c_and_obeys_sigterm():
+def test_a_fork_leaves_ctrl_c_and_sigusr1_to_the_run_and_obeys_sigterm():
     with StopSignals(lambda name: pytest.fail(f"{name} of a worker stopped the run")):
         child = os.fork()
         if child == 0:
             os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)
             os._exit(0)
         _, status = os.waitpid(child, 0)

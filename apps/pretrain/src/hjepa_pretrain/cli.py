@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -56,7 +57,9 @@ def _run(words: list[str]) -> int:
     main_rank = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(level=logging.INFO if main_rank else logging.ERROR, format="%(message)s", stream=sys.stderr)
 
-    # torch takes seconds to import: --help should not.
+    # torch takes seconds to import: --help should not. Signals wait until there is somebody to take them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+
     from omegaconf import OmegaConf
     from rich.console import Console
 
@@ -67,14 +70,16 @@ def _run(words: list[str]) -> int:
     from hjepa_train.signals import StopSignals
 
     try:
-        config, plain = settings.load(words)
-        if show:
-            if config.run.train_time is not None and not settings.holds_run(config.run.dir):
-                print("run.train_time: how many steps fit is measured when the run begins", file=sys.stderr)
-            print(OmegaConf.to_yaml(plain, resolve=True), end="")
-            return 0
-        # Names of folders are no markup. While it trains, the trainer has signals of its own.
+        # While it trains, the trainer has signals of its own.
         with StopSignals(Stopped.by):
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            config, plain = settings.load(words)
+            if show:
+                if config.run.train_time is not None and not settings.holds_run(config.run.dir):
+                    print("run.train_time: how many steps fit is measured when the run begins", file=sys.stderr)
+                print(OmegaConf.to_yaml(plain, resolve=True), end="")
+                return 0
+            # Names of folders are no markup.
             outcome = pretrain(config, plain, words, Console(soft_wrap=True, markup=False, emoji=False))
     except (Exception, KeyboardInterrupt, Stopped) as error:
         failure = judge(error)

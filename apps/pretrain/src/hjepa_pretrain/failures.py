@@ -18,6 +18,7 @@ from hjepa_train import (
     TrainingError,
     UnstableError,
 )
+from hjepa_train.lr_finder import SweepStoppedError
 
 # What torch's CPU back end and Triton say.
 _NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")
@@ -30,14 +31,14 @@ class OtherRankError(ValueError):
 
 
 class Stopped(BaseException):
-    """A signal that came before the first step, or when the last one had been saved; no error that is caught as one."""
+    """An end before the first step, or when the last one had been saved; no error that is caught as one."""
 
     @classmethod
     def by(cls, name: str) -> NoReturn:
         """Stop here.
 
         Args:
-            name: of the signal.
+            name: of the signal, or the setting that asked for it.
         """
         raise cls(f"stopped by {name}, not in training: nothing is lost, and the same command goes on")
 
@@ -66,7 +67,7 @@ def judge(error: BaseException) -> Failure | None:
         return Failure(code=EXIT_WRONG_INPUT, line=str(error))
     if isinstance(error, UnstableError):
         return Failure(code=EXIT_UNSTABLE, line=str(error), alike=True)
-    if isinstance(error, Stopped):
+    if isinstance(error, Stopped | SweepStoppedError):
         return Failure(code=EXIT_PREEMPTED, line=str(error), alike=True)
     return _broken(error)
 

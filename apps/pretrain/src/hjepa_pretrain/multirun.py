@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from hjepa_pretrain import settings
-from hjepa_train import EXIT_PREEMPTED, EXIT_WRONG_INPUT
+from hjepa_train import EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED, EXIT_WRONG_INPUT
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def multirun(words: Sequence[str]) -> int:
         words: overrides in hydra's sweep syntax (`a=1,2`, `a=range(1,4)`), and hydra's own settings.
 
     Returns:
-        0, or the largest exit code of the runs of this machine; 2 for wrong words.
+        0, or the largest exit code of the runs of this machine; 1 where a Slurm job failed, 2 for wrong words.
     """
     try:
         check(words)
@@ -59,6 +60,13 @@ def multirun(words: Sequence[str]) -> int:
     except (HydraException, OmegaConfBaseException, OSError) as error:
         print(f"hjepa-pretrain: {settings.one_line(error)}", file=sys.stderr)
         return EXIT_WRONG_INPUT
+    except RuntimeError as error:
+        # Of submitit, which is an extra and need not be there: a job that left no result, and then the end of its log.
+        if type(error).__name__ != "UncompletedJobError":
+            raise
+        said = " ".join(str(error).splitlines()[:2])
+        print(f"hjepa-pretrain: {said}; the logs beside that path say why", file=sys.stderr)
+        return EXIT_ERROR
     return max(_ended.values(), default=0)
 
 
@@ -99,10 +107,18 @@ def _run_one(_: DictConfig) -> int:
     GlobalHydra.instance().clear()
     try:
         code = main([f"run.dir={folder}", *words])
+    except Exception:
+        if not slurm:
+            raise
+        # hydra would hand the error to whoever waits for the job, which would itself end well.
+        traceback.print_exc()
+        code = EXIT_ERROR
     finally:
         Singleton.set_state(outer)
     if slurm and code == EXIT_PREEMPTED and os.environ["RANK"] == "0":
         _queue_again()
+    elif slurm and code not in (EXIT_DONE, EXIT_PREEMPTED):
+        raise SystemExit(code)
     _ended[folder] = code
     if not slurm and code == EXIT_PREEMPTED and not any(word.startswith("run.time_limit=") for word in words):
         word = shlex.quote(f"hydra.sweep.dir={HydraConfig.get().sweep.dir}")

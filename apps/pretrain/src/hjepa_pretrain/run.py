@@ -1,9 +1,11 @@
 """A run from its configuration to its folder: data, task, trainer, results, report."""
 
 import logging
+import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +23,7 @@ from hjepa_pretrain.claim import claim
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.dry_run import dry_run
 from hjepa_pretrain.evaluation import OnlineEvaluation, load_pair, measure, open_sources
-from hjepa_pretrain.failures import OtherRankError
+from hjepa_pretrain.failures import OtherRankError, Stopped
 from hjepa_pretrain.model import Model, command, save_model
 from hjepa_pretrain.plan import find_learning_rate, show_schedules
 from hjepa_pretrain.provenance import provenance
@@ -149,7 +151,7 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
             sources = _sources(config, world)
             folder = _name(config, world)
             if config.run.train_time is not None:
-                config, plain = _fit_to_time(config, words, sources, world, folder, console)
+                config, plain = _fit_to_time(config, words, sources, world, folder, console, started)
             config.trainer.samples_per_epoch = len(sources[0])
             if config.plan.show or config.plan.find_lr:
                 _plan(config, plain, sources, world, console)
@@ -159,7 +161,8 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
         finally:
             leave_world()
         if outcome is Outcome.DONE and world.is_main:
-            _finish(config, trainer, sources, folder, console)
+            with _stopped_in_time(config, started):
+                _finish(config, trainer, sources, folder, console)
     return outcome
 
 
@@ -202,7 +205,13 @@ def _sources(config: PretrainConfig, world: World) -> Sources:
 
 
 def _fit_to_time(
-    config: PretrainConfig, words: list[str], sources: Sources, world: World, folder: Path, console: Console
+    config: PretrainConfig,
+    words: list[str],
+    sources: Sources,
+    world: World,
+    folder: Path,
+    console: Console,
+    started: float,
 ) -> tuple[PretrainConfig, DictConfig]:
     """Compose the run of as many steps as there is time for; one that has begun has its steps already."""
     if settings.holds_run(folder):
@@ -212,7 +221,7 @@ def _fit_to_time(
     timed, plain = settings.load(words, steps=LONG, quiet=True)
     timed.trainer.samples_per_epoch = len(sources[0])
     _count_classes(timed, plain, sources[0])
-    step = measure_step(timed, _stream(timed, sources, world), world, limit)
+    step = measure_step(timed, _stream(timed, sources, world), world, limit, _time_limit(config, started))
     count, length = int(limit / step.seconds), f"{1e3 * step.seconds:,.1f} ms"
 
     def fit() -> tuple[PretrainConfig, DictConfig]:
@@ -331,9 +340,29 @@ def _callbacks(
         callbacks.append(EarlyStop(config.early_stop))
     if config.profile:
         callbacks.append(Profiler(folder / "profile", config.profiler))
-    if config.run.time_limit_seconds is not None:
-        callbacks.append(TimeLimit(config.run.time_limit_seconds / 60, started=started))
-    return callbacks
+    return callbacks + _time_limit(config, started)
+
+
+def _time_limit(config: PretrainConfig, started: float) -> list[Callback]:
+    seconds = config.run.time_limit_seconds
+    return [] if seconds is None else [TimeLimit(seconds / 60, started=started)]
+
+
+@contextmanager
+def _stopped_in_time(config: PretrainConfig, started: float) -> Iterator[None]:
+    """Stop what no trainer does where `run.time_limit` has passed, as a signal would."""
+    limit = config.run.time_limit_seconds
+    if limit is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: Stopped.by(f"run.time_limit={config.run.time_limit}"))
+    try:
+        # At 0 the timer would be off.
+        signal.setitimer(signal.ITIMER_REAL, max(1e-6, started + limit - time.monotonic()))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _announce(config: PretrainConfig, task: PretrainTask, images: int, folder: Path, console: Console) -> None:

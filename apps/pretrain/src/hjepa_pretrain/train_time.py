@@ -2,6 +2,7 @@
 
 import gc
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 
@@ -11,7 +12,7 @@ from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.failures import Stopped
 from hjepa_pretrain.model import Model
 from hjepa_pretrain.task import build_task
-from hjepa_train import StepTime, World, time_steps
+from hjepa_train import Callback, StepTime, World, time_steps
 
 LONG = 1_000_000
 """Steps of the run that is timed: too many for one of its stages to end meanwhile."""
@@ -19,7 +20,9 @@ _SHARE, _LEAST_SECONDS, _MOST_SECONDS = 0.05, 2.0, 20.0
 _LOOKS = 1_000
 
 
-def measure_step(config: PretrainConfig, stream: DevicePrefetcher, world: World, seconds: float) -> StepTime:
+def measure_step(
+    config: PretrainConfig, stream: DevicePrefetcher, world: World, seconds: float, callbacks: Sequence[Callback] = ()
+) -> StepTime:
     """Time steps of a model that is thrown away; nothing is saved, and the generators are for the run to seed.
 
     Args:
@@ -27,9 +30,10 @@ def measure_step(config: PretrainConfig, stream: DevicePrefetcher, world: World,
         stream: of the run; it is closed.
         world: this process among the others, all of which get the same answer.
         seconds: that the run has; a twentieth of it is timed, 2 s to 20 s.
+        callbacks: that may ask for a stop.
 
     Raises:
-        Stopped: a signal came.
+        Stopped: a signal or a callback asked for it.
     """
     task = build_task(config)
     workers = config.data.stream(config.trainer.accumulate, world.size).workers
@@ -43,6 +47,7 @@ def measure_step(config: PretrainConfig, stream: DevicePrefetcher, world: World,
         prepared=-(-workers.count * workers.prefetch // config.trainer.accumulate),
         world=world,
         blocks=(Block,),
+        callbacks=callbacks,
     )
     stream.close()
     # The run's own model needs the memory, and the compiler keeps what it has made for a model.

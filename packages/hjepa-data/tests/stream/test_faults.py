@@ -1,5 +1,6 @@
 """Each fault, made in real files and real processes."""
 
+import contextlib
 import itertools
 import logging
 import multiprocessing
@@ -184,6 +185,81 @@ def test_a_worker_that_dies_between_two_batches_is_found_by_the_next(shards):
     with pytest.raises(WorkerError, match="signal 9"):
         take(stream, 50)
     stream.close()
+
+
+GROUP_SCRIPT = """
+import multiprocessing, os, signal, sys, time
+from hjepa_data import ShardSource, StreamConfig, ViewGroup, WorkerConfig
+
+class Sleepy(ShardSource):
+    def read(self, index):
+        if sys.argv[3] == "asleep" and index % 2:
+            time.sleep(600)
+        return super().read(index)
+
+if __name__ == "__main__":
+    workers = WorkerConfig(count=2, start_method=sys.argv[2])
+    stream = StreamConfig(global_batch_size=6, views=(ViewGroup(size=(8, 8)),), workers=workers).build(
+        Sleepy(sys.argv[1]), seed=3
+    )
+    if sys.argv[3] != "asleep":
+        next(stream)
+    else:
+        stream._batches = stream._load()
+        time.sleep(0.5)
+    children = multiprocessing.active_children()
+    print(*(child.pid for child in children), flush=True)
+    if sys.argv[3] == "signals":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda *_: None)
+            os.killpg(0, number)
+            time.sleep(0.2)
+        for _ in range(20):
+            next(stream)
+        print("went on")
+    if sys.argv[4] == "close":
+        stream.close()
+        assert not any(child.is_alive() for child in children)
+    if sys.argv[4] == "die":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.killpg(0, signal.SIGTERM)
+"""
+
+
+def group(tmp_path, shards, *words):
+    """Run a program in its own process group; return its workers, its output, the seconds from then on, its code."""
+    script = tmp_path / "train.py"
+    script.write_text(GROUP_SCRIPT)
+    command = [sys.executable, script, shards, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        workers = process.stdout.readline().split()
+        began = time.monotonic()
+        try:
+            said, _ = process.communicate(timeout=60)  # until the last worker, who holds the pipe as well, has gone
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return workers, said, time.monotonic() - began, process.returncode
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_signals_to_the_whole_group_leave_the_workers_alone(shards, tmp_path, method):
+    workers, said, _, code = group(tmp_path, shards, method, "signals", "exit")
+    assert (len(workers), said, code) == (2, "went on\n", 0)
+
+
+@pytest.mark.parametrize(("end", "seconds"), [("exit", 8), ("close", 18)])
+def test_workers_that_are_asleep_hold_up_nobody(shards, tmp_path, end, seconds):
+    """A loader that is closed waits 5 s for each worker, and 5 s more where one is not killed then."""
+    workers, _, took, code = group(tmp_path, shards, "fork", "asleep", end)
+    assert (len(workers), code) == (2, 0)
+    assert took < seconds
+
+
+def test_workers_end_after_a_program_that_a_signal_has_ended(shards, tmp_path):
+    workers, _, took, code = group(tmp_path, shards, "fork", "awake", "die")
+    assert (len(workers), code) == (2, -signal.SIGTERM)
+    assert took < 12  # they look for it every 5 s
 
 
 # Shards that cannot be read.

@@ -27,6 +27,10 @@ _DIVERGED = 2.0
 """The sweep ends where the smoothed loss is above its least by this many times what it had fallen from the first."""
 
 
+class SweepStoppedError(TrainingError):
+    """A signal has stopped a sweep: nothing is wrong, and nothing is known."""
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class RateSweep:
     """What a sweep has seen."""
@@ -105,7 +109,7 @@ def find_rate(
 
     Raises:
         ValueError: Where low and high leave nothing to sweep.
-        TrainingError: Where a signal has stopped it before its end.
+        SweepStoppedError: Where a signal has stopped it before its end.
     """
     from hjepa_train.trainer import Trainer
 
@@ -124,7 +128,7 @@ def find_rate(
     record = _Record()
     trainer = Trainer(module, stream, sweep, world=world, blocks=blocks, callbacks=[record, *callbacks])
     if trainer.fit() is Outcome.PREEMPTED:
-        raise TrainingError(f"the sweep was stopped after step {trainer.step} of {steps}; start it again")
+        raise SweepStoppedError(f"the sweep was stopped after step {trainer.step} of {steps}; start it again")
     return RateSweep(rates=np.array(record.rates), losses=np.array(record.losses))
 
 

@@ -67,8 +67,8 @@ class StopSignals:
         self._on_stop(signal.Signals(number).name)
 
     def _handle_in_fork(self, number: int) -> None:
-        """Let a loader's worker, which inherits this handler, outlive Ctrl-C (its owner ends it) and obey the rest."""
-        if number != signal.SIGINT:
+        """Let a process that inherits this handler obey SIGTERM, by which its owner ends it; others are for the run."""
+        if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 

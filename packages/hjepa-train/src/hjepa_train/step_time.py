@@ -45,6 +45,7 @@ def time_steps(
     prepared: int = 0,
     world: World | None = None,
     blocks: Sequence[type[nn.Module]] = (),
+    callbacks: Sequence[Callback] = (),
 ) -> StepTime | None:
     """Train at a learning rate of 0, which costs what any rate costs, and tell how long a step takes; nothing is saved.
 
@@ -62,15 +63,16 @@ def time_steps(
         prepared: Batches that loaders hold ready, in optimizer steps.
         world: As for a Trainer.
         blocks: Likewise.
+        callbacks: Likewise, e.g. a TimeLimit.
 
     Returns:
-        The time of a step, the same on every rank; None where a signal has stopped the work.
+        The time of a step, the same on every rank; None where a signal or a callback has stopped the work.
     """
     from hjepa_train.trainer import Trainer
 
     still = replace(config, steps=_NO_END, learning_rate=ScheduleConfig(value=0.0))
     clock = _Clock(seconds, places, cycle, prepared)
-    outcome = Trainer(module, stream, still, world=world, blocks=blocks, callbacks=[clock]).fit()
+    outcome = Trainer(module, stream, still, world=world, blocks=blocks, callbacks=[clock, *callbacks]).fit()
     return None if outcome is Outcome.PREEMPTED else clock.found
 
 

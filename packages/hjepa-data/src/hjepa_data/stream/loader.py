@@ -8,11 +8,14 @@ import signal
 import threading
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -27,6 +30,8 @@ __all__ = ["SkipCount", "StartMethod", "WorkerConfig", "load"]
 _log = logging.getLogger(__name__)
 _LOOK = 1.0
 _MOMENT = 0.01
+# They ask a program to stop; one that goes to all its processes is for the main one, which ends its workers itself.
+_STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 
 
 class StartMethod(StrEnum):
@@ -147,8 +152,25 @@ def load(tasks: Dataset[Loaded], items: Iterable[Any], config: WorkerConfig) -> 
         )
         # Python 3.12 warns of threads in the forking process; workers only decode and need no lock that these hold.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-        batches = _started(loader)
-    return _guarded(batches, config) if workers else batches
+        if not workers:
+            return iter(loader)
+        with _blocked_signals():
+            batches = _started(loader)
+    _end_by_kill(batches)
+    return _guarded(batches, config)
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Hold back what asks to stop: a worker inherits that, and hears nothing before it has begun to ignore it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _started(loader: DataLoader[Loaded]) -> Iterator[Loaded]:
@@ -161,7 +183,15 @@ def _started(loader: DataLoader[Loaded]) -> Iterator[Loaded]:
     return batches
 
 
-def _guarded(batches: Any, config: WorkerConfig) -> Iterator[Loaded]:  # noqa: ANN401 (its type is private)
+def _end_by_kill(batches: Any) -> None:  # noqa: ANN401 (its type is private)
+    """Let the loader that is closed, and an interpreter that exits, kill workers where they would send SIGTERM."""
+    for worker in batches._workers:
+        process = worker._popen
+        # Through a proxy: a process that refers to itself would keep its pipes until the garbage is collected.
+        process.terminate = MethodType(type(process).kill, weakref.proxy(process))
+
+
+def _guarded(batches: Any, config: WorkerConfig) -> Iterator[Loaded]:  # noqa: ANN401 (as above)
     """Hand out batches, and look at the workers every second while one is waited for."""
     # The loader itself looks after five seconds in which no worker gave anything, and cannot say which one it was.
     batches._get_data = partial(_await_data, batches, config.timeout)
@@ -252,5 +282,5 @@ def _share(loaded: Any) -> Any:  # noqa: ANN401 (as above)
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C is for the main process: it finishes its step, saves, and then ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
