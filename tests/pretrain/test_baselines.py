@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hjepa_data import Batch
-from hjepa_eval import read_results
+from hjepa_eval import FeatureName, level_features, read_results
 from hjepa_models import Encoder, GlobalConfig
 from hjepa_models.objectives import nt_xent, random_directions, vicreg_loss
 from hjepa_pretrain import settings
@@ -40,6 +40,17 @@ def test_a_baseline_trains_resumes_and_is_measured(pretrain, tiny, tmp_path, cap
     assert torch.isfinite(model.eval().features(images)).all()
     if recipe in KINDS:
         assert torch.equal(Encoder.from_pretrained(run).eval()(images).mean(1), model.features(images))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_only_level_is_read_as_those_of_an_hjepa(kind):
+    hjepa = settings.load(["recipe=hjepa_global"])[0].hjepa
+    model = build_baseline(BaselineConfig(kind=kind, num_classes=5), hjepa, seed=0).eval()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = level_features(model, branches=("target", "online"))(images)
+    names = [FeatureName(branch=branch, level="encoder", pooling="mean") for branch in ("target", "online")]
+    assert list(found) == names
+    assert all(torch.equal(found[name], model.features(images)) for name in names)
 
 
 def test_every_method_starts_from_the_same_encoder():

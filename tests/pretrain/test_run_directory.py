@@ -65,7 +65,8 @@ def test_results_name_level_branch_and_pooling(run_dir):
     trained = {one.name.level for one in results.measurements if one.name.branch == "online"}
     assert trained == {"encoder", "0", "1", "pooled", "global"}
     for one in results.measurements:
-        assert one.name.pooling == ("flatten" if one.name.branch == "-" else "mean")
+        poolings = {"pixels": "flatten", "pooled": "none", "global": "none"}
+        assert one.name.pooling == poolings.get(one.name.level, "mean")
         assert one.low <= one.value <= one.high
         accuracy = one.metric in ("knn_20", "linear")
         assert (one.method, one.n, one.n_train) == (("bootstrap", 120, 300) if accuracy else ("jackknife", 300, None))

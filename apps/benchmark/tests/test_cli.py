@@ -17,7 +17,7 @@ from hjepa_benchmark import probes, rivals
 from hjepa_benchmark.cli import main
 from hjepa_benchmark.quantize import measure_quantization
 from hjepa_benchmark.suite import run as suite_run
-from hjepa_data import EvalConfig, ShardSource, normalize
+from hjepa_data import EvalConfig, ShardSource, WorkerError, normalize
 from hjepa_eval import FeatureName, FeatureSet, evaluate, plus_minus, read_results
 from hjepa_models import Encoder, load_pretrained
 from hjepa_models.quantization import quantize_int8, weight_bytes
@@ -227,6 +227,32 @@ def test_an_interruption_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(probes, "probe_run", interrupted)
     assert main(["probes", str(tmp_path)]) == 130
     assert capsys.readouterr().err.strip().splitlines() == ["hjepa-benchmark: interrupted; what it had written stands"]
+
+
+@pytest.mark.parametrize("command", ["probes", "suite=quick"])
+def test_a_model_that_has_diverged_is_one_line_and_code_3(run, tmp_path, capsys, command):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    model = load_pretrained(copied)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    model.save_pretrained(copied)
+    assert main([command, str(copied)]) == 3
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("measuring:")]
+    assert len(lines) == 1
+    assert "the model has diverged" in lines[0]
+
+
+def test_a_process_that_is_gone_is_one_line_and_an_error_of_the_program_its_traceback(monkeypatch, tmp_path, capsys):
+    for error in (WorkerError("process 1 is gone"), RuntimeError("a bug")):
+        monkeypatch.setattr(probes, "probe_run", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        if isinstance(error, WorkerError):
+            assert main(["probes", str(tmp_path)]) == 1
+            assert capsys.readouterr().err == "hjepa-benchmark: process 1 is gone\n"
+        else:
+            with pytest.raises(RuntimeError, match="a bug"):
+                main(["probes", str(tmp_path)])
 
 
 def test_what_cannot_be_written_is_told_before_anything_is_measured(run, tmp_path, monkeypatch, capsys):

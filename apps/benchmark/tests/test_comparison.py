@@ -58,6 +58,17 @@ def test_differences_are_paired():
     assert "mCE is over the untrained encoder" in _notes([first, candidate("d", [True], **{"run.seed": 1})], [])[-1]
 
 
+def test_levels_match_whatever_an_earlier_version_called_their_pooling():
+    earlier, later = candidate("a", [False] * 20), candidate("b", [True] * 20)
+    for run, pooling in ((earlier, "mean"), (later, "none")):
+        (one,), right = run.results.measurements, run.right["linear|target|encoder|mean"]
+        run.results.measurements[:] = [replace(one, name=replace(NAME, level="pooled", pooling=pooling))]
+        run.right = {f"linear|target|pooled|{pooling}": right}
+    for pair, gain in (((earlier, later), 1), ((later, earlier), -1)):
+        (found,) = paired_differences(pair, ["linear"])
+        assert (found.level, found.interval.value) == ("pooled", gain)
+
+
 def test_mce_of_another_suite_is_noted():
     runs = [candidate(name, [True]) for name in "abc"]
     for run, corruptions in zip(runs, (5, 15, 5), strict=True):

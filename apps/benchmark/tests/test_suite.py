@@ -19,8 +19,15 @@ from hjepa_benchmark.suite import run as suite_run
 from hjepa_benchmark.suite.composites import compose
 from hjepa_benchmark.suite.findings import Findings, find, read_right
 from hjepa_benchmark.suite.plan import FULL, QUICK
-from hjepa_benchmark.suite.probes import match_views, random_boxes, random_crop, rank_levels
-from hjepa_benchmark.suite.report import Pictures, _confusion, numbers_table, write_page
+from hjepa_benchmark.suite.probes import (
+    compare_levels,
+    compare_views,
+    match_views,
+    random_boxes,
+    random_crop,
+    rank_levels,
+)
+from hjepa_benchmark.suite.report import Pictures, _confusion, _corruptions, numbers_table, write_page
 from hjepa_benchmark.suite.robustness import _mean_errors, _ratio
 from hjepa_benchmark.suite.run import measure
 from hjepa_benchmark.suite.subjects import level_grids, subjects
@@ -33,13 +40,16 @@ from hjepa_eval import (
     FewShotConfig,
     HeadOptimizer,
     HeadTraining,
+    Measurement,
     Results,
+    level_features,
     open_encoder,
     read_results,
 )
 from hjepa_eval.robustness.error import mean_corruption_error, relative_corruption_error
 from hjepa_eval.robustness.severity import Corruption
-from hjepa_pretrain.demo import CLASS_NAMES
+from hjepa_pretrain.demo import CLASS_NAMES, compose_demo
+from hjepa_pretrain.demo.shards import write_demo_shards
 from hjepa_pretrain.evaluation import Images
 from hjepa_pretrain.model import load_run
 from hjepa_pretrain.report.write import read_rows
@@ -162,7 +172,11 @@ def test_mean_errors_by_hand():
     def wrong(*errors):
         return {metric: torch.arange(10).repeat(30) < n for metric, n in zip(metrics, errors, strict=True)}
 
-    for reference, defined in (((2, 4, 6, 5, 8), True), ((2, 4, 6, 2, 2), False)):
+    for reference, defined, mean_defined in (
+        ((2, 4, 6, 5, 8), True, True),
+        ((2, 4, 6, 2, 2), False, True),
+        ((2, 4, 6, 0, 0), False, False),
+    ):
         findings = Findings()
         names = [FeatureName(branch=branch, level=level, pooling="mean")
                  for branch, level in (("untrained online", "encoder"), ("online", "0"))]  # fmt: skip
@@ -172,7 +186,12 @@ def test_mean_errors_by_hand():
             for metric in ("mce", "relative_mce", "added_error")
         }
         own, base = ({"fog": row[1:3], "snow": row[3:]} for row in ((1, 2, 4, 3, 5), reference))
-        assert found["mce"].value == pytest.approx(mean_corruption_error(own, base).mean)
+        if mean_defined:
+            assert found["mce"].value == pytest.approx(mean_corruption_error(own, base).mean)
+        else:
+            assert math.isnan(found["mce"].value)
+            assert found["mce"].method == "none"
+            assert found["mce"].details["undefined"] == "the reference makes no errors under snow"
         assert found["added_error"].value == pytest.approx((1 + 3 + 2 + 4) / 4 / 10)
         if defined:
             by_hand = relative_corruption_error(own, base, clean=1, reference_clean=reference[0]).mean
@@ -181,6 +200,15 @@ def test_mean_errors_by_hand():
         else:
             assert math.isnan(found["relative_mce"].value)
             assert "loses nothing by snow" in found["relative_mce"].details["undefined"]
+
+
+def test_the_page_says_which_mean_error_is_undefined_and_why():
+    name = FeatureName(branch="target", level="0", pooling="mean")
+    one = Measurement(metric="error/clean", name=name, value=0.5, n=9)
+    measured = [one, *(replace(one, metric=metric) for metric in ("error/fog/1", "added_error"))]
+    measured += [replace(one, metric="mce", value=math.nan, details={"undefined": "the one"}),
+                 replace(one, metric="relative_mce", value=math.nan, details={"undefined": "the other"})]  # fmt: skip
+    assert _corruptions(measured).note.endswith("mCE is undefined: the one. Relative mCE is undefined: the other.")
 
 
 def test_composites_fill_the_images_of_the_run():
@@ -408,6 +436,54 @@ def test_few_labels_and_classes_without_training_images_do_not_end_a_suite(run, 
     probes.probe_levels(subject, train, test, opened, plan, findings)
     assert "map" not in {one.metric for one in findings.measurements}
     assert find(findings.measurements, "linear", subject=TRAINED, level="encoder").value == 0
+
+
+@pytest.fixture(scope="module")
+def small(train):
+    """A run with levels that are vectors, and few images."""
+    levels = ("hjepa.encoder.stem=overlap", "hjepa.global_level.stem_maps=1", "hjepa.global_level.pool_heads=2")
+    few = ("eval.eval_samples=12", "eval.k=30")
+    return train("small", "recipe=hjepa_global", *levels, *few)
+
+
+def test_pooling_is_none_where_the_model_gives_a_vector(small):
+    opened = open_run(small)
+    expected = {level: "mean" for level in ("encoder", "0", "1")} | dict.fromkeys(("map0", "pooled", "global"), "none")
+    for subject in subjects(opened)[:2]:
+        sets = subject.extract(opened.train, opened.device)
+        assert {level: features.name.pooling for level, features in sets.items()} == expected
+        assert {features.name.branch for features in sets.values()} == {subject.branch}
+        assert subject.names(opened.train, opened.device) == {level: one.name for level, one in sets.items()}
+    # The names of hjepa-eval, so that results merge.
+    theirs = level_features(subjects(opened)[0].model, branches=("online",))(torch.zeros(1, 3, 32, 32))
+    assert {name.level: name.pooling for name in theirs} == expected
+    findings = Findings()
+    compare_levels(sets, findings)
+    poolings = {one.name.level: one.name.pooling for one in findings.measurements}
+    joined = {"0 - encoder": "mean", "map0 - encoder": "none+mean", "pooled - map0": "none"}
+    assert joined.items() <= poolings.items()
+
+
+def test_few_images_leave_out_what_needs_more_and_say_so(small, tmp_path, capsys):
+    write_demo_shards(compose_demo("train", 24, seed=3), tmp_path, "train")
+    train = f"{tmp_path}/train-*.tar"
+    opened, findings = open_run(small, train=train), Findings()
+    compare_views(subjects(opened)[0], opened, findings)
+    assert not findings.measurements
+    assert main(["suite=quick", str(small), "--train", train]) == 0
+    told = capsys.readouterr()
+    found = read_results(small / "benchmark" / "results.json")
+    smallest = int(opened.train.labels.unique(return_counts=True)[1].min())
+    assert smallest < 5
+    left_out = "kNN k=30, 5-shot, 10-shot: 24 labelled training images, "
+    left_out += f"{smallest} of the smallest class, are too few"
+    assert found.about["left_out"] == left_out
+    assert told.err.count(f"measuring: left out {left_out}\n") == 1
+    assert f"left out {left_out}" in " ".join(told.out.split())
+    assert f"left out {left_out}" in (small / "benchmark" / "report.html").read_text()
+    shot = find(found.measurements, "few_shot_1-shot", subject=TRAINED, level="pooled")
+    assert (shot.method, shot.n, shot.details["draws"]) == ("draws", 12, 5)
+    assert {one.name.pooling for one in found.measurements if one.name.level == "pooled"} == {"none"}
 
 
 def test_latex_shows_every_sign_of_a_name():

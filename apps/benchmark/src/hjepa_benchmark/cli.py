@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-OTHER_ERROR, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+OTHER_ERROR, USAGE_ERROR, DIVERGED, INTERRUPTED = 1, 2, 3, 130
 SUITES = ("quick", "full")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a benchmark and returns the exit code.
 
-    0 done, 2 wrong input, 1 a file that cannot be written or read, 130 interrupted.
+    0 done, 2 wrong input, 3 a model that has diverged, 1 a file that cannot be written or read or a loader's process
+    that is gone, 130 interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].startswith("suite="):
@@ -29,13 +30,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for option in ("json", "out"):
             _check_output(option, getattr(options, option, None))
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        code = _code(error)
+        if code is None:
+            raise
         print(f"hjepa-benchmark: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE_ERROR if isinstance(error, ValueError) else OTHER_ERROR
+        return code
     except KeyboardInterrupt:
         print("hjepa-benchmark: interrupted; what it had written stands", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _code(error: Exception) -> int | None:
+    """Return the exit code of an error that is one line; None for one of the program, whose traceback is needed."""
+    if isinstance(error, ValueError | OSError):
+        return USAGE_ERROR if isinstance(error, ValueError) else OTHER_ERROR
+    from hjepa_data import WorkerError
+    from hjepa_train import UnstableError
+
+    if isinstance(error, UnstableError):
+        return DIVERGED
+    return OTHER_ERROR if isinstance(error, WorkerError) else None
 
 
 def _check_output(option: str, path: Path | None) -> None:

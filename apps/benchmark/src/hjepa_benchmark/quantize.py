@@ -24,7 +24,7 @@ FLOATS, INT8, LOST = "floats", "int8", "lost"
 def measure_quantization(
     floats: Model, int8: Model, config: PretrainConfig, train: Images, test: Images, device: torch.device
 ) -> list[Measurement]:
-    """Measures kNN of the mean-pooled features of every level, bank and held-out images by the same weights.
+    """Measures kNN of the features of every level, bank and held-out images by the same weights.
 
     Args:
         floats: the trained model.
@@ -96,7 +96,7 @@ def _table(measured: list[Measurement], size: tuple[int, int], k: int) -> Table:
     )
     table.caption_justify = "left"
     table.caption = (
-        f"kNN: k={k}, cosine, top-1, {measured[0].name.branch} branch, mean-pooled, {measured[0].n_train} labelled "
+        f"kNN: k={k}, cosine, top-1, {measured[0].name.branch} branch, {measured[0].n_train} labelled "
         f"training and {measured[0].n} held-out images; after ± half the width of the 95 % interval; all weights: "
         f"{size[0]:,} -> {size[1]:,} bytes, {size[0] / size[1]:.2f} times fewer"
     )

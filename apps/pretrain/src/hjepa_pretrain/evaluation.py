@@ -1,10 +1,9 @@
 """What was learned: every level of the trained model beside the untrained one and beside raw pixels."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int, UInt8
@@ -13,7 +12,8 @@ from torch.nn import functional
 
 from hjepa_data import DataError, EvalConfig, MixtureSource, ShardSource, Source, normalize, open_source
 from hjepa_data.shards.show import read_classes
-from hjepa_eval import FeatureSet, Measurement, evaluate, extract, knn_accuracy, rankme
+from hjepa_eval import FeatureName, FeatureSet, Measurement, evaluate, extract, knn_accuracy, rankme
+from hjepa_eval import level_features as every_level
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.demo import CLASS_NAMES
 from hjepa_pretrain.demo.shards import demo_shards
@@ -172,18 +172,35 @@ def measure(
 def level_features(
     model: Model, images: Images, config: PretrainConfig, device: torch.device, *, subject: str = TRAINED
 ) -> Mapping[str, FeatureSet]:
-    """Extract the mean-pooled features of every level in one pass, of the target branch where there is one."""
-
-    def features(batch: Tensor) -> Mapping[str, Tensor]:
-        return _finite({str(level): values for level, values in model.all_features(batch).items()})
-
+    """Extract the features of every level in one pass, as `feature_function` names them, by level."""
     model.eval()
-    branch = branch_of(subject, feature_branch(model))
-    found = extract(
-        features, images.batches(config.data.mean, config.data.std), device=device, branch=branch, pooling="mean"
-    )
+    features = feature_function(model, subject=subject)
+    found = extract(features, images.batches(config.data.mean, config.data.std), device=device)
     model.train()
-    return found
+    return {one.name.level: one for one in found.values()}
+
+
+def feature_function(model: Model, *, subject: str = TRAINED) -> Callable[[Tensor], dict[FeatureName, Tensor]]:
+    """Return what maps normalised images to the features of every level, of the target branch where there is one.
+
+    Tokens are pooled by their mean; what the model gives as a vector has the pooling `none`.
+
+    Args:
+        model: in evaluation mode when it is called.
+        subject: trained or untrained, for the name of the branch.
+
+    Raises:
+        DivergedError: when it is called, where features are not finite.
+    """
+    branch = feature_branch(model)
+    levels = every_level(model, branches=(branch,))
+
+    def features(images: Tensor) -> dict[FeatureName, Tensor]:
+        found = levels(images)
+        _finite({name.level: values for name, values in found.items()})
+        return {replace(name, branch=branch_of(subject, branch)): values for name, values in found.items()}
+
+    return features
 
 
 def _measured(
@@ -192,7 +209,7 @@ def _measured(
     return evaluate(train, test, ks=(config.eval.k,), rank_samples=rank_samples, device=device).measurements()
 
 
-def _finite(features: Mapping[Any, Tensor]) -> Mapping[Any, Tensor]:
+def _finite(features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return features, or say of those that are not finite that the model has diverged."""
     for level, values in features.items():
         if not bool(values.isfinite().all()):
@@ -229,7 +246,6 @@ class OnlineEvaluation:
                 lambda pixels: _finite(trainer.call("all_features", pixels)),
                 images.batches(config.data.mean, config.data.std),
                 device=device,
-                pooling="mean",
             )
             for images in (self._train, self._test)
         )

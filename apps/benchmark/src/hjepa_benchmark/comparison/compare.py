@@ -122,10 +122,10 @@ def paired_differences(runs: Sequence[Candidate], metrics: Sequence[str]) -> lis
     for run in runs[1:]:
         if run.results.about.get("test_samples") != first.results.about.get("test_samples"):
             continue
-        # A run without a moving average has the same levels of another branch.
-        own = {(one.metric, one.name.level, one.name.pooling): one.name for one in run.trained()}
+        # A run without a moving average has the same levels of another branch; earlier versions named another pooling.
+        own = {(one.metric, one.name.level): one.name for one in run.trained()}
         for metric, name in sorted(names, key=lambda pair: (metrics.index(pair[0]), pair[1].level)):
-            other = own.get((metric, name.level, name.pooling), name)
+            other = own.get((metric, name.level), name)
             before, after = first.right.get(sample_key(metric, name)), run.right.get(sample_key(metric, other))
             if before is not None and after is not None:
                 gain = bootstrap(after.double() - before.double())

@@ -226,7 +226,7 @@ def _write_page(path: Path, runs: Sequence[Candidate], tables: dict[str, Table],
         note = ""
         if title == "Results":
             body += charts.row(_figures(runs))
-            note = " ".join(["Frozen features, mean-pooled; 95 % intervals in brackets.", *notes])
+            note = " ".join(["Frozen features; 95 % intervals in brackets.", *notes])
         sections.append(Section(title=title, note=note, body=body))
     commands = "\n".join(f"{run.name}: {run.results.about.get('command')}" for run in runs)
     sections.append(Section(title="Commands", body=code(commands)))

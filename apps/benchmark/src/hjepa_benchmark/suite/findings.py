@@ -27,11 +27,13 @@ class Findings:
         measurements: for the results file.
         right: booleans [n] by metric and features: paired comparisons of runs are made of them.
         predicted: classes that the probes gave to the test images, by subject and level.
+        left_out: measures for which there are too few images, and how many there are; empty where there are none.
     """
 
     measurements: list[Measurement] = field(default_factory=list)
     right: dict[str, Tensor] = field(default_factory=dict)
     predicted: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    left_out: str = ""
 
     def accuracy(
         self, metric: str, name: FeatureName, right: Tensor, *, n_train: int | None = None, details: Details = NONE
@@ -44,10 +46,17 @@ class Findings:
         self.right[sample_key(metric, name)] = right
 
     def interval(
-        self, metric: str, name: FeatureName, interval: Interval, *, n_train: int | None = None, details: Details = NONE
+        self,
+        metric: str,
+        name: FeatureName,
+        interval: Interval,
+        *,
+        n: int | None = None,
+        n_train: int | None = None,
+        details: Details = NONE,
     ) -> None:
-        """Keep a number with its interval."""
-        self.measurements.append(Measurement.of(metric, name, interval, n_train=n_train, details=details))
+        """Keep a number with its interval; n is the interval's own unless given."""
+        self.measurements.append(Measurement.of(metric, name, interval, n=n, n_train=n_train, details=details))
 
     def value(self, metric: str, name: FeatureName, value: float, n: int, details: Details = NONE) -> None:
         """Keep a number without one."""

@@ -34,7 +34,7 @@ from hjepa_pretrain.evaluation import Images
 
 Features = dict[str, FeatureSet]
 _RANK_SAMPLES = 2_000
-_RANK_LEAST = 20  # two for each group of the jackknife
+_LEAST = 20  # two for each group of the jackknife
 _RETRIEVAL = 2_000
 _ATTENTIVE = 2_000
 _VIEW_IMAGES, _VIEWS = 400, 10
@@ -54,7 +54,8 @@ def probe_levels(
         check_pair(x, held_out)
         values, labels, probe_x = (part.to(run.device) for part in (x.values, x.labels, held_out.values))
         truth = held_out.labels.to(run.device)
-        ks = sorted(k for k in {run.config.eval.k, *plan.ks} if k <= len(x))
+        wanted = sorted({run.config.eval.k, *plan.ks})
+        ks = [k for k in wanted if k <= len(x)]
         if ks:
             for k, predicted in knn_predict(values, labels, probe_x, ks=ks).items():
                 findings.accuracy(f"knn_{k}", bank.name, predicted == truth, n_train=len(x))
@@ -62,9 +63,17 @@ def probe_levels(
         predicted = probes[level].predict(probe_x)
         findings.predicted[subject.name, level] = predicted.cpu()
         findings.accuracy("linear", bank.name, predicted == truth, n_train=len(x), details={"l2": probes[level].l2})
-        for score in few_shot(values, labels, probe_x, truth, plan.few_shot):
-            metric = f"few_shot_{score.labels}"
-            findings.interval(metric, bank.name, score.interval, n_train=score.n_train)
+        scores = {one.labels: one for one in few_shot(values, labels, probe_x, truth, plan.few_shot)}
+        for few, score in scores.items():
+            about: Details = {"draws": len(score.draws)}
+            metric = f"few_shot_{few}"
+            findings.interval(metric, bank.name, score.interval, n=len(truth), n_train=score.n_train, details=about)
+        shots = (f"{shot}-shot" for shot in plan.few_shot.shots)
+        left_out = [*(f"kNN k={k}" for k in wanted if k not in ks), *(few for few in shots if few not in scores)]
+        if left_out:
+            smallest = int(torch.unique(labels, return_counts=True)[1].min())
+            there = f"{len(x)} labelled training images, {smallest} of the smallest class"
+            findings.left_out = f"{', '.join(left_out)}: {there}, are too few"
         if plan.retrieval:
             asked = spaced(len(truth), _RETRIEVAL).to(run.device)
             precision = average_precision(probe_x[asked], truth[asked], values, labels)
@@ -77,7 +86,7 @@ def probe_levels(
 def rank_levels(train: Features, findings: Findings) -> None:
     """What needs no label, of every level."""
     for features in train.values():
-        if len(features) >= _RANK_LEAST:
+        if len(features) >= _LEAST:
             findings.measurements += measure_unlabelled(features, samples=_RANK_SAMPLES)
 
 
@@ -95,11 +104,12 @@ def probe_tokens(subject: Subject, run: Run, configs: Sequence[AttentiveProbeCon
 
 def compare_levels(train: Features, findings: Findings) -> None:
     """CKA between every pair of levels."""
-    if len(next(iter(train.values()))) < _RANK_LEAST:
+    if len(next(iter(train.values()))) < _LEAST:
         return
     for second, first in itertools.combinations(train, 2):
         interval = cka_interval(train[first].values, train[second].values)
-        name = FeatureName(branch=train[first].name.branch, level=f"{first} - {second}", pooling="mean")
+        pooling = "+".join(dict.fromkeys(train[level].name.pooling for level in (first, second)))
+        name = FeatureName(branch=train[first].name.branch, level=f"{first} - {second}", pooling=pooling)
         findings.interval("cka", name, interval)
 
 
@@ -107,6 +117,8 @@ def compare_levels(train: Features, findings: Findings) -> None:
 def compare_views(subject: Subject, run: Run, findings: Findings) -> None:
     """LiDAR and alignment, on random crops of the same images."""
     pixels = run.test.head(_VIEW_IMAGES).pixels
+    if len(pixels) < _LEAST:
+        return
     crops = [subject.features(random_crop(pixels, number).to(run.device)) for number in range(_VIEWS)]
     for name in crops[0]:
         z = torch.stack([one[name].float().cpu() for one in crops], dim=1)

@@ -213,8 +213,9 @@ def _corruptions(measured: list[Measurement]) -> Section | None:
         "Added error: mean over corruptions and severities, less the error on clean images. mCE and relative mCE "
         "(Hendrycks and Dietterich 2019, section 4) are over the untrained encoder's, not over AlexNet's."
     )
-    why = next((one.details["undefined"] for one in measured if one.details.get("undefined")), None)
-    note += f" Relative mCE is undefined: {why}." if why else ""
+    for metric, title in (("mce", "mCE"), ("relative_mce", "Relative mCE")):
+        why = next((one.details.get("undefined") for one in measured if one.metric == metric), None)
+        note += f" {title} is undefined: {why}." if why else ""
     return Section(title="Corruptions", note=note, body=body)
 
 

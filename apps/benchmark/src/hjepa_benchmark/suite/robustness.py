@@ -48,6 +48,7 @@ def measure_robustness(
         tell: says what is at work.
     """
     images = known(run.test).head(plan.corruption_images)
+    names = {subject.name: subject.names(images, run.device) for subject, _ in pairs}
     wrong: dict[FeatureName, dict[str, Tensor]] = {}
     for metric, change in _changes(plan).items():
         tell(metric)
@@ -56,7 +57,7 @@ def measure_robustness(
             wanted = {"encoder"} if subject.name == UNTRAINED else set(probes)
             predict = partial(_predict, subject, probes, wanted, run.device)
             for level, right in right_on_changed(predict, pixels, images.labels).items():
-                name = subject.at(level)
+                name = names[subject.name][level]
                 findings.interval(metric, name, bootstrap(1 - right.double()))
                 wrong.setdefault(name, {})[metric] = ~right
     _mean_errors(wrong, plan, findings)
@@ -148,9 +149,7 @@ def _mean_errors(wrong: Mapping[FeatureName, Mapping[str, Tensor]], plan: Plan, 
     metrics = [[f"error/{name}/{severity}" for severity in plan.severities] for name in plan.corruptions]
     reference = next(name for name in wrong if subject_of(name.branch) == UNTRAINED and name.level == "encoder")
     base, base_added = _tables(wrong[reference], metrics)
-    # Where a weak reference loses nothing, what another loses relative to it is no number.
-    lost = [bootstrap(base_added[:, number], lambda means: means.sum(dim=1)) for number in range(len(metrics))]
-    unhurt = [name for name, one in zip(plan.corruptions, lost, strict=True) if one.low <= 0]
+    faultless, unhurt = _not_above_0(base, plan), _not_above_0(base_added, plan)
     details: Details = {
         "reference": "untrained encoder",
         "corruptions": len(metrics),
@@ -159,13 +158,21 @@ def _mean_errors(wrong: Mapping[FeatureName, Mapping[str, Tensor]], plan: Plan, 
     for name, found in wrong.items():
         own, added = _tables(found, metrics)
         findings.interval("added_error", name, bootstrap(added.mean(dim=(1, 2))))
-        findings.interval("mce", name, bootstrap(torch.stack((own, base), dim=1), _ratio), details=details)
-        if unhurt:
-            why: Details = {**details, "undefined": f"the reference loses nothing by {', '.join(unhurt)}"}
-            findings.value("relative_mce", name, math.nan, len(own), why)
-        else:
-            interval = bootstrap(torch.stack((added, base_added), dim=1), _ratio)
-            findings.interval("relative_mce", name, interval, details=details)
+        for metric, errors, over, nothing, why in (
+            ("mce", own, base, faultless, "makes no errors under"),
+            ("relative_mce", added, base_added, unhurt, "loses nothing by"),
+        ):
+            if nothing:
+                undefined: Details = {**details, "undefined": f"the reference {why} {', '.join(nothing)}"}
+                findings.value(metric, name, math.nan, len(own), undefined)
+            else:
+                findings.interval(metric, name, bootstrap(torch.stack((errors, over), dim=1), _ratio), details=details)
+
+
+def _not_above_0(reference: Tensor, plan: Plan) -> list[str]:
+    """Corruptions under which a reference's errors [n, c, s] may add up to 0 or less: no ratio to them is a number."""
+    sums = [bootstrap(reference[:, number], lambda means: means.sum(dim=1)) for number in range(reference.shape[1])]
+    return [name for name, one in zip(plan.corruptions, sums, strict=True) if one.low <= 0]
 
 
 def _tables(found: Mapping[str, Tensor], metrics: list[list[str]]) -> tuple[Tensor, Tensor]:

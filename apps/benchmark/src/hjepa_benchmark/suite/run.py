@@ -87,6 +87,8 @@ def run_suite(
     torch.set_num_threads(run.config.run.threads or torch.get_num_threads())
     findings, pictures = measure(run, plan, others, names)
     about = _about(run, suite, pictures.trained, time.monotonic() - began)
+    if findings.left_out:
+        about["left_out"] = findings.left_out
     results = Results(model=run.name, data=run.data, measurements=findings.measurements, about=about)
     save_right(findings.right, target)
     write_results(results, target / RESULTS_FILE)
@@ -131,6 +133,8 @@ def measure(run: Run, plan: Plan, folders: dict[str, Path], classes: list[str]) 
         if subject.model is not None and plan.attentive:
             _tell(f"attentive probes, {subject.name}")
             probe_tokens(subject, run, plan.attentive, findings)
+    if findings.left_out:
+        _tell(f"left out {findings.left_out}")
     if labelled:
         measure_robustness(pairs, run, plan, findings, _tell)
     if folders:

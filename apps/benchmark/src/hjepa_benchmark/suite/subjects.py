@@ -11,7 +11,7 @@ from hjepa_benchmark.runs import Run
 from hjepa_data import normalize
 from hjepa_eval import FeatureName, FeatureSet, extract
 from hjepa_models import Pooling, coarsen
-from hjepa_pretrain.evaluation import Images
+from hjepa_pretrain.evaluation import Images, feature_function
 from hjepa_pretrain.model import Model, build_model, feature_branch, load_run
 from hjepa_pretrain.results import PIXELS, TRAINED, UNTRAINED, branch_of
 
@@ -36,12 +36,12 @@ class Subject:
     model: Model | None
     features: Callable[[Tensor], dict[FeatureName, Tensor]]
 
-    def at(self, level: str) -> FeatureName:
-        """Name of the features of a level."""
-        return FeatureName(branch=self.branch, level=level, pooling="flatten" if self.model is None else "mean")
+    def names(self, images: Images, device: torch.device) -> dict[str, FeatureName]:
+        """Names of the features of such images by level."""
+        return {name.level: name for name in self.features(images.pixels[:1].to(device))}
 
     def extract(self, images: Images, device: torch.device) -> dict[str, FeatureSet]:
-        """Features of all images by level, mean-pooled, in one pass."""
+        """Features of all images by level, in one pass."""
         if self.model is not None:
             self.model.eval()
         found = extract(self.features, _batches(images), device=device)
@@ -54,7 +54,7 @@ def subjects(run: Run) -> list[Subject]:
     found = []
     for name, model in models.items():
         branch = branch_of(name, feature_branch(model))
-        features = _features_of(model, run, branch)
+        features = _features_of(model, run, name)
         found.append(Subject(name=name, branch=branch, model=model.to(run.device).eval(), features=features))
     return [*found, Subject(name=PIXELS, branch="-", model=None, features=_pixels_of(run))]
 
@@ -87,14 +87,9 @@ def normalized(run: Run, pixels: Tensor) -> Tensor:
     return normalize(pixels, run.config.data.mean, run.config.data.std)
 
 
-def _features_of(model: Model, run: Run, branch: str) -> Callable[[Tensor], dict[FeatureName, Tensor]]:
-    def features(pixels: Tensor) -> dict[FeatureName, Tensor]:
-        return {
-            FeatureName(branch=branch, level=str(level), pooling="mean"): values
-            for level, values in model.all_features(normalized(run, pixels)).items()
-        }
-
-    return features
+def _features_of(model: Model, run: Run, name: str) -> Callable[[Tensor], dict[FeatureName, Tensor]]:
+    features = feature_function(model, subject=name)
+    return lambda pixels: features(normalized(run, pixels))
 
 
 def _pixels_of(run: Run) -> Callable[[Tensor], dict[FeatureName, Tensor]]:

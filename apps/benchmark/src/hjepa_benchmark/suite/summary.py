@@ -106,6 +106,10 @@ def summarize(
             f"; mCE: errors under {mce.details['corruptions']} corruptions at {mce.details['severities']} severities "
             f"over those of the untrained encoder, {mce.n} images, lower is better"
         )
+        if why := mce.details.get("undefined"):
+            note += f"; undefined: {why}"
+    if left_out := results.about.get("left_out"):
+        note += f"; left out {left_out}"
     header = [*NAMES, *(title for _, title in columns)]
     return Summary(header=header, rows=rows, trained=[row[0] == TRAINED for row in rows], verdicts=verdicts, note=note)
 

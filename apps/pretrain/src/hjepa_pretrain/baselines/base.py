@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hjepa_models import Encoder, EncoderConfig, HJEPAOutput
+from hjepa_models import Branch, Encoder, EncoderConfig, FeaturePool, HJEPAOutput
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,8 +77,16 @@ class Baseline(nn.Module, ABC):
         return tokens.mean(1)
 
     @torch.no_grad()
-    def all_features(self, images: Float[Tensor, "B C *S"], pool: str = "mean") -> dict[str | int, Tensor]:
-        """Return the only level there is, `encoder`: its mean token, or all tokens with `pool="none"`."""
+    def all_features(
+        self,
+        images: Float[Tensor, "B C *S"],
+        pool: FeaturePool | str = FeaturePool.mean,
+        branch: Branch | str = Branch.target,
+    ) -> dict[str | int, Tensor]:
+        """Return the only level there is, `encoder`: its mean token, or all tokens with `pool="none"`.
+
+        As in an H-JEPA without a moving average both branches are the one encoder.
+        """
         tokens: Tensor = self.encoder(images)
         return {"encoder": tokens.mean(1) if pool == "mean" else tokens}
 
