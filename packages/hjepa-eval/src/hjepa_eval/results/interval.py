@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; a series in 1 / freedom beyond.
@@ -114,7 +115,7 @@ def jackknife(z: Tensor, statistic: Callable[[Tensor], Tensor | float], *, group
 
     se^2 = (g - 1) / g * sum_i (theta_i - mean(theta))^2,   interval = theta ± t_(g-1) * se
 
-    A bootstrap would repeat samples, and a repeated sample lowers a rank. Sample i belongs to group i mod g.
+    A bootstrap would repeat samples, and a repeated sample lowers a rank. Groups are those of group_of_each.
 
     Args:
         z: Features [n, ...], one row a sample.
@@ -132,9 +133,14 @@ def jackknife(z: Tensor, statistic: Callable[[Tensor], Tensor | float], *, group
     """
     if not 2 <= groups <= len(z) // 2:
         raise ValueError(f"groups={groups}: of {len(z)} samples; allowed: 2 up to half as many as samples")
-    group = torch.arange(len(z), device=z.device) % groups
+    group = group_of_each(len(z), groups).to(z.device)
     value = float(statistic(z))
     return of_parts(value, [float(statistic(z[group != number])) for number in range(groups)], len(z))
+
+
+def group_of_each(n: int, groups: int) -> Int[Tensor, " n"]:
+    """The jackknife's group of each of n samples, drawn with a fixed seed: every n-th sample may be of one class."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0)) % groups
 
 
 def of_parts(value: float, parts: Sequence[float], n: int) -> Interval:
