@@ -62,7 +62,7 @@ class FeatureSet:
         return FeatureSet(values=self.values[known], labels=self.labels[known], name=self.name)
 
     def some(self, count: int) -> "FeatureSet":
-        """At most so many samples, drawn with a fixed seed, in their order: first or every n-th may be of few classes."""
+        """At most so many samples, drawn by a fixed seed, in their order: every n-th could be of a single class."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count].sort().values
         return FeatureSet(values=self.values[chosen], labels=self.labels[chosen], name=self.name)
 

@@ -48,6 +48,9 @@ def bootstrap(
 ) -> Interval:
     """Percentile bootstrap over samples: each draw takes n of the n samples with replacement.
 
+    Draws of a share of 0 or 1 do not vary: the interval of such a mean is the exact one, [0, 1 - 0.025^(1/n)] or
+    [0.025^(1/n), 1]. Differences that may be of either sign need a statistic, which leaves their draws as they are.
+
     Args:
         samples: A number for each sample [n] (1 where it was classified rightly), or several [n, ...], such as its
             confusion matrix.
@@ -62,7 +65,8 @@ def bootstrap(
         ValueError: Where there is no sample or no draw.
 
     Source:
-        Efron and Tibshirani 1993, "An introduction to the bootstrap", section 13.3.
+        Efron and Tibshirani 1993, "An introduction to the bootstrap", section 13.3; shares of 0 and 1: Clopper and
+        Pearson 1934 (Biometrika 26), "The use of confidence or fiducial limits".
     """
     if not len(samples):
         raise ValueError("samples: there are none to draw from; check that the test set has labels")
@@ -86,7 +90,10 @@ def bootstrap(
     if statistic is not None:
         drawn, whole = statistic(drawn), statistic(whole)
     low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(value=float(whole[0]), low=low, high=high, method="bootstrap", n=len(rows))
+    value, end = float(whole[0]), 0.025 ** (1 / len(rows))
+    if statistic is None and value in {0.0, 1.0} and bool((rows == value).all()):
+        low, high = (end, 1.0) if value else (0.0, 1 - end)
+    return Interval(value=value, low=low, high=high, method="bootstrap", n=len(rows))
 
 
 def interval_of_mean(values: Sequence[float], method: str = "seeds") -> Interval:
