@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from hjepa_eval import BlockFeatures, FeatureName, extract, level_features, open_encoder, patch_tokens, pool_tokens
+from hjepa_eval.extraction.blocks import find_blocks
 
 
 class Tower(nn.Module):
@@ -203,6 +204,18 @@ def test_blocks_of_all_stages_are_counted_and_channels_may_be_last(device):
     assert torch.equal(output, last)
     (other,) = BlockFeatures(tower, channels_last=False)(x).values()
     torch.testing.assert_close(other, tower(x).mean((2, 3)))
+
+
+def test_blocks_of_a_swin_are_those_of_its_stages():
+    timm = pytest.importorskip("timm")
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=56, embed_dim=12, depths=(1, 2), num_heads=(1, 2), num_classes=0
+    ).eval()
+    assert find_blocks(swin) == [swin.layers[0].blocks[0], *swin.layers[1].blocks]
+    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (last,) = BlockFeatures(swin, blocks=(-1,), norm=True)(images).values()
+        torch.testing.assert_close(last, swin.forward_features(images).mean((1, 2)))
 
 
 def test_a_pooling_that_no_block_needs_is_checked_too():

@@ -7,6 +7,7 @@ from hjepa_eval import LogisticProbeConfig, bottleneck_sweep, dci, factor_probe
 from hjepa_eval.factors import dci as module
 from hjepa_eval.factors.dci import lasso
 from hjepa_eval.factors.probes import _ridge
+from hjepa_eval.results.interval import group_of_each
 
 ONE = LogisticProbeConfig(l2=(1e-3,))
 
@@ -141,7 +142,8 @@ def test_intervals_of_dci_leave_out_groups_of_training_samples(monkeypatch):
         entropy = -(p * np.log(p.clip(1e-300))).sum(1) / np.log(3)
         return float((importance.sum(1) / importance.sum() * (1 - entropy)).sum())
 
-    parts = [disentanglement(np.arange(203) % 10 != group) for group in range(10)]
+    group_of = group_of_each(203, 10).numpy()
+    parts = [disentanglement(group_of != group) for group in range(10)]
     half = 2.262 * (9 / 10 * sum((part - np.mean(parts)) ** 2 for part in parts)) ** 0.5
     interval = found.intervals["disentanglement"]
     assert interval.value == found.disentanglement == pytest.approx(disentanglement(np.arange(203) >= 0), abs=1e-6)
@@ -230,5 +232,11 @@ def test_a_factor_that_does_not_vary_has_no_score():
         for probe in (factor_probe, dci):
             with pytest.raises(ValueError, match=f"factor 'x': it does not vary over the {samples} samples"):
                 probe(x, known, test, test_known)
+    for known, test_known, samples in (
+        ({"class": torch.zeros(60).long()}, {"class": held_out["class"]}, "training"),
+        ({"class": factors["class"]}, {"class": torch.ones(60).long()}, "test"),
+    ):
+        with pytest.raises(ValueError, match=f"factor 'class': it does not vary over the {samples} samples"):
+            factor_probe(x, known, test, test_known)
     with pytest.raises(ValueError, match="factor 'x': NaN"):
         factor_probe(x, {**factors, "x": factors["x"] / 0}, test, held_out)

@@ -40,6 +40,30 @@ def test_a_draw_is_the_logistic_regression_of_its_samples(device):
         assert ours == pytest.approx(theirs.score(((test_x - mean) / scale).numpy(), test_y.numpy()), abs=0.003)
 
 
+def test_wide_features_and_one_shot_are_fitted_to_the_minimum(device):
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(10, 384, generator=generator)
+    labels = torch.arange(3000) % 10
+    x = (means[labels] + 4 * torch.randn(3000, 384, generator=generator)) @ torch.randn(384, 384, generator=generator)
+    y, test_y = labels.split((1000, 2000))
+    x, test_x = ((part - x[:1000].mean(0)) / x[:1000].std(0, correction=0) for part in x.split((1000, 2000)))
+    config = FewShotConfig(shots=(1,), shares=())
+    (score,) = few_shot(x.to(device), y.to(device), test_x.to(device), test_y.to(device), config)
+    for draw, ours in enumerate(score.draws):
+        chosen = draw_samples(y, [1] * 10, seed=0, draw=draw)
+        theirs = LogisticRegression(C=1 / (10 * config.l2), max_iter=2000, tol=1e-8)
+        theirs.fit(x[chosen].double().numpy(), y[chosen].numpy())
+        assert ours == pytest.approx(theirs.score(test_x.double().numpy(), test_y.numpy()), abs=0.0015)
+
+
+def test_autocast_around_changes_nothing(device):
+    (x, y), (test_x, test_y) = classes(300, 4), classes(4000, 5)
+    data = [part.to(device) for part in (x, y, test_x, test_y)]
+    plain = few_shot(*data)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert few_shot(*data) == plain
+
+
 def test_draws_differ_and_small_ones_are_parts_of_large_ones():
     labels = torch.arange(100) % 4
     small, large = (set(draw_samples(labels, [size] * 4, seed=0, draw=0).tolist()) for size in (2, 10))

@@ -151,6 +151,35 @@ def test_epochs_read_their_own_batches_and_no_more_than_announced(device):
     assert [one for one in seen if one[1] < 2] == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
+def test_a_network_without_a_list_of_blocks_is_trained_without_layer_decay(device):
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    config = FineTuneConfig(learning_rate=0.1, layer_decay=1.0, epochs=1)
+    images, labels = striped(100, 0)
+    before = plain[1].weight.detach().clone()
+    finetune(plain, lambda epoch: batches(images, labels), 2, config, device=device)
+    assert not torch.equal(plain[1].weight.cpu(), before)
+    groups = layer_groups(plain, learning_rate=0.1, layer_decay=1.0, weight_decay=0.05)
+    assert {group["lr"] for group in groups} == {0.1}
+    with pytest.raises(ValueError, match=r"layer_decay=0\.65.*blocks=\[\.\.\.\]"):
+        layer_groups(plain, learning_rate=0.1, layer_decay=0.65, weight_decay=0.05)
+
+
+def test_the_rate_falls_though_epochs_end_early(device, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(self, *arguments):
+        rates.append(max(group["lr"] for group in self.param_groups))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    config = FineTuneConfig(learning_rate=0.1, epochs=4, warmup=0.0)
+    train = striped(100, 0)
+    finetune(Classifier(encoder(), 6, 2), lambda epoch: batches(*train), 20, config, device=device)
+    at = [20 * epoch + number for epoch in range(4) for number in range(2)]
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 80)) for step in at])
+    assert rates[-1] < 0.02
+
+
 def test_what_cannot_be_trained_is_refused_in_one_line(device):
     for change in ({"layer_decay": 0.0}, {"learning_rate": 0.0}, {"epochs": 0}, {"clip_norm": 0.0}):
         with pytest.raises(ValueError, match=next(iter(change))):

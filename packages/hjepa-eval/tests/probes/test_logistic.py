@@ -57,6 +57,33 @@ def test_solution_has_the_gradient_of_a_minimum(device):
     assert bias.grad.abs().max() < 1e-4
 
 
+def penalised(weight, bias, x, y, l2):
+    weight, bias = (torch.as_tensor(part).cpu().double() for part in (weight, bias))
+    return float(torch.nn.functional.cross_entropy(x.double() @ weight.T + bias, y) + l2 / 2 * weight.square().sum())
+
+
+@pytest.mark.parametrize(("n", "width"), [(300, 400), (200, 500)])
+def test_weak_penalties_on_more_dimensions_than_samples_reach_the_minimum(device, n, width):
+    """Classes are separable there: the loss at the minimum is about the penalty, far below 1."""
+    (x, y), (test_x, test_y) = mixture(n, width, 1), mixture(3000, width, 2)
+    a, b = (torch.from_numpy(part) for part in standardised(x, test_x))
+    penalties = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    path = fit_logistic(a.to(device), y.to(device), 10, penalties)
+    for l2, (weight, bias) in list(zip(penalties, path, strict=True))[-2:]:
+        theirs = LogisticRegression(C=1 / (n * l2), max_iter=5000, tol=1e-8).fit(a.double().numpy(), y.numpy())
+        least = penalised(theirs.coef_, theirs.intercept_, a, y, l2)
+        assert penalised(weight, bias, a, y, l2) < 1.05 * least
+        ours = ((b @ weight.cpu().T + bias.cpu()).argmax(1) == test_y).float().mean()
+        assert float(ours) == pytest.approx(theirs.score(b.double().numpy(), test_y.numpy()), abs=0.003)
+
+
+def test_a_single_class_is_fitted_though_nothing_is_lost(device):
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    probe = LogisticProbe().fit(x, torch.zeros(50, dtype=torch.long, device=device))
+    assert not probe.predict(x).any()
+    assert probe.weight.isfinite().all()
+
+
 def test_the_penalty_is_chosen_on_held_out_training_samples(device):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 2, (300,), generator=generator)
@@ -136,12 +163,13 @@ def test_two_samples_are_enough_to_fit(device):
 
 
 def test_autocast_around_changes_nothing(device):
-    x, y = mixture(300, 16, 7, classes=3)
-    x, y, config = x.to(device), y.to(device), LogisticProbeConfig(l2=(1e-2,))
-    plain = LogisticProbe(config).fit(x, y)
+    x, y = mixture(2000, 32, 7)
+    x, y = x.to(device), y.to(device)
+    plain = LogisticProbe().fit(x, y)
     with torch.autocast(device.type, torch.bfloat16):
-        inside = LogisticProbe(config).fit(x, y)
+        inside = LogisticProbe().fit(x, y)
         predicted = inside.predict(x)
+    assert inside.held_out_accuracy == plain.held_out_accuracy
     assert torch.equal(inside.weight, plain.weight)
     assert torch.equal(predicted, plain.predict(x))
 

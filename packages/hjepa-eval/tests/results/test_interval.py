@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hjepa_eval import bootstrap, interval_of_mean, jackknife, rankme
+from hjepa_eval.results.interval import group_of_each
 
 
 def test_bootstrap_of_a_share_is_near_the_binomial_interval():
@@ -17,6 +18,21 @@ def test_bootstrap_of_a_share_is_near_the_binomial_interval():
     assert bootstrap(right) == bootstrap(right) != bootstrap(right, seed=1)
     with pytest.raises(ValueError, match="none"):
         bootstrap(right[:0])
+
+
+@pytest.mark.parametrize("n", [1, 12, 500])
+def test_none_and_all_right_have_the_ends_of_clopper_and_pearson(n):
+    from scipy.stats import binomtest
+
+    for right in (0, 1):
+        found = bootstrap(torch.full((n,), float(right)))
+        exact = binomtest(right * n, n).proportion_ci(0.95, method="exact")
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-12)
+        assert (found.value, found.n, found.method) == (right, n, "bootstrap")
+    equal = bootstrap(torch.zeros(n), lambda mean: mean)
+    assert equal.low == equal.high == 0
+    half = bootstrap(torch.full((n,), 0.5))
+    assert half.low == half.high == 0.5
 
 
 def test_bootstrap_holds_the_truth_nineteen_times_in_twenty():
@@ -48,13 +64,24 @@ def test_an_interval_over_seeds_is_students():
 def test_jackknife_of_a_mean_is_its_standard_error():
     z = torch.randn(1000, generator=torch.Generator().manual_seed(0)).double()
     found = jackknife(z, lambda x: x.mean())
-    groups = [z[i::10].mean().item() for i in range(10)]
+    group_of = group_of_each(1000, 10)
+    assert group_of.bincount().tolist() == [100] * 10
+    groups = [z[group_of == i].mean().item() for i in range(10)]
     error = statistics.stdev(groups) / math.sqrt(10)
     assert found.high - found.value == pytest.approx(2.262 * error)
     rank = jackknife(torch.randn(300, 20, generator=torch.Generator().manual_seed(1)), rankme)
     assert 15 < rank.low < rank.value < rank.high < 21
     with pytest.raises(ValueError, match="groups"):
         jackknife(z[:19], lambda x: x.mean())
+
+
+def test_groups_of_samples_in_turns_of_ten_classes_hold_all_classes():
+    classes = torch.arange(1000) % 10
+    z = classes.double()
+    found = jackknife(z, lambda x: x.mean())
+    assert all(len(classes[group_of_each(1000, 10) == group].unique()) == 10 for group in range(10))
+    # A group a class would make it 3.3 times as wide as the standard error of the mean, and more.
+    assert found.high - found.low < 4 * 1.96 * float(z.std()) / math.sqrt(1000)
 
 
 def test_quantiles_of_many_repetitions_are_students():

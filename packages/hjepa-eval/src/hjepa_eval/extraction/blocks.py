@@ -183,7 +183,8 @@ class BlockFeatures:
 def find_blocks(module: nn.Module) -> list[nn.Module]:
     """The blocks of a network: the children of the first submodule that is called ``blocks`` or ``layers``.
 
-    Where that lies in a numbered stage (stages.0.blocks), the blocks of its other stages follow.
+    Where that lies in a numbered stage (stages.0.blocks), the blocks of its other stages follow; where ``layers`` are
+    stages (layers.0.blocks, as Swin's are), the blocks are theirs.
 
     Args:
         module: A timm-like encoder, or what holds one.
@@ -212,15 +213,19 @@ def _block_lists(module: nn.Module) -> dict[str, nn.ModuleList | nn.Sequential]:
         raise ValueError(
             f"blocks: {type(module).__name__} has no list called blocks or layers; give names of submodules instead"
         )
-    stages = re.compile(
-        r"\.".join(r"\d+" if word.isdigit() else re.escape(word) for word in next(iter(lists)).split("."))
-    )
+    first = next(iter(lists))
+    if first.rpartition(".")[2] == "layers":
+        inner = re.compile(re.escape(first) + r"\.\d+\.blocks")
+        first = next(filter(inner.fullmatch, lists), first)
+    stages = re.compile(r"\.".join(r"\d+" if word.isdigit() else re.escape(word) for word in first.split(".")))
     return {name: part for name, part in lists.items() if stages.fullmatch(name)}
 
 
 def _final_norm(module: nn.Module) -> nn.Module:
     owner = next(iter(_block_lists(module))).rpartition(".")[0]
-    norm = getattr(module.get_submodule(owner), "norm", None)
+    outer = re.sub(r"(^|\.)[^.]+\.\d+$", "", owner)  # of a stage
+    norms = (getattr(module.get_submodule(name), "norm", None) for name in (owner, outer))
+    norm = next((found for found in norms if found is not None), None)
     if not isinstance(norm, nn.Module):
         raise ValueError(f"norm=True: {type(module).__name__} has no norm beside its blocks; leave it out")
     return norm

@@ -62,8 +62,8 @@ class FeatureSet:
         return FeatureSet(values=self.values[known], labels=self.labels[known], name=self.name)
 
     def some(self, count: int) -> "FeatureSet":
-        """At most so many samples, evenly spaced: the first ones of a stream in order of classes are of few classes."""
-        chosen = torch.arange(min(count, len(self))) * len(self) // max(1, min(count, len(self)))
+        """At most so many samples, drawn by a fixed seed, in their order: every n-th could be of a single class."""
+        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count].sort().values
         return FeatureSet(values=self.values[chosen], labels=self.labels[chosen], name=self.name)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hjepa_eval.factors.probes import check_varies
 from hjepa_eval.probes.accuracy import check_finite, check_known, check_widths, split
 from hjepa_eval.probes.logistic import moments
-from hjepa_eval.results.interval import Interval, bootstrap, of_parts
+from hjepa_eval.results.interval import Interval, bootstrap, group_of_each, of_parts
 
 PENALTIES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # shares of the penalty that makes all weights 0
 
@@ -89,7 +89,7 @@ def dci(
     groups = min(groups, len(train) // 2)
     mean, scale = moments(train)
     x, test_x = ((part.detach().double() - mean) / scale for part in (train, test))
-    group = torch.arange(len(x), device=x.device) % groups
+    group = group_of_each(len(x), groups).to(x.device)
     importance, left, errors = [], [], []
     for name, values in train_factors.items():
         if name not in test_factors or len(values) != len(train) or len(test_factors[name]) != len(test):

@@ -79,6 +79,7 @@ def factor_probe(
             labels, test_labels = (v.long().to(train.device) for v in (values, truth))
             for each in (labels, test_labels):
                 check_known(each, f"factor {name!r}")
+            check_varies(labels, test_labels, name)
             right = LogisticProbe(probe).fit(train, labels).predict(test) == test_labels
             commonest = labels.bincount().argmax()
             classes = int(torch.maximum(labels.max(), test_labels.max())) + 1

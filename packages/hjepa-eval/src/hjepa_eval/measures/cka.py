@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hjepa_eval.extraction.features import FeatureSet
-from hjepa_eval.results.interval import Interval, of_parts
+from hjepa_eval.results.interval import Interval, group_of_each, of_parts
 
 ELEMENTS = 2**24  # numbers that are centred at once: 128 MiB of float64
 
@@ -56,11 +56,12 @@ def cka_interval(x: Float[Tensor, "n D"], y: Float[Tensor, "n E"], *, groups: in
     mean = _mean(x, y)
     if not 2 <= groups <= len(x) // 2:
         raise ValueError(f"groups={groups}: of {len(x)} samples; allowed: 2 up to half as many as samples")
-    found = [_gram(x[group::groups], y[group::groups], mean) for group in range(groups)]
+    group_of = group_of_each(len(x), groups).to(x.device)
+    found = [_gram(x[group_of == group], y[group_of == group], mean) for group in range(groups)]
     whole = torch.stack([gram for gram, _ in found]).sum(dim=0)
     parts = []
     for group, (gram, total) in enumerate(found):
-        left = len(x) - len(x[group::groups])
+        left = int((group_of != group).sum())
         # Without the group the mean is another one.
         parts.append(float(_alignment(whole - gram - torch.outer(total, total) / left, x.shape[1])))
     return of_parts(float(_alignment(whole, x.shape[1])), parts, len(x))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hjepa_eval.probes.accuracy import check_finite, check_known, check_widths, top1
 from hjepa_eval.probes.logistic import fit_logistic, moments
+from hjepa_eval.probes.precision import full_precision
 from hjepa_eval.results.interval import Interval, interval_of_mean
 
 
@@ -108,7 +109,9 @@ def few_shot(
         for draw in range(config.draws):
             chosen = draw_samples(train_labels, sizes, seed=config.seed, draw=draw).to(x.device)
             ((weight, bias),) = fit_logistic(x[chosen], train_labels[chosen], classes, [config.l2])
-            accuracies.append(top1((test_x @ weight.T + bias).argmax(dim=1), test_labels, classes))
+            with full_precision(x.device.type):
+                logits = test_x @ weight.T + bias
+            accuracies.append(top1(logits.argmax(dim=1), test_labels, classes))
         scores.append(
             FewShotScore(
                 labels=name, n_train=sum(sizes), draws=tuple(accuracies), interval=interval_of_mean(accuracies, "draws")

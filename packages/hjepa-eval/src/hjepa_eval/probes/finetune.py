@@ -101,18 +101,26 @@ def layer_groups(
         learning_rate: Rate of the last layer.
         layer_decay: Factor from each layer to the one before it.
         weight_decay: For weights; 0 for what has one axis and for what a part names in ``no_weight_decay()``.
-        blocks: The blocks; none: find_blocks(module).
+        blocks: The blocks; none: find_blocks(module), or under layer_decay=1 all as one layer.
 
     Returns:
         Groups for an optimizer, each with its layer under "layer".
 
     Raises:
-        ValueError: Where no blocks are found.
+        ValueError: Where no blocks are found and the rates of layers differ.
 
     Source:
         BEiT (arXiv 2106.08254), appendix; MAE (arXiv 2111.06377), table 9.
     """
-    listed = list(blocks) or find_blocks(module)
+    listed = list(blocks)
+    if not listed and layer_decay != 1:  # without decay no layer differs
+        try:
+            listed = find_blocks(module)
+        except ValueError:
+            raise ValueError(
+                f"layer_decay={layer_decay}: {type(module).__name__} has no list called blocks or layers; "
+                "give its blocks as blocks=[...], or layer_decay=1"
+            ) from None
     layer_of = {id(p): number + 1 for number, block in enumerate(listed) for p in block.parameters()}
     exempt = {
         id(part.get_parameter(name))
@@ -154,7 +162,8 @@ def finetune(
     Args:
         classifier: Maps images to logits [B, C], e.g. a Classifier; trained in place.
         batches: The (images, labels) of an epoch, by its number; augmentation is theirs.
-        steps_per_epoch: Batches of an epoch; further ones are not read.
+        steps_per_epoch: Batches of an epoch; further ones are not read. An epoch that has fewer ends early, and the
+            next goes on with the rates of its own steps.
         config: Rates, decays, epochs.
         device: Where it is trained.
         blocks: The blocks for layer decay; none: the list called blocks or layers.
@@ -176,12 +185,12 @@ def finetune(
     )
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    steps, step, history = config.epochs * steps_per_epoch, 0, []
+    steps, history = config.epochs * steps_per_epoch, []
     classifier.train()
     for epoch in range(config.epochs):
         losses = []
-        for images, labels, *_ in _first(batches(epoch), steps_per_epoch):
-            factor = learning_rate_factor(step, steps, config.warmup)
+        for number, (images, labels, *_) in enumerate(_first(batches(epoch), steps_per_epoch)):
+            factor = learning_rate_factor(epoch * steps_per_epoch + number, steps, config.warmup)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             check_known(labels)
@@ -194,7 +203,6 @@ def finetune(
                 nn.utils.clip_grad_norm_(classifier.parameters(), config.clip_norm)
             optimizer.step()
             losses.append(loss.detach())
-            step += 1
         if not losses:
             raise ValueError(f"batches: epoch {epoch} has none; check the data")
         history.append(float(torch.stack(losses).mean()))

@@ -25,14 +25,14 @@ class LogisticProbeConfig:
             1 / (n * l2)); the best on a held-out part of the training set is taken.
         held_out: Share of the training samples that chooses among them, in (0, 1).
         max_iterations: L-BFGS iterations for each candidate.
-        tolerance: A fit ends where no component of the gradient exceeds this.
+        tolerance: A fit ends where no component of the gradient exceeds this share of the loss that it started from.
         seed: Seed of the split into fitted and held-out samples.
     """
 
     l2: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     held_out: float = 0.2
-    max_iterations: int = 100
-    tolerance: float = 1e-4
+    max_iterations: int = 300
+    tolerance: float = 1e-7
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -42,9 +42,9 @@ class LogisticProbeConfig:
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: a share of the training samples, in (0, 1); 0.2 is usual")
         if self.max_iterations < 1:
-            raise ValueError(f"max_iterations={self.max_iterations}: at least 1; 100 is usual")
+            raise ValueError(f"max_iterations={self.max_iterations}: at least 1; 300 is usual")
         if self.tolerance <= 0:
-            raise ValueError(f"tolerance={self.tolerance}: above 0; 1e-4 is usual")
+            raise ValueError(f"tolerance={self.tolerance}: above 0; 1e-7 is usual")
 
 
 class LogisticProbe:
@@ -92,7 +92,8 @@ class LogisticProbe:
         if len(penalties) > 1:
             kept, held = (part.to(x.device) for part in split(len(x), config.held_out, config.seed))
             path = fit_logistic(x[kept], labels[kept], classes, penalties, config.max_iterations, config.tolerance)
-            scores = [top1((x[held] @ w.T + b).argmax(1), labels[held], classes) for w, b in path]
+            with full_precision(x.device.type):
+                scores = [top1((x[held] @ w.T + b).argmax(1), labels[held], classes) for w, b in path]
             self.held_out_accuracy = dict(zip(penalties, scores, strict=True))
             best = scores.index(max(scores))  # the strongest penalty among equals
         # The penalties above the chosen one are the warm start of the fit with it.
@@ -143,8 +144,8 @@ def fit_logistic(
     labels: Int[Tensor, " n"],
     num_classes: int,
     l2: Sequence[float],
-    max_iterations: int = 100,
-    tolerance: float = 1e-4,
+    max_iterations: int = 300,
+    tolerance: float = 1e-7,
 ) -> list[tuple[Float[Tensor, "C D"], Float[Tensor, " C"]]]:
     """Minimise the penalised cross-entropy for each penalty in turn, each started at the solution before.
 
@@ -159,7 +160,7 @@ def fit_logistic(
         num_classes: C.
         l2: Penalties, strongest first.
         max_iterations: L-BFGS iterations for each.
-        tolerance: Largest component of the gradient at the end.
+        tolerance: Largest component of the gradient at the end, as a share of the loss at the start.
 
     Returns:
         Weights and biases for each penalty.
@@ -168,7 +169,10 @@ def fit_logistic(
         The bound is Böhning 1992, "Multinomial logistic regression algorithm".
     """
     # Features of an encoder that ran with gradients: only the weights are fitted.
-    x, labels = x.detach(), labels.long()
+    kind, x, labels = x.dtype, x.detach(), labels.long()
+    if len(x) < x.shape[1]:
+        # Separable samples: the loss and the pull on the biases fall below what float32 tells apart.
+        x = x.double()
     weight = x.new_zeros(num_classes, x.shape[1])
     bias = x.new_zeros(num_classes)
     path = []
@@ -179,7 +183,7 @@ def fit_logistic(
             start = torch.cat((stretch.undo(weight), bias[:, None]), dim=1)
             solution = _lbfgs(stretch(x), labels, stretch, penalty, start, max_iterations, tolerance)
             weight, bias = stretch(solution[:, :-1]), solution[:, -1]
-            path.append((weight, bias))
+            path.append((weight.to(kind), bias.to(kind)))
     return path
 
 
@@ -225,19 +229,22 @@ def _lbfgs(
     tolerance: float,
 ) -> Float[Tensor, "C D+1"]:
     """Weights on z, which is the stretched x, and biases in the last column."""
+    # torch's L-BFGS ends, and forgets curvature, by absolute sizes; under a weak penalty all sizes are small.
+    unit = max(float(_loss_and_gradient(start, z, labels, stretch, l2)[0]), torch.finfo(z.dtype).eps)
     u = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [u],
         max_iter=max_iterations,
         tolerance_grad=tolerance,
-        tolerance_change=1e-9,
+        tolerance_change=1e-12,
         history_size=10,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> float:
-        loss, u.grad = _loss_and_gradient(u.detach(), z, labels, stretch, l2)
-        return float(loss)
+        loss, gradient = _loss_and_gradient(u.detach(), z, labels, stretch, l2)
+        u.grad = gradient / unit
+        return float(loss) / unit
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     return u.detach()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; a series in 1 / freedom beyond.
@@ -47,6 +48,9 @@ def bootstrap(
 ) -> Interval:
     """Percentile bootstrap over samples: each draw takes n of the n samples with replacement.
 
+    Draws of a share of 0 or 1 do not vary: the interval of such a mean is the exact one, [0, 1 - 0.025^(1/n)] or
+    [0.025^(1/n), 1]. Differences that may be of either sign need a statistic, which leaves their draws as they are.
+
     Args:
         samples: A number for each sample [n] (1 where it was classified rightly), or several [n, ...], such as its
             confusion matrix.
@@ -61,7 +65,8 @@ def bootstrap(
         ValueError: Where there is no sample or no draw.
 
     Source:
-        Efron and Tibshirani 1993, "An introduction to the bootstrap", section 13.3.
+        Efron and Tibshirani 1993, "An introduction to the bootstrap", section 13.3; shares of 0 and 1: Clopper and
+        Pearson 1934 (Biometrika 26), "The use of confidence or fiducial limits".
     """
     if not len(samples):
         raise ValueError("samples: there are none to draw from; check that the test set has labels")
@@ -85,7 +90,10 @@ def bootstrap(
     if statistic is not None:
         drawn, whole = statistic(drawn), statistic(whole)
     low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(value=float(whole[0]), low=low, high=high, method="bootstrap", n=len(rows))
+    value, end = float(whole[0]), 0.025 ** (1 / len(rows))
+    if statistic is None and value in {0.0, 1.0} and bool((rows == value).all()):
+        low, high = (end, 1.0) if value else (0.0, 1 - end)
+    return Interval(value=value, low=low, high=high, method="bootstrap", n=len(rows))
 
 
 def interval_of_mean(values: Sequence[float], method: str = "seeds") -> Interval:
@@ -114,7 +122,7 @@ def jackknife(z: Tensor, statistic: Callable[[Tensor], Tensor | float], *, group
 
     se^2 = (g - 1) / g * sum_i (theta_i - mean(theta))^2,   interval = theta ± t_(g-1) * se
 
-    A bootstrap would repeat samples, and a repeated sample lowers a rank. Sample i belongs to group i mod g.
+    A bootstrap would repeat samples, and a repeated sample lowers a rank. Groups are those of group_of_each.
 
     Args:
         z: Features [n, ...], one row a sample.
@@ -132,9 +140,14 @@ def jackknife(z: Tensor, statistic: Callable[[Tensor], Tensor | float], *, group
     """
     if not 2 <= groups <= len(z) // 2:
         raise ValueError(f"groups={groups}: of {len(z)} samples; allowed: 2 up to half as many as samples")
-    group = torch.arange(len(z), device=z.device) % groups
+    group = group_of_each(len(z), groups).to(z.device)
     value = float(statistic(z))
     return of_parts(value, [float(statistic(z[group != number])) for number in range(groups)], len(z))
+
+
+def group_of_each(n: int, groups: int) -> Int[Tensor, " n"]:
+    """The jackknife's group of each of n samples, drawn with a fixed seed: every n-th sample may be of one class."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0)) % groups
 
 
 def of_parts(value: float, parts: Sequence[float], n: int) -> Interval:
