@@ -49,7 +49,7 @@ def measure_quantization(
     for level, bank in first[0].items():
         before, after = (_right(banks[level], tests[level], config.eval.k) for banks, tests in (first, second))
         n_train = len(bank.labelled())
-        for way, values in ((FLOATS, before), (INT8, after), (LOST, before - after)):
+        for way, values in ((FLOATS, before), (INT8, after), (LOST, before.double() - after.double())):
             metric = f"knn_{config.eval.k}/{way}"
             found.append(Measurement.of(metric, bank.name, bootstrap(values), n_train=n_train))
     return found
@@ -81,13 +81,13 @@ def quantize_run(run_dir: Path, *, train: str | None, held_out: str | None, outp
 
 
 def _right(bank: FeatureSet, test: FeatureSet, k: int) -> Tensor:
-    """Which of the labelled held-out images kNN classifies rightly, 1 or 0."""
+    """Which of the labelled held-out images kNN classifies rightly."""
     bank, test = bank.labelled(), test.labelled()
     if len(bank) < k:
         raise ValueError(f"eval.k={k}: more than the {len(bank)} labelled training images; give more with --train")
     if not len(test):
         raise ValueError("no held-out image has a label; give some that have with --eval")
-    return (knn_predict(bank.values, bank.labels, test.values, ks=(k,))[k] == test.labels).double()
+    return knn_predict(bank.values, bank.labels, test.values, ks=(k,))[k] == test.labels
 
 
 def _table(measured: list[Measurement], size: tuple[int, int], k: int) -> Table:

@@ -59,7 +59,7 @@ class PretrainTask(nn.Module):
         return torch.cat([one.context for one in drawn]), torch.cat([one.targets for one in drawn])
 
     def all_features(self, images: Float[Tensor, "B C H W"]) -> dict[str, Float[Tensor, "B D"]]:
-        """Return the features of every level for normalised images, tokens by their mean, of the target branch if any."""
+        """Return the features of every level for normalised images (mean of tokens), of the target branch if any."""
         return {str(level): features for level, features in self.model.all_features(images).items()}
 
     def forward(self, batch: Batch, step: int) -> StepOutput:

@@ -127,9 +127,9 @@ def evaluate(
         possible = [k for k in ks if k <= len(known_train)]
         if possible:
             for k, predicted in knn_predict(x, y, test_x, ks=possible, temperature=temperature).items():
-                intervals[f"knn_{k}"] = bootstrap((predicted == test_y).double())
+                intervals[f"knn_{k}"] = bootstrap(predicted == test_y)
         linear = LogisticProbe(probe).fit(x, y)
-        intervals["linear"] = bootstrap((linear.predict(test_x) == test_y).double())
+        intervals["linear"] = bootstrap(linear.predict(test_x) == test_y)
     return Scores(
         name=train.name,
         width=train.values.shape[1],

@@ -40,9 +40,7 @@ class Findings:
     ) -> None:
         """Keep an accuracy with its bootstrap interval, and what it is made of."""
         right = right.cpu()
-        self.measurements.append(
-            Measurement.of(metric, name, bootstrap(right.double()), n_train=n_train, details=details)
-        )
+        self.measurements.append(Measurement.of(metric, name, bootstrap(right), n_train=n_train, details=details))
         self.right[sample_key(metric, name)] = right
 
     def interval(

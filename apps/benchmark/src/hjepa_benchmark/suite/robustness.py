@@ -58,7 +58,7 @@ def measure_robustness(
             predict = partial(_predict, subject, probes, wanted, run.device)
             for level, right in right_on_changed(predict, pixels, images.labels).items():
                 name = names[subject.name][level]
-                findings.interval(metric, name, bootstrap(1 - right.double()))
+                findings.interval(metric, name, bootstrap(~right))
                 wrong.setdefault(name, {})[metric] = ~right
     _mean_errors(wrong, plan, findings)
 

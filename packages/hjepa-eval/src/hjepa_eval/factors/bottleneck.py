@@ -75,5 +75,5 @@ def bottleneck_sweep(
         fitted = LogisticProbe(probe).fit(x[:, :kept], train_labels, classes)
         right = fitted.predict(test_x[:, :kept]) == test_labels
         share = float(variance[:kept].sum() / variance.sum().clamp_min(torch.finfo(torch.float64).tiny))
-        scores.append(BottleneckScore(width=kept, variance=share, interval=bootstrap(right.double())))
+        scores.append(BottleneckScore(width=kept, variance=share, interval=bootstrap(right)))
     return scores

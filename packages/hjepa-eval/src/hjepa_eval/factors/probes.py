@@ -84,7 +84,7 @@ def factor_probe(
             commonest = labels.bincount().argmax()
             classes = int(torch.maximum(labels.max(), test_labels.max())) + 1
             chance = top1(commonest.expand(len(test_labels)), test_labels, classes)
-            interval = bootstrap(right.double(), seed=seed)
+            interval = bootstrap(right, seed=seed)
             scores.append(FactorScore(factor=name, kind="accuracy", interval=interval, chance=chance))
     return scores
 

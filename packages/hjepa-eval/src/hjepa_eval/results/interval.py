@@ -48,12 +48,12 @@ def bootstrap(
 ) -> Interval:
     """Percentile bootstrap over samples: each draw takes n of the n samples with replacement.
 
-    Draws of a share of 0 or 1 do not vary: the interval of such a mean is the exact one, [0, 1 - 0.025^(1/n)] or
-    [0.025^(1/n), 1]. Differences that may be of either sign need a statistic, which leaves their draws as they are.
+    Draws of booleans that are all alike do not vary: the interval of their share is the exact one, [0, 1 - 0.025^(1/n)]
+    or [0.025^(1/n), 1].
 
     Args:
-        samples: A number for each sample [n] (1 where it was classified rightly), or several [n, ...], such as its
-            confusion matrix.
+        samples: A number or a boolean (whether it was classified rightly) for each sample [n], or several [n, ...],
+            such as its confusion matrix.
         statistic: Maps the means of r draws [r, ...] to r numbers; None: the mean itself.
         draws: Number of draws.
         seed: Of the draws.
@@ -91,7 +91,7 @@ def bootstrap(
         drawn, whole = statistic(drawn), statistic(whole)
     low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     value, end = float(whole[0]), 0.025 ** (1 / len(rows))
-    if statistic is None and value in {0.0, 1.0} and bool((rows == value).all()):
+    if samples.dtype is torch.bool and statistic is None and value in {0.0, 1.0}:
         low, high = (end, 1.0) if value else (0.0, 1 - end)
     return Interval(value=value, low=low, high=high, method="bootstrap", n=len(rows))
 
