@@ -51,7 +51,8 @@ def test_steps_go_on_while_a_checkpoint_is_written(device, tmp_path, monkeypatch
     assert any("checkpoint/stall_seconds" in row and "train/loss" in row for row in rows.rows)
 
 
-def test_the_wait_for_the_last_checkpoint_is_told(device, tmp_path, monkeypatch):
+@pytest.fixture
+def slow_disk(monkeypatch):
     write = store_module.write_tensors
 
     def slow(*arguments):
@@ -59,6 +60,10 @@ def test_the_wait_for_the_last_checkpoint_is_told(device, tmp_path, monkeypatch)
         return write(*arguments)
 
     monkeypatch.setattr(store_module, "write_tensors", slow)
+
+
+@pytest.mark.usefixtures("slow_disk")
+def test_the_wait_for_the_last_checkpoint_is_told(device, tmp_path):
     trainer = build(device, tmp_path, steps=2)
     trainer.fit()
     assert max(trainer._saver.times.stalls) >= 0.5
@@ -75,14 +80,8 @@ class Counts(Callback):
         self.steps.append(trainer.step)
 
 
-def test_a_checkpoint_holds_what_callbacks_held_at_its_step(device, tmp_path, monkeypatch):
-    write = store_module.write_tensors
-
-    def slow(*arguments):
-        time.sleep(0.3)
-        return write(*arguments)
-
-    monkeypatch.setattr(store_module, "write_tensors", slow)
+@pytest.mark.usefixtures("slow_disk")
+def test_a_checkpoint_holds_what_callbacks_held_at_its_step(device, tmp_path):
     trainer = build(device, tmp_path, [Counts()], steps=7, keep=None)
     trainer.fit()
     states = json.dumps(trainer.store.at(4).state)
