@@ -189,6 +189,8 @@ def test_a_worker_that_dies_between_two_batches_is_found_by_the_next(shards):
 
 GROUP_SCRIPT = """
 import multiprocessing, os, signal, sys, time
+if __name__ != "__main__":
+    time.sleep(1)  # so that a worker which imports this is not ready when the signals come
 from hjepa_data import ShardSource, StreamConfig, ViewGroup, WorkerConfig
 
 class Sleepy(ShardSource):
@@ -202,20 +204,21 @@ if __name__ == "__main__":
     stream = StreamConfig(global_batch_size=6, views=(ViewGroup(size=(8, 8)),), workers=workers).build(
         Sleepy(sys.argv[1]), seed=3
     )
-    if sys.argv[3] != "asleep":
+    stream._batches = stream._load()
+    if sys.argv[3] == "awake":
         next(stream)
-    else:
-        stream._batches = stream._load()
+    elif sys.argv[3] == "asleep":
         time.sleep(0.5)
     children = multiprocessing.active_children()
     print(*(child.pid for child in children), flush=True)
     if sys.argv[3] == "signals":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, lambda *_: None)
-            os.killpg(0, number)
-            time.sleep(0.2)
-        for _ in range(20):
-            next(stream)
+        for _ in range(2):  # while the workers start, and while they work
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, lambda *_: None)
+                os.killpg(0, number)
+                time.sleep(0.2)
+            for _ in range(20):
+                next(stream)
         print("went on")
     if sys.argv[4] == "close":
         stream.close()
@@ -242,7 +245,9 @@ def group(tmp_path, shards, *words):
     return workers, said, time.monotonic() - began, process.returncode
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(other, marks=pytest.mark.slow) for other in ("spawn", "forkserver"))]
+)
 def test_signals_to_the_whole_group_leave_the_workers_alone(shards, tmp_path, method):
     workers, said, _, code = group(tmp_path, shards, method, "signals", "exit")
     assert (len(workers), said, code) == (2, "went on\n", 0)

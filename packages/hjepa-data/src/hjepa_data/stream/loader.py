@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from multiprocessing import resource_tracker
 from types import MethodType
 from typing import Any
 
@@ -154,6 +155,9 @@ def load(tasks: Dataset[Loaded], items: Iterable[Any], config: WorkerConfig) -> 
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         if not workers:
             return iter(loader)
+        if _context(config) != "fork":
+            # The other ways need this process, whose first start would let the signals through again.
+            resource_tracker.ensure_running()
         with _blocked_signals():
             batches = _started(loader)
     _end_by_kill(batches)
