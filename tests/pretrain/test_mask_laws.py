@@ -33,7 +33,7 @@ def test_a_law_trains_and_resumes(pretrain, tiny, tmp_path, capsys, law, read_lo
     [
         (["recipe=hjepa"], [0, 1, 2, 3]),
         (["recipe=hjepa_global"], []),
-        (["recipe=hjepa_global", "hjepa.prediction=hidden", "hjepa.masked_every=4"], [3]),
+        (["recipe=hjepa_global", "hjepa.prediction=hidden", "hjepa.predict_every=4"], [3]),
         (["recipe=mae"], [0, 1, 2, 3]),
         (["recipe=simclr"], []),
         (["recipe=supervised", "baseline.num_classes=3"], []),

@@ -11,7 +11,7 @@ from hjepa_pretrain.model import build_model
 from hjepa_train import StepTime
 
 # Dropped paths draw from the global generator: what measuring has drawn would show.
-OWN = ("recipe=hjepa_global", "hjepa.masked_every=4", "hjepa.encoder.drop_path=0.5", "eval.at_end=false")
+OWN = ("recipe=hjepa_global", "hjepa.predict_every=4", "hjepa.encoder.drop_path=0.5", "eval.at_end=false")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_run_takes_its_time_and_is_that_of_as_many_steps(pretrain, words, tmp_
     ).groups()
     steps = int(steps.replace(",", ""))
     assert steps == pytest.approx(4000 / float(each.replace(",", "")), rel=0.02, abs=1)
-    assert int(over) % 4 == 0  # whole cycles of hjepa.masked_every
+    assert int(over) % 4 == 0  # whole cycles of hjepa.predict_every
     rows = [row for row in read_rows(timed) if "train/step_ms" in row]
     assert rows[-1]["step"] == len(rows) == steps
     assert 4 / 3 < sum(row["train/step_ms"] for row in rows) / 1e3 < 4 * 3  # another program may come or go meanwhile
@@ -91,7 +91,7 @@ def test_what_follows_from_the_steps_is_said_once_they_are_known(pretrain, words
         (["run.train_time=0.2s"], 2, "run.train_time=0.2s: no time for a step, which takes 250.0 ms; give more"),
         (["run.train_time=1s", "run.steps=4"], 2, "run.train_time=1s: measures how many steps there are"),
         (["run.train_time=an hour"], 2, "run.train_time=an hour: no length of time"),
-        (["run.train_time=1s", "hjepa.masked_every=0"], 2, "masked_every=0"),
+        (["run.train_time=1s", "hjepa.predict_every=0"], 2, "predict_every=0"),
     ],
 )
 def test_a_time_that_is_none_is_refused(pretrain, words, tmp_path, capsys, measured, more, code, said):

@@ -14,7 +14,7 @@ COMMON = ("run.steps=5", "trainer.precision=fp32", "data.batch_size=16", "traine
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "parallel"), [("hjepa", "fsdp"), ("hjepa_global", "ddp")])
 def test_two_ranks_train_like_one(pretrain, tiny, tmp_path, read_losses, recipe, parallel):
-    words = (*tiny, *COMMON, f"recipe={recipe}", "eval.every_steps=3", "hjepa.masked_every=1")
+    words = (*tiny, *COMMON, f"recipe={recipe}", "eval.every_steps=3", "hjepa.predict_every=1")
     one = pretrain(f"run.dir={tmp_path}/one", *words)
     two = pretrain(f"run.dir={tmp_path}/two", *words, f"parallel={parallel}", ranks=2)
     assert one.code == 0, one.err

@@ -75,7 +75,7 @@ def test_the_steps_that_are_told_are_those_that_were_timed(monkeypatch, device, 
 
 
 def test_local_views_are_in_the_step(tiny):
-    words = ("recipe=hjepa_global", "data.train=synthetic", *tiny, "trainer.precision=fp32", "hjepa.masked_every=1")
+    words = ("recipe=hjepa_global", "data.train=synthetic", *tiny, "trainer.precision=fp32", "hjepa.predict_every=1")
     local = ("data.local_views=2", "data.local_size=[16,16]")
     alone, step = (TrainingStep(settings.load([*words, *more])[0], CPU) for more in ((), local))
     assert [tuple(view.shape[2:]) for view in step.batch.views] == [(32, 32), (32, 32), (16, 16), (16, 16)]

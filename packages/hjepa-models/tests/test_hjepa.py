@@ -177,8 +177,8 @@ def test_the_curriculum_skips_the_masked_term_until_it_counts(device):
     assert not small_config().build(device=device).may_skip_parameters
 
 
-def test_masked_every_computes_the_term_at_every_kth_step(device):
-    model = small_config("detached", with_global=True, masked_every=3).build(device=device)
+def test_predict_every_computes_the_term_at_every_kth_step(device):
+    model = small_config("detached", with_global=True, predict_every=3).build(device=device)
     views, context, target = batch(device, 2)
     assert ["0" in model(views, context, target, step=s).level_losses for s in range(5)] == [
         False,
@@ -187,12 +187,12 @@ def test_masked_every_computes_the_term_at_every_kth_step(device):
         False,
         False,
     ]
-    with pytest.raises(ValueError, match="masked_every=2: without a global level nothing is learned"):
-        small_config(masked_every=2)
+    with pytest.raises(ValueError, match="predict_every=2: without a global level nothing is learned"):
+        small_config(predict_every=2)
 
 
 def test_a_step_without_a_masked_term_needs_no_masks(device):
-    model = small_config("detached", with_global=True, masked_every=3).build(device=device)
+    model = small_config("detached", with_global=True, predict_every=3).build(device=device)
     views, *masks = batch(device, views=2)
     assert [step for step in range(6) if model.needs_masks(step)] == [2, 5]
     assert torch.equal(model(views, None, None, 0).loss, model(views, *masks, 0).loss)
@@ -401,7 +401,7 @@ def test_a_few_steps_lower_the_loss(device):
         ({"pyramid": {"levels": 2}}, "3 entries for pyramid.levels=2"),
         ({"level_weights": LevelWeightsConfig(weights=(0.0, 0.0, 0.0))}, "nothing would be learned"),
         ({"targets": "emma"}, "did you mean 'ema'"),
-        ({"masked_every": 0}, "masked_every=0"),
+        ({"predict_every": 0}, "predict_every=0"),
         ({"pyramid": {"fpn": "add", "projection": False}}, "projection=False: leaves widths .16, 16, 16. inside"),
         ({"pyramid": {"attention_heads": 3}}, "attention_heads=3: does not divide the width 32"),
         ({"target_patch_size": 4}, "target_patch_size=4: no sequence"),

@@ -211,7 +211,7 @@ def test_crops_that_share_nothing_have_no_loss(device):
 
 
 def test_prediction_at_every_other_step_needs_no_crops_between(device):
-    model = small_config(masked_every=2).build(device=device)
+    model = small_config(predict_every=2).build(device=device)
     views, crops = batch(device)
     assert set(model(views, None, None, 0).level_losses) == {"global"}
     assert set(model(views, None, None, 1, crops).level_losses) == {"0", "1", "global"}

@@ -35,7 +35,7 @@ COMMON = (
 )  # fmt: skip
 # A bias before a batch norm has no gradient but rounding, which Adam would blow up to a full step: hence the eps.
 GLOBAL = (
-    "recipe=hjepa_global", "hjepa.masked_every=2", "hjepa.global_level.hidden_dim=16", "hjepa.global_level.out_dim=8",
+    "recipe=hjepa_global", "hjepa.predict_every=2", "hjepa.global_level.hidden_dim=16", "hjepa.global_level.out_dim=8",
     "hjepa.global_level.objective=sigreg", "trainer.optimizer.eps=1e-3", "trainer.clip_norm=0.5",
     "hjepa.encoder.stem=overlap", "hjepa.encoder.stem_channels=[8,12]", "hjepa.global_level.stem_maps=1",
 )  # fmt: skip

@@ -117,5 +117,5 @@ def _images(config: PretrainConfig) -> int:
 
 def _fullest_step(config: PretrainConfig) -> int:
     """Return the last step that computes the predicted term, when every level of a curriculum has come in."""
-    every = config.hjepa.masked_every
+    every = config.hjepa.predict_every
     return max(config.run.steps // every, 1) * every - 1

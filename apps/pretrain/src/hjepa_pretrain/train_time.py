@@ -81,4 +81,4 @@ def places(model: Model) -> dict[int, float]:
 
 
 def _cycle(model: Model) -> int:
-    return model.config.masked_every if isinstance(model, HJEPA) else 1
+    return model.config.predict_every if isinstance(model, HJEPA) else 1

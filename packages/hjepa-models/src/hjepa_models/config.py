@@ -107,7 +107,7 @@ class HJEPAConfig:
         level_weights: weight of each level over the steps; one weight per level.
         global_level: the level above all grids, over several views; None leaves it out.
         masked_views: how many of the views carry masked prediction, the first ones.
-        masked_every: prediction is part of every k-th step only: of step k - 1 (counted from 0), 2k - 1, ...
+        predict_every: prediction is part of every k-th step only: of step k - 1 (counted from 0), 2k - 1, ...
         instance_weight: weight of the instance contrast: projected and pooled context tokens of the first masked view
             against those of the second, or against the target tokens of the whole image where one view is masked; 0 is
             off.
@@ -141,7 +141,7 @@ class HJEPAConfig:
     level_weights: LevelWeightsConfig = field(default_factory=LevelWeightsConfig)
     global_level: GlobalConfig | None = None
     masked_views: int = 1
-    masked_every: int = 1
+    predict_every: int = 1
     instance_weight: float = 0.0
     aggregate: AggregateConfig = field(default_factory=AggregateConfig)
     vicreg_weight: float = 0.0
@@ -161,7 +161,7 @@ class HJEPAConfig:
         check_positive(
             beta=self.beta,
             masked_views=self.masked_views,
-            masked_every=self.masked_every,
+            predict_every=self.predict_every,
             temperature=self.temperature,
         )
         check_not_negative(
@@ -354,9 +354,9 @@ class HJEPAConfig:
                 f"{self.encoder.output_patch_size} there are no target tokens of whole images to average; allowed: "
                 "with ema, pooled, detached, online and no output patch; leave it out"
             )
-        if self.masked_every > 1 and not (self.global_level is not None and self.global_level.weight):
+        if self.predict_every > 1 and not (self.global_level is not None and self.global_level.weight):
             raise ValueError(
-                f"masked_every={self.masked_every}: without a global level nothing is learned at the steps between; "
+                f"predict_every={self.predict_every}: without a global level nothing is learned at the steps between; "
                 "allowed: 1, or with a global level of weight above 0; change one of them"
             )
         if self.vicreg_weight and not (self.vicreg_invariance or self.vicreg_variance or self.vicreg_covariance):

@@ -20,7 +20,7 @@ from hjepa_models.global_level import GlobalLevel
 from hjepa_models.grid import Grid, gather_tokens, num_tokens
 from hjepa_models.layers.patch import PixelProjection
 from hjepa_models.layers.upsampler import children_index, sample_children, upsampling_ratio
-from hjepa_models.losses import MaskedLosses
+from hjepa_models.losses import PredictionLosses
 from hjepa_models.objectives import LevelAverages, LevelWeighting, adaptive_weights, mean_token, sigreg
 from hjepa_models.predictor import Predictor
 from hjepa_models.pretrained import PretrainedMixin
@@ -78,7 +78,7 @@ class HJEPA(nn.Module, PretrainedMixin):
             self.global_level = GlobalLevel(config.global_level, width)
             maps = [GlobalLevel(config.global_level, each, norm=True) for each in config.map_widths]
         self.map_levels = nn.ModuleList(maps)
-        self.losses = MaskedLosses(config)
+        self.losses = PredictionLosses(config)
         self.projection = None
         if config.targets is Targets.projection:
             self.projection = PixelProjection(config.encoder.in_channels, config.output_patches, width)
@@ -139,7 +139,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         """Whether some steps leave trained parameters without a gradient (DDP then needs `find_unused_parameters`)."""
         config = self.config
         return (
-            config.masked_every > 1
+            config.predict_every > 1
             or config.level_weights.kind is LevelWeighting.curriculum
             or not all(config.level_weights.weights)
         )
@@ -148,7 +148,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         """Return what is decided before a step runs."""
         config = self.config
         active = tuple(weight > 0 for weight in config.level_weights.level_weights(step))
-        predicts = any(active) and (step + 1) % config.masked_every == 0
+        predicts = any(active) and (step + 1) % config.predict_every == 0
         return StepPlan(predicts, active, config.output_patch(step))
 
     def needs_masks(self, step: int) -> bool:
@@ -159,7 +159,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         """Compile the forward pass in place; its backward follows.
 
         There is one graph for each different `plan`: one for the whole run with fixed or adaptive level weights,
-        `masked_every=1` and no schedule of patch sizes. The step enters as a tensor, so it causes no recompiles.
+        `predict_every=1` and no schedule of patch sizes. The step enters as a tensor, so it causes no recompiles.
 
         Args:
             options: of `torch.compile`; `fullgraph=True` and `dynamic=False` unless given.

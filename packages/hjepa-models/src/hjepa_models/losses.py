@@ -22,7 +22,7 @@ from hjepa_models.objectives import (
 )
 
 
-class MaskedLosses(nn.Module):
+class PredictionLosses(nn.Module):
     """The objective of a level and the terms beside it, with the heads that some of them need."""
 
     def __init__(self, config: HJEPAConfig) -> None:

@@ -175,9 +175,9 @@ def print_throughput(words: Sequence[str], *, steps: int, reference: bool, outpu
     if torch.cuda.is_available() and "trainer.compile" not in keys and "run.device=cpu" not in words:
         added.append("trainer.compile=true")
     config, _ = settings.load([*added, *words])
-    every = 1 if config.baseline is not None else config.hjepa.masked_every
+    every = 1 if config.baseline is not None else config.hjepa.predict_every
     if steps < every:
-        raise ValueError(f"--steps={steps}: too few; allowed: hjepa.masked_every={every} and more")
+        raise ValueError(f"--steps={steps}: too few; allowed: hjepa.predict_every={every} and more")
     if config.trainer.accumulate > 1 or config.parallel is not ParallelKind.single:
         raise ValueError(
             f"parallel={config.parallel} trainer.accumulate={config.trainer.accumulate}: throughput times one process "

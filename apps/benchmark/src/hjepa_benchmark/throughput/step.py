@@ -34,7 +34,7 @@ class TrainingStep:
         self.optimizer = config.trainer.optimizer.build(self.task)
         self.ema = EMA(self.task.ema_pairs())
         self.batch = synthetic_batch(config, device)
-        self.every = 1 if config.baseline is not None else config.hjepa.masked_every
+        self.every = 1 if config.baseline is not None else config.hjepa.predict_every
         self._trained = [parameter for parameter in self.task.parameters() if parameter.requires_grad]
 
     def recompute(self) -> None:
