@@ -32,6 +32,15 @@ def test_probes_of_a_run(run, tmp_path, capsys):
     assert json.loads((tmp_path / "rows.json").read_text()) == json.loads((run / "results.json").read_text())
 
 
+def test_probes_take_as_many_images_as_they_are_told(run, tmp_path, capsys):
+    few = ["--train-samples", "30", "--eval-samples", "7", "--json", str(tmp_path / "rows.json")]
+    assert main(["probes", str(run), *few]) == 0
+    rows = [one for one in read_results(tmp_path / "rows.json").measurements if one.metric == "linear"]
+    assert {(one.n_train, one.n) for one in rows} == {(30, 7)}
+    assert main(["probes", str(run), "--train-samples", "1"]) == 2
+    assert "eval.train_samples=1: one image has no spread" in capsys.readouterr().err
+
+
 def test_probes_of_a_timm_model(shards, tmp_path, capsys):
     timm = pytest.importorskip("timm")
     where = ["--train", f"{shards}/train-*.tar", "--eval", f"{shards}/eval-*.tar"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from hjepa_benchmark.runs import Measured
 from hjepa_data import EvalConfig, open_source
 from hjepa_eval import Results, evaluate, extract, open_encoder, weights_hash, write_results
 from hjepa_pretrain.config import EvaluationConfig
@@ -12,22 +13,19 @@ from hjepa_pretrain.evaluation import RANK_SAMPLES, load_images
 from hjepa_pretrain.results import TRAINED, UNTRAINED, branch_of, results_table
 
 
-def probe_backbone(
-    name: str, *, train: str | None, held_out: str | None, pretrained: bool, output: Path | None
-) -> None:
+def probe_backbone(name: str, measured: Measured, *, pretrained: bool, output: Path | None) -> None:
     """Measures what a timm model gives without its classifier, at its own size and colours, and prints the table.
 
     Args:
         name: of the model.
-        train: shards of the kNN bank and the probe.
-        held_out: shards that are classified.
+        measured: images of the kNN bank and the probe, and those that are classified; shards have to be given.
         pretrained: take its published weights (a download), not random ones, which are those of seed 0.
         output: also write the results to this JSON file.
 
     Raises:
         ValueError: timm knows no such model or is not installed, or there is nothing to measure on.
     """
-    if train is None or held_out is None:
+    if measured.train is None or measured.held_out is None:
         raise ValueError(
             f"{name}: there is no such folder; give that of an hjepa-pretrain run, or the name of a timm model with "
             "--train and --eval"
@@ -38,7 +36,7 @@ def probe_backbone(
             model = open_encoder(name, pretrained=pretrained)
     except ImportError as error:
         raise ValueError(str(error)) from error
-    said, asked = model.pretrained_cfg, EvaluationConfig()
+    said, asked = model.pretrained_cfg, measured.counts(EvaluationConfig())
     assert isinstance(said, dict)
     counts = (asked.train_samples, asked.eval_samples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,11 +49,11 @@ def probe_backbone(
             branch=branch_of(TRAINED if pretrained else UNTRAINED, "online"),
             pooling="own",
         )["encoder"]
-        for shards, count in zip((train, held_out), counts, strict=True)
+        for shards, count in zip((measured.train, measured.held_out), counts, strict=True)
     )
     scores = evaluate(bank, test, ks=(asked.k,), rank_samples=RANK_SAMPLES, device=device)
     about = {"pretrained": pretrained, "side": said["input_size"][-1], "weights": weights_hash(model)[:32]}
-    results = Results(model=name, data=held_out, measurements=scores.measurements(), about=about)
+    results = Results(model=name, data=measured.held_out, measurements=scores.measurements(), about=about)
     Console(soft_wrap=True).print(results_table(results))
     if output is not None:
         write_results(results, output)

@@ -5,7 +5,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from hjepa_benchmark.runs import Measured
 
 OTHER_ERROR, USAGE_ERROR, DIVERGED, INTERRUPTED = 1, 2, 3, 130
 SUITES = ("quick", "full")
@@ -147,6 +150,19 @@ def _parser() -> argparse.ArgumentParser:
 def _data(command: argparse.ArgumentParser) -> None:
     command.add_argument("--train", help="shards that are learned from; default: those of the run")
     command.add_argument("--eval", help="held-out shards; default: those of the run")
+    command.add_argument("--train-samples", type=int, help="at most so many of the first; default: as the run has it")
+    command.add_argument("--eval-samples", type=int, help="at most so many of the second; default: as the run has it")
+
+
+def _measured(options: argparse.Namespace) -> "Measured":
+    from hjepa_benchmark.runs import Measured
+
+    return Measured(
+        train=options.train,
+        held_out=options.eval,
+        train_samples=options.train_samples,
+        eval_samples=options.eval_samples,
+    )
 
 
 # Each command imports what it needs: torch takes seconds, and --help should not.
@@ -157,9 +173,8 @@ def _suite(options: argparse.Namespace) -> None:
 
     run_suite(
         options.run_dir,
+        _measured(options),
         suite=options.suite,
-        train=options.train,
-        held_out=options.eval,
         corruption_images=options.corruption_images,
         folders=options.folder,
         classes=options.classes,
@@ -179,23 +194,23 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _probes(options: argparse.Namespace) -> None:
-    where = {"train": options.train, "held_out": options.eval, "output": options.json}
+    measured, output = _measured(options), options.json
     if Path(options.source).exists():
         from hjepa_benchmark.probes import probe_run
 
         if options.pretrained:
             raise ValueError(f"--pretrained: {options.source} is a folder, which has its own weights; leave it out")
-        probe_run(Path(options.source), **where)
+        probe_run(Path(options.source), measured, output=output)
     else:
         from hjepa_benchmark.backbone import probe_backbone
 
-        probe_backbone(options.source, pretrained=options.pretrained, **where)
+        probe_backbone(options.source, measured, pretrained=options.pretrained, output=output)
 
 
 def _quantize(options: argparse.Namespace) -> None:
     from hjepa_benchmark.quantize import quantize_run
 
-    quantize_run(options.run_dir, train=options.train, held_out=options.eval, output=options.json)
+    quantize_run(options.run_dir, _measured(options), output=options.json)
 
 
 def _throughput(options: argparse.Namespace) -> None:

@@ -4,28 +4,27 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hjepa_benchmark.runs import open_run
+from hjepa_benchmark.runs import Measured, open_run
 from hjepa_eval import write_results
 from hjepa_pretrain.evaluation import measure
 from hjepa_pretrain.model import load_run
 from hjepa_pretrain.results import results_of, results_table
 
 
-def probe_run(run_dir: Path, *, train: str | None, held_out: str | None, output: Path | None) -> None:
+def probe_run(run_dir: Path, measured: Measured, *, output: Path | None) -> None:
     """Measures every level of the model in a run folder and prints the table.
 
     Args:
         run_dir: holds `config.yaml`, `model.safetensors` and `config.json`.
-        train: shards of the kNN bank and the probe; None takes those of the run.
-        held_out: shards that are classified; None takes those of the run.
+        measured: images of the kNN bank and the probe, and those that are classified.
         output: also write the results to this JSON file.
 
     Raises:
         ValueError: the folder holds no finished run, or there is nothing to measure on.
     """
-    run = open_run(run_dir, train=train, held_out=held_out)
-    measured = measure(load_run(run_dir, run.config), run.config, run.train, run.test, run.device)
-    results = results_of(measured, run.steps, run_dir, run.config)
+    run = open_run(run_dir, measured)
+    found = measure(load_run(run_dir, run.config), run.config, run.train, run.test, run.device)
+    results = results_of(found, run.steps, run_dir, run.config)
     Console(soft_wrap=True).print(results_table(results))
     if output is not None:
         write_results(results, output)

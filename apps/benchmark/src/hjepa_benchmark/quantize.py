@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hjepa_benchmark.runs import open_run, read_config
+from hjepa_benchmark.runs import Measured, open_run, read_config
 from hjepa_eval import FeatureSet, Measurement, bootstrap, knn_predict, plus_minus, write_results
 from hjepa_models.quantization import quantize_int8, weight_bytes
 from hjepa_pretrain.config import PretrainConfig
@@ -55,13 +55,12 @@ def measure_quantization(
     return found
 
 
-def quantize_run(run_dir: Path, *, train: str | None, held_out: str | None, output: Path | None) -> None:
+def quantize_run(run_dir: Path, measured: Measured, *, output: Path | None) -> None:
     """Measures the model in a run folder with its weights in 8 bits and prints the table.
 
     Args:
         run_dir: holds `config.yaml`, `model.safetensors` and `config.json`.
-        train: shards of the kNN bank; None takes those of the run.
-        held_out: shards that are classified; None takes those of the run.
+        measured: images of the kNN bank, and those that are classified.
         output: also write the numbers and the bytes to this JSON file.
 
     Raises:
@@ -69,13 +68,13 @@ def quantize_run(run_dir: Path, *, train: str | None, held_out: str | None, outp
     """
     floats = load_run(run_dir, read_config(run_dir))
     int8 = quantize_int8(floats)  # before the images, which take longer, for it may be refused
-    run = open_run(run_dir, train=train, held_out=held_out)
+    run = open_run(run_dir, measured)
     config = run.config
-    measured = measure_quantization(floats, int8, config, run.train, run.test, run.device)
+    found = measure_quantization(floats, int8, config, run.train, run.test, run.device)
     size = (weight_bytes(kept_part(floats)), weight_bytes(kept_part(int8)))
-    Console(soft_wrap=True).print(_table(measured, size, config.eval.k))
+    Console(soft_wrap=True).print(_table(found, size, config.eval.k))
     if output is not None:
-        results = results_of(measured, run.steps, run_dir, config)
+        results = results_of(found, run.steps, run_dir, config)
         about = {**results.about, "bytes.floats": size[0], "bytes.int8": size[1]}
         write_results(replace(results, about=about), output)
 

@@ -1,7 +1,7 @@
 """A finished run, opened: configuration, images, what it logged."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,12 +9,38 @@ import torch
 from hjepa_data import DataError
 from hjepa_eval import read_results
 from hjepa_pretrain import settings
-from hjepa_pretrain.config import PretrainConfig
+from hjepa_pretrain.config import EvaluationConfig, PretrainConfig
 from hjepa_pretrain.evaluation import Images, load_pair, open_sources
 from hjepa_pretrain.model import Model, build_model, command
 from hjepa_pretrain.results import RESULTS_FILE, data_name
 from hjepa_train import Checkpoint
 from hjepa_train.checkpoint.files import DamagedError
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Measured:
+    """What to measure on; None takes what the run took.
+
+    Attributes:
+        train: shards that are learned from.
+        held_out: shards that are classified.
+        train_samples: at most so many of the first.
+        eval_samples: at most so many of the second.
+    """
+
+    train: str | None = None
+    held_out: str | None = None
+    train_samples: int | None = None
+    eval_samples: int | None = None
+
+    def counts(self, config: EvaluationConfig) -> EvaluationConfig:
+        """Return the settings with these numbers of images.
+
+        Raises:
+            ValueError: for too few.
+        """
+        asked = {"train_samples": self.train_samples, "eval_samples": self.eval_samples}
+        return replace(config, **{name: count for name, count in asked.items() if count is not None})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,20 +101,21 @@ def finished_steps(folder: Path) -> int:
         raise ValueError(f"{path}: {why}; write it again with: {command(folder)}") from error
 
 
-def open_run(folder: Path, *, train: str | None = None, held_out: str | None = None) -> Run:
+def open_run(folder: Path, measured: Measured | None = None) -> Run:
     """Open a run and load the images that it is measured on.
 
     Args:
         folder: holds `config.yaml`, `results.json`, `model.safetensors` and `config.json`.
-        train: shards that are learned from; None takes those of the run.
-        held_out: shards that are classified; None takes those of the run.
+        measured: on what; None is all as in the run.
 
     Raises:
         ValueError: the folder holds no finished run, or there is nothing to measure on.
     """
     config, steps = read_config(folder), finished_steps(folder)
-    config.data.train = train or config.data.train
-    config.data.eval = held_out or config.data.eval
+    measured = measured or Measured()
+    config.data.train = measured.train or config.data.train
+    config.data.eval = measured.held_out or config.data.eval
+    config.eval = measured.counts(config.eval)
     try:
         sources = open_sources(config)
     except DataError as error:

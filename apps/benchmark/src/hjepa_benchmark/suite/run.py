@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from hjepa_benchmark.runs import Run, open_run, training_seconds
+from hjepa_benchmark.runs import Measured, Run, open_run, training_seconds
 from hjepa_benchmark.suite.composites import measure_composites
 from hjepa_benchmark.suite.findings import Findings, images_hash, known, save_right
 from hjepa_benchmark.suite.plan import PLANS, Plan
@@ -42,10 +42,9 @@ _ATTENTION_IMAGES = 8
 
 def run_suite(
     folder: Path,
+    measured: Measured | None = None,
     *,
     suite: str = "quick",
-    train: str | None = None,
-    held_out: str | None = None,
     corruption_images: int | None = None,
     folders: Sequence[str] = (),
     classes: Path | None = None,
@@ -56,8 +55,7 @@ def run_suite(
     Args:
         folder: of a finished run.
         suite: quick or full.
-        train: shards that are learned from; None takes those of the run.
-        held_out: shards that are classified; None takes those of the run.
+        measured: images that are learned from, and those that are classified; None is all as in the run.
         corruption_images: held-out images that are changed; None leaves it to the suite.
         folders: NAME=PATH of folders of other images of the same classes.
         classes: file with the class folders of the training set, one a line, in the order of its labels.
@@ -75,7 +73,7 @@ def run_suite(
             raise ValueError(f"--corruption-images={corruption_images}: too few; allowed: 1 and more")
         plan = replace(plan, corruption_images=corruption_images)
     others, names = _folders(folders, classes)
-    run = open_run(folder, train=train, held_out=held_out)
+    run = open_run(folder, measured)
     if others:
         check_folders(others, names, run.train)
     target = folder / FOLDER
