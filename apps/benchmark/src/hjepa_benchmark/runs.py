@@ -39,8 +39,11 @@ class Measured:
         Raises:
             ValueError: for too few.
         """
-        asked = {"train_samples": self.train_samples, "eval_samples": self.eval_samples}
-        return replace(config, **{name: count for name, count in asked.items() if count is not None})
+        return replace(
+            config,
+            train_samples=config.train_samples if self.train_samples is None else self.train_samples,
+            eval_samples=config.eval_samples if self.eval_samples is None else self.eval_samples,
+        )
 
 
 @dataclass(kw_only=True, slots=True)
