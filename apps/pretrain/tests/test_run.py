@@ -116,7 +116,7 @@ def test_a_signal_while_the_program_loads_is_an_early_stop():
             status = Path(f"/proc/{process.pid}/status").read_text()
             blocked = int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16)
         process.send_signal(signal.SIGTERM)
-        assert "stopped by SIGTERM, not in training" in process.communicate(timeout=120)[1]
+        assert "stopped by SIGTERM, not in training" in process.communicate(timeout=300)[1]
     assert process.returncode == 75
 
 
