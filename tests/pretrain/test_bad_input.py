@@ -237,7 +237,7 @@ def test_two_programs_do_not_train_in_one_folder(pretrain, tiny, tmp_path, capsy
     run_dir = tmp_path / "run"
     first = pretrain.start(f"run.dir={run_dir}", *tiny, "run.steps=1000000")
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not losses_of(first, run_dir, read_losses):
             assert time.monotonic() < deadline
         before = (run_dir / "config.yaml").read_bytes()
