@@ -130,7 +130,7 @@ def test_loader_compares_all_that_are_installed(shards, tmp_path):
     # In a process of its own: webdataset leaves files open.
     options = ["--size", "32", "--images", "100", "--repeats", "2", "--json", str(tmp_path / "l.json")]
     command = [sys.executable, "-m", "hjepa_benchmark", "loader", f"{shards}/train-*.tar", *options]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=500, check=True).stdout
     found = json.loads((tmp_path / "l.json").read_text())
     names = [row["loader"] for row in found["rows"]]
     assert ("hjepa-data, nvJPEG" in names) == torch.cuda.is_available()
