@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -38,6 +37,17 @@ TINY = (
 )
 
 
+PROGRAM = ("-m", "hjepa_pretrain")
+HELD = (str(Path(__file__).parent / "scripts" / "held.py"),)
+# A file that cannot grow behaves as one on a full disk: the write fails.
+LIMITED = """
+import resource, sys
+from hjepa_pretrain.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+sys.exit(main())
+"""
+
+
 @dataclass(frozen=True)
 class Finished:
     code: int
@@ -58,8 +68,10 @@ class Pretrain:
         self.data = (f"data.train={shards}/train-*.tar", f"data.eval={shards}/eval-*.tar")
         self.tiny = TINY
 
-    def start(self, *words: str, ranks: int = 1, torchrun: Sequence[str] = ()) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "hjepa_pretrain"]
+    def start(
+        self, *words: str, ranks: int = 1, torchrun: Sequence[str] = (), program: Sequence[str] = PROGRAM, **env: str
+    ) -> subprocess.Popen[str]:
+        command = [sys.executable, *program]
         if ranks > 1:
             command = [
                 sys.executable,
@@ -75,15 +87,13 @@ class Pretrain:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env},
             start_new_session=True,
         )
 
-    def __call__(self, *words: str, ranks: int = 1, timeout: float = 240, file_size: int | None = None) -> Finished:
-        process = self.start(*words, ranks=ranks)
-        if file_size is not None:
-            # A file that cannot grow behaves as one on a full disk: the write fails.
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (file_size, file_size))
+    def __call__(self, *words: str, ranks: int = 1, timeout: float = 500, file_size: int | None = None) -> Finished:
+        program = PROGRAM if file_size is None else ("-c", LIMITED.format(size=file_size))
+        process = self.start(*words, ranks=ranks, program=program)
         try:
             out, err = process.communicate(timeout=timeout)
         finally:
@@ -110,27 +120,37 @@ class Pretrain:
         *words: str,
         ranks: int = 1,
         torchrun: Sequence[str] = (),
+        release: bool = True,
     ) -> Finished:
         """Starts a run, does something to its process once `metrics.jsonl` has so many training rows, awaits the end.
+
+        However late that comes, the run has gone no further: it waits there.
 
         Args:
             how: what is done to the process, which is torchrun's where there are several ranks.
             run_dir: folder of the run.
-            rows: of `metrics.jsonl`, those of earlier sittings among them.
+            rows: of `metrics.jsonl`, those of earlier sittings among them; one for each step.
             words: further settings.
             ranks: number of processes.
             torchrun: flags of torchrun.
+            release: let the run go on then; else it waits until a signal has reached it.
         """
-        process = self.start(f"run.dir={run_dir}", *words, ranks=ranks, torchrun=torchrun)
-        deadline = time.monotonic() + 120
+        leash = run_dir.with_name(f"{run_dir.name}.leash")
+        leash.touch()
+        hold = {"HOLD_FILE": str(leash), "HOLD_STEP": str(rows)}
+        process = self.start(f"run.dir={run_dir}", *words, ranks=ranks, torchrun=torchrun, program=HELD, **hold)
+        deadline = time.monotonic() + 300
         try:
             while len(losses(run_dir)) < rows:
                 assert process.poll() is None, process.communicate()[1]
                 assert time.monotonic() < deadline, "the run made no progress"
                 time.sleep(0.01)
             how(process)
-            out, err = process.communicate(timeout=120)
+            if release:
+                leash.unlink()
+            out, err = process.communicate(timeout=300)
         finally:
+            leash.unlink(missing_ok=True)
             if process.poll() is None:
                 for worker in workers(process):
                     os.kill(worker, signal.SIGKILL)

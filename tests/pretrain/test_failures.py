@@ -22,9 +22,8 @@ def test_a_model_that_no_memory_holds_is_one_line(pretrain, tiny, tmp_path, caps
 def test_a_rank_that_is_gone_is_one_line():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    with pytest.raises(dist.DistError) as caught:
-        dist.TCPStore("127.0.0.1", port, timeout=timedelta(milliseconds=200))
+        with pytest.raises(dist.DistError) as caught:
+            dist.TCPStore("127.0.0.1", closed.getsockname()[1], timeout=timedelta(milliseconds=200))
     said = broken_machine(caught.value)
     assert "another process of the run is gone" in said
     assert "\n" not in said

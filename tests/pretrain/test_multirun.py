@@ -1,6 +1,7 @@
 """Several runs from one command: here, and as Slurm jobs whose generated scripts are really run."""
 
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -39,7 +40,7 @@ echo "$@" >>"$FAKE_SLURM/scontrol"
 """
 
 
-def run(*words, env=None, timeout=200):
+def run(*words, env=None, timeout=500):
     return subprocess.run(
         [sys.executable, "-m", "hjepa_pretrain", "--multirun", *words],
         capture_output=True,
@@ -79,7 +80,12 @@ def slurm(tmp_path, monkeypatch):
         path = folder / name
         path.write_text(textwrap.dedent(text))
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE_SLURM": str(tmp_path)}
+    with socket.socket() as taken:
+        # Bound and not listening: nobody else is given the port, and who sets this flag may listen on it.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("", 0))
+        port = str(taken.getsockname()[1])
+        yield {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE_SLURM": str(tmp_path), "MASTER_PORT": port}
 
 
 JOB = (

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-RESUMABLE = ("checkpoint.every_steps=1", "run.steps=12")
+RESUMABLE = ("checkpoint.every_steps=1", "run.steps=12", "eval.at_end=false")
 
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["0 workers", "2 workers"])
@@ -42,7 +42,7 @@ def test_killed_run_has_the_losses_of_an_undisturbed_one(
 
 def test_time_limit_preempts_and_the_run_goes_on(pretrain, tmp_path, tiny, read_losses):
     run_dir = tmp_path / "run"
-    stopped = pretrain(f"run.dir={run_dir}", *tiny, "run.steps=200000", "run.time_limit=1s")
+    stopped = pretrain(f"run.dir={run_dir}", *tiny, "run.steps=200000", "run.time_limit=1s", "eval.at_end=false")
     assert stopped.code == 75, stopped.err
     reached = read_losses(run_dir)[-1][0]
     assert f"run.dir={run_dir}" in stopped.out + stopped.err
@@ -53,7 +53,8 @@ def test_time_limit_preempts_and_the_run_goes_on(pretrain, tmp_path, tiny, read_
 
 def test_a_process_that_gets_sigterm_ends_with_75_and_its_own_advice_goes_on(pretrain, tmp_path, tiny, read_losses):
     run_dir = tmp_path / "run of mine"
-    words = (*tiny, "run.steps=100000", "checkpoint.every_steps=null", "checkpoint.every_minutes=null")
+    words = (*tiny, "checkpoint.every_steps=null", "checkpoint.every_minutes=null", "eval.at_end=false")
+    words = (*words, "run.steps=100000")
     stopped = pretrain.disturb(lambda process: process.send_signal(signal.SIGTERM), run_dir, 3, *words)
     assert stopped.code == 75, stopped.err
     reached = read_losses(run_dir)[-1][0]
@@ -83,10 +84,10 @@ def test_a_signal_to_the_whole_group_leaves_workers_alone(pretrain, tmp_path, ti
     assert (run_dir / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_a_finished_run_is_not_run_again(pretrain, tmp_path, tiny, read_losses):
+def test_a_finished_run_is_not_run_again(pretrain, tmp_path, tiny, capsys, read_losses):
     run_dir = tmp_path / "run"
-    assert pretrain(f"run.dir={run_dir}", *tiny, "run.steps=2").code == 0
+    assert pretrain.here(capsys, f"run.dir={run_dir}", *tiny, "run.steps=2", "eval.at_end=false").code == 0
     before = read_losses(run_dir)
-    again = pretrain(f"run.dir={run_dir}")
+    again = pretrain.here(capsys, f"run.dir={run_dir}")
     assert again.code == 0
     assert read_losses(run_dir) == before

@@ -19,8 +19,9 @@ def test_signals_and_a_killed_worker_change_no_bit(pretrain, tiny, workers_of, t
     for number, rows in ((signal.SIGTERM, 3), (signal.SIGUSR1, 12)):
         # torchrun alone gets the signal, hands it on, waits for what it has started, and starts nothing again.
         stopped = pretrain.disturb(
-            lambda process, number=number: process.send_signal(number), run_dir, rows, *words, ranks=2, torchrun=LAUNCH
-        )
+            lambda process, number=number: process.send_signal(number),
+            run_dir, rows, *words, ranks=2, torchrun=LAUNCH, release=False,
+        )  # fmt: skip
         assert stopped.code == 1, stopped.err
         assert "stopped early, everything is saved" in stopped.err
         reached = read_losses(run_dir)[-1][0]

@@ -17,12 +17,12 @@ KILLS = 20
 def test_twenty_sigkills_change_no_bit(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(SCRIPT), str(tmp_path), str(KILLS), "0"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["killed"] == KILLS
-    assert report["while saving"] >= 3
-    assert report["slowest end of a rank left alone"] < 10
+    assert report["while saving"] >= 5
+    assert report["slowest end of a rank left alone"] < 60
     assert report["same losses"]
     assert report["same weights"]
     assert report["left over"] == []

@@ -17,7 +17,7 @@ def test_a_killed_rank_is_started_again_and_the_run_goes_on(tmp_path):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launch, str(SCRIPT), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     lives = [json.loads(line) for line in (tmp_path / "lives.jsonl").read_text().splitlines()]
     # The checkpoint of step 4 is on the disk at step 5, or was still being written when the rank died.

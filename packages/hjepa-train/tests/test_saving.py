@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import threading
 import time
 
 import pytest
@@ -27,23 +28,35 @@ class Rows(Callback):
         self.rows.append(row)
 
 
-def test_steps_go_on_while_a_checkpoint_is_written(device, tmp_path, monkeypatch, caplog):
-    reached, write = [], store_module.write_tensors
-    rows = Rows()
-    trainer = build(device, tmp_path, [rows])
+class Reached(Callback):
+    """Tells that a step has ended."""
+
+    def __init__(self, step):
+        self.step, self.event = step, threading.Event()
+
+    def on_step_end(self, trainer, result):
+        if trainer.step == self.step:
+            self.event.set()
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A disk that writes no tensor before a step is reached: the callback that tells it so."""
+    reached, write = Reached(6), store_module.write_tensors
 
     def slow(*arguments):
-        time.sleep(0.5)
-        reached.append(trainer.step)
+        assert reached.event.wait(60), "the training waited for the disk"
         return write(*arguments)
 
     monkeypatch.setattr(store_module, "write_tensors", slow)
-    trainer.fit()  # warm, and to the end
-    reached.clear()
-    trainer = build(device, tmp_path / "again", [rows], steps=7, keep=None)
+    return reached
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(device, tmp_path, slow_disk, caplog):
+    rows = Rows()
+    trainer = build(device, tmp_path, [rows, slow_disk], steps=7, keep=None)
     with caplog.at_level(logging.INFO):
         trainer.fit()
-    assert reached[0] > 4
     assert [path.name for path in trainer.store.paths()] == ["step_00000007", "step_00000004"]
     assert torch.equal(trainer.store.at(7).tensors()["model/mask_token"], trainer.module.mask_token.detach().cpu())
     (line,) = [record.message for record in caplog.records if "training stalled" in record.message]
@@ -51,22 +64,26 @@ def test_steps_go_on_while_a_checkpoint_is_written(device, tmp_path, monkeypatch
     assert any("checkpoint/stall_seconds" in row and "train/loss" in row for row in rows.rows)
 
 
-@pytest.fixture
-def slow_disk(monkeypatch):
-    write = store_module.write_tensors
+def test_the_wait_for_the_last_checkpoint_is_told(device, tmp_path, monkeypatch):
+    trainer = build(device, tmp_path, steps=2)
+    write, now, waiting = store_module.write_tensors, [0.0], threading.Event()
+    wait = trainer._saver.wait
+
+    def wait_and_tell():
+        if trainer._saver._thread is not None:
+            waiting.set()
+        wait()
 
     def slow(*arguments):
-        time.sleep(0.5)
+        assert waiting.wait(60)
+        now[0] += 0.5
         return write(*arguments)
 
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(store_module, "write_tensors", slow)
-
-
-@pytest.mark.usefixtures("slow_disk")
-def test_the_wait_for_the_last_checkpoint_is_told(device, tmp_path):
-    trainer = build(device, tmp_path, steps=2)
+    monkeypatch.setattr(trainer._saver, "wait", wait_and_tell)
     trainer.fit()
-    assert max(trainer._saver.times.stalls) >= 0.5
+    assert trainer._saver.times.stalls == [0.5]
 
 
 class Counts(Callback):
@@ -80,9 +97,8 @@ class Counts(Callback):
         self.steps.append(trainer.step)
 
 
-@pytest.mark.usefixtures("slow_disk")
-def test_a_checkpoint_holds_what_callbacks_held_at_its_step(device, tmp_path):
-    trainer = build(device, tmp_path, [Counts()], steps=7, keep=None)
+def test_a_checkpoint_holds_what_callbacks_held_at_its_step(device, tmp_path, slow_disk):
+    trainer = build(device, tmp_path, [Counts(), slow_disk], steps=7, keep=None)
     trainer.fit()
     states = json.dumps(trainer.store.at(4).state)
     assert '"steps": [1, 2, 3, 4]' in states
@@ -90,11 +106,12 @@ def test_a_checkpoint_holds_what_callbacks_held_at_its_step(device, tmp_path):
 
 def test_a_disk_that_fills_in_the_background_ends_the_run(device, tmp_path, monkeypatch):
     trainer = build(device, tmp_path, steps=1000, every_steps=5)
-    write = store_module.write_tensors
+    write, written = store_module.write_tensors, []
 
     def full(path, parts):
-        if trainer.step >= 10:
+        if written:
             raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(path)
         return write(path, parts)
 
     monkeypatch.setattr(store_module, "write_tensors", full)

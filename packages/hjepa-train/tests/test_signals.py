@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -31,21 +32,21 @@ IN_C = """
 
 @pytest.mark.parametrize("hang", ["time.sleep(600)", IN_C], ids=["in Python", "in C"])
 def test_a_run_that_hangs_ends_after_its_grace_period(hang):
-    began = time.monotonic()
     command = [sys.executable, "-c", HANGING.format(hang=hang.strip())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == EXIT_PREEMPTED, done.stderr
     assert "grace_seconds=0.4 have passed" in done.stderr
-    assert time.monotonic() - began < 30
 
 
 def test_a_run_that_stops_in_time_is_left_alone():
     before = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(before)
-    names = []
-    with StopSignals(names.append, 0.2):
+    names, others = [], set(threading.enumerate())
+    with StopSignals(names.append, 300.0):
+        (thread,) = set(threading.enumerate()) - others
         os.kill(os.getpid(), signal.SIGUSR1)
-    time.sleep(0.4)
+    thread.join(60)
+    assert not thread.is_alive()
     assert names == ["SIGUSR1"]
     assert signal.set_wakeup_fd(before) == before
 

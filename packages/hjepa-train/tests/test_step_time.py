@@ -2,6 +2,7 @@ import os
 import signal
 import time
 
+import pytest
 import torch
 from torch import nn
 
@@ -11,18 +12,26 @@ from hjepa_train.testing import ArithmeticStream
 BREAK = 0.3
 
 
-class Sleeper(nn.Module):
-    """Sleeps as long as `seconds(step)` says, but at its first visit to each kind of step much longer: it compiles."""
+@pytest.fixture
+def clock(monkeypatch):
+    """Time as the only thing that passes: `clock[0]` seconds."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
 
-    def __init__(self, seconds):
+
+class Sleeper(nn.Module):
+    """Takes as long as `seconds(step)` says, but at its first visit to each kind of step much longer: it compiles."""
+
+    def __init__(self, seconds, clock):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2))
-        self.seconds, self.steps, self.compiled = seconds, [], set()
+        self.seconds, self.clock, self.steps, self.compiled = seconds, clock, [], set()
 
     def forward(self, batch, step):
         self.steps.append(step)
         seconds = self.seconds(step)
-        time.sleep(seconds if seconds in self.compiled else BREAK)
+        self.clock[0] += seconds if seconds in self.compiled else BREAK
         self.compiled.add(seconds)
         return StepOutput(loss=self.weight.square().mean())
 
@@ -31,13 +40,12 @@ def config(device):
     return TrainerConfig(steps=7, precision="fp32", parallel=ParallelConfig(device=device.type))
 
 
-def test_a_step_has_the_mean_of_its_kinds_and_of_the_stages_of_the_run(device, tmp_path, monkeypatch):
+def test_a_step_has_the_mean_of_its_kinds_and_of_the_stages_of_the_run(device, tmp_path, monkeypatch, clock):
     monkeypatch.chdir(tmp_path)
     # Every fourth step is slow, and from step 1,000 on all are.
-    module = Sleeper(lambda step: (0.04 if (step + 1) % 4 == 0 else 0.01) if step < 1_000 else 0.1)
+    module = Sleeper(lambda step: (0.04 if (step + 1) % 4 == 0 else 0.01) if step < 1_000 else 0.1, clock)
     found = time_steps(module, ArithmeticStream(), config(device), seconds=0.5, places={0: 0.75, 1_000: 0.25}, cycle=4)
-    expected = 0.75 * (0.04 + 3 * 0.01) / 4 + 0.25 * 0.1
-    assert expected < found.seconds < 1.5 * expected + 0.005
+    assert found.seconds == pytest.approx(0.75 * (0.04 + 3 * 0.01) / 4 + 0.25 * 0.1)
     assert found.steps % 4 == 0
     # Three cycles of each place are not counted.
     assert len(module.steps) == 2 * 3 * 4 + found.steps
@@ -45,26 +53,28 @@ def test_a_step_has_the_mean_of_its_kinds_and_of_the_stages_of_the_run(device, t
     assert not list(tmp_path.iterdir()), "something was saved"
 
 
-def test_batches_that_were_ready_before_are_not_timed(device):
+def test_batches_that_were_ready_before_are_not_timed(device, clock):
     class Loader(ArithmeticStream):
         """Is five batches ahead when the timing begins."""
 
         def __iter__(self):
             for number, batch in enumerate(super().__iter__()):
                 if number >= 3 + 5:
-                    time.sleep(0.03)
+                    clock[0] += 0.03
                 yield batch
 
-    found = time_steps(Sleeper(lambda _: 0.0), Loader(), config(device), seconds=0.0, places={0: 1.0}, prepared=5)
+    sleeper = Sleeper(lambda _: 0.01, clock)
+    found = time_steps(sleeper, Loader(), config(device), seconds=0.0, places={0: 1.0}, prepared=5)
     assert found.steps == 1
-    assert found.seconds > 0.03
+    assert found.seconds == pytest.approx(0.03 + 0.01)
 
 
-def test_a_signal_ends_it_without_a_number(device):
+def test_a_signal_ends_it_without_a_number(device, clock):
     class Killed(Sleeper):
         def forward(self, batch, step):
             if len(self.steps) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().forward(batch, step)
 
-    assert time_steps(Killed(lambda _: 0.0), ArithmeticStream(), config(device), seconds=9.0, places={0: 1.0}) is None
+    killed = Killed(lambda _: 0.01, clock)
+    assert time_steps(killed, ArithmeticStream(), config(device), seconds=9.0, places={0: 1.0}) is None

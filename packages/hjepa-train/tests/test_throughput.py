@@ -25,18 +25,29 @@ def test_speed_leaves_pauses_out_and_counts_waiting(monkeypatch):
     assert clock.read(step=15, samples=1100).images_per_second == pytest.approx(20.0)
 
 
-def test_rows_tell_waiting_from_working_and_from_saving(device, tmp_path):
+def test_rows_tell_waiting_from_working_and_from_saving(device, tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
     class Slow(ArithmeticStream):
         def __iter__(self):
             for batch in super().__iter__():
-                time.sleep(0.03)
+                now[0] += 0.03
                 yield batch
+
+    class SlowModule(ToyModule):
+        def forward(self, batch, step):
+            now[0] += 0.01
+            return super().forward(batch, step)
 
     class SlowCallback(Callback):
         rows = ()
 
         def on_step_end(self, trainer, result):
-            time.sleep(0.4)
+            now[0] += 0.4
+
+        def on_save(self, trainer):
+            now[0] += 5.0
 
         def on_row(self, trainer, row):
             self.rows = (*self.rows, row)
@@ -44,8 +55,9 @@ def test_rows_tell_waiting_from_working_and_from_saving(device, tmp_path):
     config = TrainerConfig(steps=4, log_every=1, precision="fp32", parallel=ParallelConfig(device=device.type))
     slow = SlowCallback()
     cadence = CheckpointConfig(every_steps=1)
-    Trainer(ToyModule(), Slow(), config, run_dir=tmp_path, callbacks=[slow], checkpoint=cadence).fit()
+    Trainer(SlowModule(), Slow(), config, run_dir=tmp_path, callbacks=[slow], checkpoint=cadence).fit()
     last = slow.rows[-1]
-    assert 30 <= last["train/step_ms"] < 400
-    assert last["train/data_wait"] > 0.3
+    assert last["train/step_ms"] == pytest.approx(40)
+    assert last["train/data_wait"] == pytest.approx(0.75)
+    assert last["checkpoint/stall_seconds"] == pytest.approx(5)
     assert last["train/images_per_second"] == pytest.approx(16 / last["train/step_ms"] * 1000, rel=1e-6)

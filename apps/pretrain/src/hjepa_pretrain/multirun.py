@@ -129,10 +129,11 @@ def _run_one(_: DictConfig) -> int:
 
 
 def _join_ranks() -> None:
-    """Tell torch which of the job's processes this one is, as torchrun would."""
+    """Tell torch which of the job's processes this one is, as torchrun would; MASTER_PORT may be given."""
     import submitit
 
-    submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    # What a job inherits from the one that submitted it is not its own.
+    submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def _queue_again() -> None:

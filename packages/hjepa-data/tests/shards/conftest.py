@@ -50,7 +50,7 @@ class Server:
                     self.wfile.write(data[: len(data) // 2])
                     self.wfile.flush()
                     server.stalled.set()
-                    server.go_on.wait(20)
+                    server.go_on.wait(120)
                 elif name in server.cut:
                     data = (Path(folder) / name).read_bytes()
                     announced, sent = server.cut[name]
@@ -92,4 +92,4 @@ def served(shards, tmp_path, monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path):
-    return CacheConfig(folder=str(tmp_path / "cache"), first_wait=0.001, attempts=3, timeout=5.0, retry_after=0.0)
+    return CacheConfig(folder=str(tmp_path / "cache"), first_wait=0.001, attempts=3, timeout=60.0, retry_after=0.0)

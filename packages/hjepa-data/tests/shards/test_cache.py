@@ -59,7 +59,7 @@ def is_locked(path):
 
 def room_for(count, cache, served):
     size = max(path.stat().st_size for path in served.folder.glob("*.tar"))
-    return CacheConfig(folder=cache.folder, max_bytes=count * size, first_wait=0.001, attempts=3, timeout=5.0)
+    return CacheConfig(folder=cache.folder, max_bytes=count * size, first_wait=0.001, attempts=3, timeout=60.0)
 
 
 @pytest.mark.parametrize("indexed", [True, False])
@@ -70,9 +70,9 @@ def test_three_processes_fetch_each_shard_once(served, cache, jpeg, indexed):
     served.delay = 0.03
     out = multiprocessing.get_context("fork").Queue()
     processes = [start(read_all, f"{served.url}/{NAMES}", cache, out) for _ in range(3)]
-    found = [out.get(timeout=30) for _ in processes]
+    found = [out.get(timeout=120) for _ in processes]
     for process in processes:
-        process.join(20)
+        process.join(120)
         assert process.exitcode == 0
     assert found == [[jpeg(n) for n in range(53)]] * 3
     assert served.tars() == {f"train-00000{n}.tar": 1 for n in range(6)}
@@ -85,7 +85,7 @@ def test_threads_of_a_process_fetch_a_shard_once(served, cache):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert served.tars().total() == 1
 
 
@@ -114,9 +114,9 @@ def test_the_bound_holds_and_the_stream_is_right(served, shards, cache, workers,
         out.put((batches, highest))
 
     processes = [start(run) for _ in range(workers)]
-    found = [out.get(timeout=60) for _ in processes]
+    found = [out.get(timeout=120) for _ in processes]
     for process in processes:
-        process.join(20)
+        process.join(120)
         assert process.exitcode == 0
     for batches, highest in found:
         assert 0 < highest <= small.max_bytes
@@ -172,7 +172,7 @@ def test_a_killed_download_leaves_nothing_that_is_used(served, cache, jpeg):
     url = f"{served.url}/train-000000.tar"
     served.stall = "train-000000.tar"
     first = start(read_all, url, cache)
-    assert served.stalled.wait(20)
+    assert served.stalled.wait(120)
     out = multiprocessing.get_context("fork").Queue()
     waiting = start(read_all, url, cache, out)
     (lock,) = (path for path in Path(cache.folder).glob("*.lock") if path.name != "room.lock")
@@ -184,10 +184,10 @@ def test_a_killed_download_leaves_nothing_that_is_used(served, cache, jpeg):
     assert part.stat().st_size == (served.folder / "train-000000.tar").stat().st_size
     assert list(Path(cache.folder).glob("*.tar")) == []
     os.kill(first.pid, signal.SIGKILL)
-    first.join(20)
+    first.join(120)
     # The next one takes over and starts anew.
-    assert out.get(timeout=20) == [jpeg(n) for n in range(10)]
-    waiting.join(20)
+    assert out.get(timeout=120) == [jpeg(n) for n in range(10)]
+    waiting.join(120)
     assert served.tars().total() == 2
     assert list(Path(cache.folder).glob("*.part")) == []
     (kept,) = Path(cache.folder).glob("*.tar")
@@ -199,16 +199,16 @@ def test_a_download_waits_for_the_room_of_another(served, cache, jpeg):
     source = ShardSource(f"{served.url}/{NAMES}", cache=small)
     served.stall = "train-000000.tar"
     first = start(source.read, 0)
-    assert served.stalled.wait(20)
+    assert served.stalled.wait(120)
     out = multiprocessing.get_context("fork").Queue()
     second = start(lambda: out.put(source.read(10).image))
     time.sleep(0.3)
     assert served.tars() == {"train-000000.tar": 1}
     assert used(small) <= small.max_bytes
     served.go_on.set()
-    assert out.get(timeout=20) == jpeg(10)
+    assert out.get(timeout=120) == jpeg(10)
     for process in (first, second):
-        process.join(20)
+        process.join(120)
     assert used(small) <= small.max_bytes
 
 

@@ -19,7 +19,7 @@ def run(*arguments):
         [sys.executable, "-m", "hjepa_data.shards.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=environment,
         check=False,
     )

@@ -5,11 +5,14 @@ import itertools
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hjepa_data import DataError, ShardSource, StreamConfig, ViewGroup, WorkerConfig
+from hjepa_data.shards import cache as cache_module
+from hjepa_data.shards import remote
 
 NAMES = "train-{000000..000005}.tar"
 GONE = "train-000003.tar"
@@ -34,7 +37,7 @@ def take(batches, count):
 @pytest.mark.parametrize("fault", ["fails", "is cut"])
 def test_a_shard_that_cannot_be_fetched(served, cache, workers, fault):
     """It stops the stream, or its ten samples are skipped and counted, each epoch."""
-    source = ShardSource(f"{served.url}/{NAMES}", cache=replace(cache, retry_after=60.0))
+    source = ShardSource(f"{served.url}/{NAMES}", cache=replace(cache, retry_after=3600.0))
     if fault == "fails":
         served.fail = lambda name, number: 503 if name == GONE else None
     else:
@@ -55,19 +58,24 @@ def test_a_shard_that_cannot_be_fetched(served, cache, workers, fault):
     skipping.close()
 
 
-def test_a_shard_comes_back_after_a_while(served, cache, jpeg):
-    source = ShardSource(f"{served.url}/{GONE}", cache=replace(cache, retry_after=0.3))
+def test_a_shard_comes_back_after_a_while(served, cache, jpeg, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(cache_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
+    source = ShardSource(f"{served.url}/{GONE}", cache=replace(cache, retry_after=30.0))
     served.fail = lambda name, number: 500
     for _ in range(2):
         with pytest.raises(DataError, match="HTTP 500"):
             source.read(0)
     assert served.tars().total() == 3
     served.fail = lambda name, number: None
-    time.sleep(0.3)
+    now[0] += 29.0
+    with pytest.raises(DataError, match="HTTP 500"):
+        source.read(0)
+    now[0] += 1.0
     assert source.read(0).image == jpeg(30)
 
 
-def test_a_server_that_drips_counts_as_silent(shards, cache):
+def test_a_server_that_drips_counts_as_silent(shards, cache, monkeypatch):
     """A byte now and then would keep any limit on silence from ever being reached."""
 
     class Drip(http.server.BaseHTTPRequestHandler):
@@ -98,11 +106,11 @@ def test_a_server_that_drips_counts_as_silent(shards, cache):
     thread.start()
     try:
         url = f"http://127.0.0.1:{server.server_port}/train-000000.tar"
-        source = ShardSource(url, cache=replace(cache, timeout=0.3, attempts=2))
-        began = time.monotonic()
-        with pytest.raises(DataError, match=r"cannot be fetched: it gave \d bytes in 0 s \(2 attempts\)"):
+        source = ShardSource(url, cache=replace(cache, timeout=60.0, attempts=2))
+        # A minute of this clock is a tenth of a second.
+        monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: 600 * time.monotonic(), sleep=time.sleep))
+        with pytest.raises(DataError, match=r"cannot be fetched: it gave \d+ bytes in \d+ s \(2 attempts\)"):
             source.read(0)
-        assert time.monotonic() - began < 3
     finally:
         server.shutdown()
         thread.join()

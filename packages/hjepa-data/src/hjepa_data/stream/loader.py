@@ -156,8 +156,9 @@ def load(tasks: Dataset[Loaded], items: Iterable[Any], config: WorkerConfig) -> 
         if not workers:
             return iter(loader)
         if _context(config) != "fork":
-            # The other ways need this process, whose first start would let the signals through again.
-            resource_tracker.ensure_running()
+            # The other ways need this process, which does not know SIGUSR1; its start lets the signals through again.
+            with _blocked_signals():
+                resource_tracker.ensure_running()
         with _blocked_signals():
             batches = _started(loader)
     _end_by_kill(batches)

@@ -1,0 +1,24 @@
+"""The pretrain program, held at step HOLD_STEP while the file HOLD_FILE is there, or until a signal asks it to stop."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from hjepa_pretrain.cli import main
+from hjepa_train import MetricsLog
+
+LEASH, STEP = Path(os.environ["HOLD_FILE"]), int(os.environ["HOLD_STEP"])
+write = MetricsLog.on_row
+
+
+def write_and_wait(self, trainer, row):
+    """Hold the main rank, for which the others wait."""
+    write(self, trainer, row)
+    while trainer.world.is_main and row["step"] >= STEP and LEASH.exists() and trainer.stop_reason is None:
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    MetricsLog.on_row = write_and_wait
+    sys.exit(main())
