@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hjepa_models import HJEPAConfig, LevelWeightsConfig, PredictorConfig, PyramidConfig, StateConfig, encoder_config
 from hjepa_models.global_level import GlobalConfig
@@ -13,14 +14,14 @@ TOP = {"pool_heads": 4, "hidden_dim": 24, "out_dim": 8, "num_directions": 16}
 STATE = StateConfig(recurrent_dim=16, hidden_dim=16, num_groups=2, num_classes=4)
 
 
-def small_config(*, encoder=None, predictor=None, with_global=None, **fields):
+def small_config(*, encoder=None, predictor=None, with_global=None, stem_maps=0, **fields):
     size = {"image_size": (16, 16), "embed_dim": 32, "depth": 2, "num_heads": 2}
     return HJEPAConfig(
         encoder=encoder_config("vit_nano_patch4", **(size | (encoder or {}))),
         predictor=PredictorConfig(**({"depth": 1, "embed_dim": 24, "num_heads": 2} | (predictor or {}))),
         pyramid=PyramidConfig(levels=2, fpn="add", fpn_dim=16),
         level_weights=fields.pop("level_weights", LevelWeightsConfig(weights=(1.0, 0.5))),
-        global_level=GlobalConfig(**(TOP | {"objective": with_global})) if with_global else None,
+        global_level=GlobalConfig(**TOP, objective=with_global, stem_maps=stem_maps) if with_global else None,
         **fields,
     )
 
@@ -48,6 +49,13 @@ CASES = {
         "predictor": {"mode": "isolated"},
     },
     "view": {"targets": "detached", "with_global": "nt_xent", "prediction": "view", "center_targets": True},
+    "view, map of the stem": {
+        "encoder": {"stem": "overlap", "stem_channels": (8, 16), "stem_blocks": (0, 1), "stem_norm": "batch"},
+        "targets": "detached",
+        "with_global": "vicreg",
+        "stem_maps": 1,
+        "prediction": "view",
+    },
     "contrast": {"objective": "patch_discrimination", "contrast": "batch", "instance_weight": 0.1},
 }
 
@@ -92,6 +100,27 @@ def test_fifty_steps_are_one_graph_without_recompiles(device, fields):
         if step % 10 == 9:
             plain.load_state_dict(model.state_dict())
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("fields", CASES.values(), ids=CASES.keys())
+def test_a_step_on_a_gpu_makes_nothing_on_the_host_and_never_waits(fields):
+    """On fake tensors, which refuse a mix of devices and to tell a value."""
+    model = small_config(**fields).build(device="meta")
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, one in module._parameters.items():
+                if one is not None:
+                    empty = torch.empty(one.shape, device="cuda")
+                    module._parameters[name] = torch.nn.Parameter(empty, requires_grad=one.requires_grad)
+            module._buffers = {
+                name: torch.empty(one.shape, dtype=one.dtype, device="cuda") for name, one in module._buffers.items()
+            }
+        with torch.device("cuda"):
+            views, crops = [torch.empty(4, 3, 16, 16)] * 2, [torch.empty(4, 5)] * 2
+            context, target = (torch.zeros(4, *shape, dtype=torch.int64) for shape in ((6,), (2, 4)))
+        output = model(views, context, target, 0, crops)
+    found = {"loss": output.loss, **output.level_losses, **output.embeddings}
+    assert {name: each.device.type for name, each in found.items()} == dict.fromkeys(found, "cuda")
 
 
 @pytest.mark.slow

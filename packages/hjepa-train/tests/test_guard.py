@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -146,6 +146,7 @@ special = st.sampled_from([math.nan, math.inf, 1e4])
 numbers = st.one_of(st.floats(0.5, 2.0, width=32), st.floats(-1.0, 30.0, width=32), special)
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.tuples(numbers, numbers), min_size=1, max_size=40), split=st.integers(0, 40))
 def test_spikes_are_those_of_the_naive_law_through_a_resume(values, split):
     config = GuardConfig(spike=3.0, window=7, max_skips=100)
@@ -179,6 +180,7 @@ def test_the_state_is_the_window_in_order_and_fits_another_window():
     assert shorter.state_dict()["values"] == [[6.0, 7.0, 8.0, 9.0, 10.0], [7.0, 8.0, 9.0, 10.0, 11.0]]
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 9), count=st.integers(1, 20), seed=st.integers(0, 99))
 def test_the_running_median_is_the_lower_one(rows, count, seed):
     values = torch.rand(2, rows, generator=torch.Generator().manual_seed(seed))

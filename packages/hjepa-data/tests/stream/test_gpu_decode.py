@@ -3,18 +3,20 @@
 import io
 import itertools
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image, ImageOps
 
 from hjepa_data import DataError, DevicePrefetcher, ShardSource, StreamConfig, ViewGroup, WorkerConfig, write_shards
 from hjepa_data.stream import gpu_decode
-from hjepa_data.stream.gpu_decode import turned
+from hjepa_data.stream.gpu_decode import Encoded, turned
 from hjepa_data.stream.worker import _CROP
 from hjepa_data.transforms.crop import crop_plans
-from hjepa_data.transforms.decode import Upright
+from hjepa_data.transforms.decode import Upright, open_image
 
 TOTAL, BATCH, SEED = 44, 8, 3
 VIEWS = (
@@ -214,6 +216,33 @@ def test_images_are_decoded_in_parts_that_fit(source, device, reference, monkeyp
     assert all(same(a, b) for a, b in zip(take(build(source, device), 3), reference, strict=False))
 
 
+def test_nvjpeg_begins_when_the_stream_of_its_memory_is_done(monkeypatch):
+    done = []
+    stream = SimpleNamespace(synchronize=lambda: done.append("stream"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda files, **_: [*files, *(done.append("decoder") or ())])
+    gpu_decode._decode_jpegs([], torch.device("cuda"))
+    assert done == ["stream", "decoder"]
+
+
+@pytest.mark.cuda
+def test_crops_that_a_busy_device_has_not_cut_yet_are_not_written_over(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    monkeypatch.setattr(gpu_decode, "_MAX_PIXELS_AT_ONCE", 1)
+    files, encoded = [saved(photo(0).rotate(30 * number)) for number in range(8)], Encoded()
+    for row, file in enumerate(files):
+        upright = open_image(file, max_pixels=1 << 20)
+        encoded.add(row, upright, len(file), [(VIEWS[0], (0, 0, upright.width, upright.height), False)])
+    encoded.data = torch.frombuffer(bytearray().join(files), dtype=torch.uint8)
+    none = torch.empty(0, 3, *VIEWS[0].size, dtype=torch.uint8)
+    views = []
+    for cycles in (0, 1 << 30):
+        torch.cuda._sleep(cycles)
+        views.append(gpu_decode.decode_views(encoded, [none], len(files), torch.device("cuda"))[0][0].cpu())
+    assert torch.equal(*views)
+
+
 def test_too_many_damaged_images_stop_the_stream(tmp_path, device):
     images = [with_broken_table(saved(photo(n))) if n % 2 else saved(photo(n)) for n in range(40)]
     stream = build(ShardSource(write_shards(images, tmp_path, samples_per_shard=10)), device, max_skipped_fraction=0.01)
@@ -251,4 +280,8 @@ def test_nvjpeg_decodes_what_the_cpu_path_shows(source):
             assert view.is_cuda
             far = (view.cpu().float() - pixels.float()).abs().mean((1, 2, 3))[batch.sample.cpu() == right.sample]
             assert far.median() < 4
+        for crop, box in zip(batch.crops, right.crops, strict=True):
+            assert crop.is_cuda
+            alike = batch.sample.cpu() == right.sample
+            assert torch.equal(crop.cpu()[alike], box[alike])
     stream.close()

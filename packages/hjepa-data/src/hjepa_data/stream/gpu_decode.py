@@ -181,6 +181,10 @@ def _decode(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
 def _decode_jpegs(files: list[Tensor], device: torch.device) -> list[Tensor]:
     from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-untyped, unused-ignore]
 
+    if device.type == "cuda":
+        # Its memory is this stream's, but nvJPEG writes there on a stream of its own, which does not wait for what is
+        # still queued here: crops of images that have been let go would be cut out of the next ones.
+        torch.cuda.current_stream(device).synchronize()
     with warnings.catch_warnings():
         # torchvision 0.29 announces that its decoders will move to torchcodec; older ones say nothing.
         warnings.filterwarnings("ignore", category=DeprecationWarning, message="The image decoding and encoding cap")
