@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hjepa_train.callbacks.save import SaveEvery
 from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore, Saver
-from hjepa_train.checkpoint.state import MODEL, generator_states, model_shapes, restore, run_tensors
+from hjepa_train.checkpoint.state import MODEL, generator_states, model_shapes, of_rank, restore, run_tensors
 from hjepa_train.checkpoint.tensors import check_dtypes
 from hjepa_train.ema import EMA
 from hjepa_train.errors import CheckpointError, TrainingError, UnstableError, choice, one_line
@@ -280,10 +280,13 @@ class Trainer:
         began = time.perf_counter()
         self._call(lambda callback: callback.on_save(self))
         tensors, own = run_tensors(self.module, self.optimizer), generator_states(self.world)
-        # Buffers may differ between ranks until DDP gives all of them the main rank's, so those are the ones to save.
+        # Buffers may differ between ranks: DDP gives all of them the main rank's, under FSDP each goes on with its own.
         names = [f"{MODEL}/{name}" for name, _ in self.module.named_buffers(remove_duplicate=False)]
         buffers = {name: tensors.pop(name) for name in names if name in tensors and not is_sharded(tensors[name])}
-        own |= buffers if self.world.is_main else {}
+        if self.world.is_main:
+            own |= buffers
+        elif self.config.parallel.kind is ParallelKind.fsdp:
+            own |= {of_rank(name, self.world): tensor for name, tensor in buffers.items()}
         self._saver.take(self.step, tensors, own, self._state(), model_shapes(self.module))
         self._saved_step = self.step
         self._stall = time.perf_counter() - began
