@@ -420,7 +420,8 @@ class Trainer:
         # an uninterrupted one, so that draw must not move what dropout draws next.
         with torch.random.fork_rng(devices=[]):
             batches = iter(self.stream)
-            first = list(itertools.islice(batches, 1 if self.step < self.config.steps else 0))
+            with self._speed.waiting():
+                first = list(itertools.islice(batches, 1 if self.step < self.config.steps else 0))
         return itertools.chain(first, batches)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
