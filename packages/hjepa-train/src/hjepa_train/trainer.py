@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from hjepa_train.precision import Precision, autocast
 from hjepa_train.protocols import Batch, Callback, HasEMA, Stream
 from hjepa_train.schedules import RunLength, ScheduleConfig, ScheduleKind
 from hjepa_train.sharded import is_sharded, whole
-from hjepa_train.signals import StopSignals
+from hjepa_train.signals import StopSignals, spare_children
 from hjepa_train.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,8 @@ class Trainer:
         try:
             with StopSignals(self.request_stop, self._grace_seconds):
                 self.restore()
-                self._call(lambda callback: callback.on_fit_start(self))
+                with self._sparing():
+                    self._call(lambda callback: callback.on_fit_start(self))
                 self._speed.start(step=self.step, samples=self.samples)
                 ended = self._train()
             outcome = Outcome.DONE if ended else Outcome.PREEMPTED
@@ -321,8 +323,11 @@ class Trainer:
     def _train(self) -> bool:
         """Run the loop, and let the last checkpoint come to its end; tell whether the run is done."""
         began = time.perf_counter()
+        self.module.train()
+        batches = self._open_stream()
         try:
-            ended = self._loop()
+            with self._sparing():
+                ended = self._loop(batches)
         except Exception:
             self._let_save_end()
             raise
@@ -335,6 +340,10 @@ class Trainer:
                 logger.info(times.summary(ended_at - began))
         return ended
 
+    def _sparing(self) -> AbstractContextManager[None]:
+        """Let compilers do their work where all of the process group is asked to stop."""
+        return spare_children() if self.config.compile else nullcontext()
+
     def _let_save_end(self) -> None:
         try:
             if self._saver is not None:
@@ -342,9 +351,7 @@ class Trainer:
         except Exception as error:
             logger.warning("the last checkpoint was not saved: %s", one_line(error))
 
-    def _loop(self) -> bool:
-        self.module.train()
-        batches = self._open_stream()
+    def _loop(self, batches: Iterator[Batch]) -> bool:
         stop, ended = False, self.end_reason is not None
         while self.step < self.config.steps and not (stop or ended):
             result = self._train_step(batches)
