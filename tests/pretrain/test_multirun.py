@@ -10,37 +10,46 @@ import textwrap
 import pytest
 import yaml
 
-# Stand-ins for Slurm's commands: `sbatch` keeps the script and runs it, `srun` starts its tasks, `sacct` says it ended.
+# Stand-ins for Slurm's commands: `sbatch` keeps the script and runs it, again where `scontrol` has asked for it; `srun`
+# starts its tasks, and sends the first ones their signal where a test wants it; `sacct` says how the job is.
 SBATCH = """\
 #!/bin/bash
 script="${@: -1}"
 cp "$script" "$FAKE_SLURM/job.sh"
 export SLURM_JOB_ID=77 SLURM_JOB_NODELIST=localhost SLURM_NNODES=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0
 export SLURM_NTASKS=$(grep -oP '(?<=--ntasks-per-node=)\\d+' "$script")
-(bash "$script"; echo $? >"$FAKE_SLURM/code") >"$FAKE_SLURM/out" 2>&1 &
+again="$FAKE_SLURM/again"
+(while :; do bash "$script"; code=$?; [ -e "$again" ] && rm "$again" || break; done; echo $code >"$FAKE_SLURM/code") \\
+    >"$FAKE_SLURM/out" 2>&1 &
 echo "Submitted batch job 77"
 """
 SRUN = """\
 #!/bin/bash
 while [[ "$1" == -* ]]; do case "$1" in --output|--error) shift 2;; *) shift;; esac; done
 for rank in $(seq 0 $((SLURM_NTASKS - 1))); do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks+=" $!"; done
+if [ -e "$FAKE_SLURM/signal" ]; then
+    until [ -s "$FAKE_SLURM/sweep/0/metrics.jsonl" ]; do kill -0 $tasks || break; sleep 0.1; done
+    rm "$FAKE_SLURM/signal"
+    kill -USR1 $tasks
+fi
 for task in $tasks; do wait $task || code=$?; done
-touch "$FAKE_SLURM/ended"
 exit $code
 """
 SACCT = """\
 #!/bin/bash
-state=RUNNING; [ -e "$FAKE_SLURM/ended" ] && state=COMPLETED
-[ -e "$FAKE_SLURM/code" ] && [ "$(cat "$FAKE_SLURM/code")" != 0 ] && state=FAILED
+state=RUNNING
+[ -s "$FAKE_SLURM/code" ] && { [ "$(cat "$FAKE_SLURM/code")" = 0 ] && state=COMPLETED || state=FAILED; }
 echo "JobID|State|NodeList"; echo "77|$state|localhost"; echo "77_0|$state|localhost"
 """
 SCONTROL = """\
 #!/bin/bash
 echo "$@" >>"$FAKE_SLURM/scontrol"
+[ -e "$FAKE_SLURM/full" ] && exit 1
+touch "$FAKE_SLURM/again"
 """
 
 
-def run(*words, env=None, timeout=500):
+def run(*words, env=None, timeout=600):
     return subprocess.run(
         [sys.executable, "-m", "hjepa_pretrain", "--multirun", *words],
         capture_output=True,
@@ -101,16 +110,33 @@ JOB = (
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_slurm_job_is_one_run_of_all_its_tasks_and_queued_again_when_stopped(tiny, tmp_path, slurm):
-    words = ("run.steps=100000", "run.time_limit=4s", f"hydra.sweep.dir={tmp_path}/sweep")
+def test_a_slurm_job_is_one_run_of_all_its_tasks_and_awaited_in_its_next_life(tiny, tmp_path, slurm):
+    (tmp_path / "signal").touch()
+    words = ("run.steps=100", f"hydra.sweep.dir={tmp_path}/sweep")
     finished = run(*[word for word in tiny if not word.startswith("run.steps")], *JOB, *words, env=slurm)
-    script = (tmp_path / "job.sh").read_text()
+    assert finished.returncode == 0, finished.stderr
+    script, said = (tmp_path / "job.sh").read_text(), (tmp_path / "out").read_text()
     for line in ("--ntasks-per-node=2", "--partition=gpu", "--time=600", "--signal=USR1@120"):
         assert f"#SBATCH {line}" in script, script
     stored = yaml.safe_load((tmp_path / "sweep" / "0" / "config.yaml").read_text())
     assert stored["parallel"] == "ddp"
-    assert (tmp_path / "sweep" / "0" / "checkpoints" / "latest").exists(), finished.stderr
-    assert (tmp_path / "scontrol").read_text().split() == ["requeue", "77"], finished.stderr
+    assert len(stored["provenance"]) == 2, said
+    assert (tmp_path / "sweep" / "0" / "checkpoints" / "step_00000100").is_dir(), said
+    assert (tmp_path / "scontrol").read_text().split() == ["requeue", "77"], said
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_stopped_and_is_not_queued_again_has_not_ended_well(tiny, tmp_path, slurm):
+    (tmp_path / "full").touch()
+    same = [word for word in JOB if "tasks_per_node" not in word]
+    words = (*same, "run.steps=100000", "run.time_limit=1s", f"hydra.sweep.dir={tmp_path}/sweep")
+    stopped = run(*[word for word in tiny if not word.startswith("run.steps")], *words, env=slurm)
+    assert stopped.returncode == 1, stopped.stderr
+    assert (tmp_path / "code").read_text() == "75\n"
+    (line,) = stopped.stderr.splitlines()
+    assert "Job 77" in line
+    assert "Slurm did not queue job 77 again" in (tmp_path / "out").read_text()
+    assert (tmp_path / "sweep" / "0" / "checkpoints" / "latest").exists()
 
 
 @pytest.mark.slow

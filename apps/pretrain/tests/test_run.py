@@ -105,6 +105,13 @@ def test_a_signal_in_a_sweep_of_learning_rates_is_an_early_stop(words, tmp_path,
     assert "the sweep was stopped after step 2 of 100" in line
 
 
+def test_the_time_limit_ends_a_sweep_of_learning_rates(words, tmp_path, capsys):
+    assert main([*words, f"plan.dir={tmp_path}", "plan.find_lr=true", "run.time_limit=0.01s"]) == 75
+    (line,) = said(capsys)
+    assert "the sweep was stopped after step 1 of 100" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 KILLED_AT_AN_IMPORT = """
 import os, signal, sys
 from hjepa_pretrain.cli import main

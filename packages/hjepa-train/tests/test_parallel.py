@@ -165,8 +165,9 @@ def test_a_checkpoint_of_two_ranks_is_resumed_by_one(kind, runs, tmp_path):
 
 
 @pytest.mark.distributed
-def test_buffers_that_differ_between_ranks_are_the_main_ones_after_a_resume(tmp_path):
-    outputs = launch("buffers.py", tmp_path)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_buffers_that_differ_between_ranks_go_on_as_if_undisturbed(kind, tmp_path):
+    outputs = launch("buffers.py", tmp_path, kind)
     for code, out, err in outputs:
         assert code == 0, err
         equal = json.loads(out.splitlines()[-1])

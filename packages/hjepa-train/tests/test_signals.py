@@ -10,11 +10,11 @@ import time
 import pytest
 
 from hjepa_train import EXIT_PREEMPTED
-from hjepa_train.signals import StopSignals
+from hjepa_train.signals import StopSignals, spare_children
 
 HANGING = """
 import os, signal, sys, threading, time
-from hjepa_train.signals import StopSignals
+from hjepa_train.signals import StopSignals, spare_children
 with StopSignals(lambda name: None, 0.4):
     threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     lock = threading.Lock(); lock.acquire()
@@ -49,6 +49,43 @@ def test_a_run_that_stops_in_time_is_left_alone():
     assert not thread.is_alive()
     assert names == ["SIGUSR1"]
     assert signal.set_wakeup_fd(before) == before
+
+
+COMPILING = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from torch._dynamo import register_backend
+from hjepa_train import Trainer, TrainerConfig
+from hjepa_train.testing import ArithmeticStream, ToyModule
+
+@register_backend
+def outside(graph, inputs):
+    compiler = subprocess.Popen(["sleep", "0.5"])
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        os.killpg(0, number)
+    assert compiler.wait() == 0, "the compiler was ended"
+    return graph.forward
+
+config = TrainerConfig(steps=6, precision="fp32", compile=True, compile_backend="outside")
+sys.exit(Trainer(ToyModule(), ArithmeticStream(), config, run_dir=Path(sys.argv[1])).fit().exit_code)
+"""
+
+
+def test_a_signal_to_the_whole_group_leaves_compilers_alone(tmp_path):
+    command = [sys.executable, "-c", COMPILING, str(tmp_path)]
+    done = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == EXIT_PREEMPTED, done.stderr
+    assert (tmp_path / "checkpoints" / "step_00000001").is_dir()
+
+
+def test_processes_hear_signals_again_once_none_are_spared():
+    with spare_children():
+        pass
+    names = []
+    with StopSignals(names.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert names == ["SIGTERM"]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

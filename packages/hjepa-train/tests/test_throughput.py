@@ -56,7 +56,8 @@ def test_rows_tell_waiting_from_working_and_from_saving(device, tmp_path, monkey
     slow = SlowCallback()
     cadence = CheckpointConfig(every_steps=1)
     Trainer(SlowModule(), Slow(), config, run_dir=tmp_path, callbacks=[slow], checkpoint=cadence).fit()
-    last = slow.rows[-1]
+    first, last = slow.rows[0], slow.rows[-1]
+    assert first["train/data_wait"] == pytest.approx(0.75)  # also for the batch with which the stream begins
     assert last["train/step_ms"] == pytest.approx(40)
     assert last["train/data_wait"] == pytest.approx(0.75)
     assert last["checkpoint/stall_seconds"] == pytest.approx(5)

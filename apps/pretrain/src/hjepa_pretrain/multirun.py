@@ -115,9 +115,13 @@ def _run_one(_: DictConfig) -> int:
         code = EXIT_ERROR
     finally:
         Singleton.set_state(outer)
-    if slurm and code == EXIT_PREEMPTED and os.environ["RANK"] == "0":
+    if slurm and code == EXIT_PREEMPTED:
+        if os.environ["RANK"] != "0":
+            # A task that fails may end the others, and the main one has yet to ask Slurm.
+            return code
         _queue_again()
-    elif slurm and code not in (EXIT_DONE, EXIT_PREEMPTED):
+    if slurm and code != EXIT_DONE:
+        # Without a result submitit waits for the job's next life, or calls it failed where there is none.
         raise SystemExit(code)
     _ended[folder] = code
     if not slurm and code == EXIT_PREEMPTED and not any(word.startswith("run.time_limit=") for word in words):

@@ -1,5 +1,6 @@
 """Before a run: its schedules drawn, and a learning rate looked for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,7 @@ from hjepa_pretrain.report import figures
 from hjepa_pretrain.settings import SettingsError
 from hjepa_pretrain.task import PretrainTask
 from hjepa_pretrain.uncut import uncut
-from hjepa_train import ProgressBar, RateSweep, ScheduleConfig, ScheduleUnit, Stream, World, find_rate
+from hjepa_train import Callback, ProgressBar, RateSweep, ScheduleConfig, ScheduleUnit, Stream, World, find_rate
 
 SCHEDULES_FILE, RATES_FILE = "schedules.png", "learning_rate.png"
 _POINTS = 1_000
@@ -84,7 +85,12 @@ def show_schedules(config: PretrainConfig, console: Console) -> None:
 
 
 def find_learning_rate(
-    config: PretrainConfig, task: PretrainTask, stream: Stream, world: World, console: Console
+    config: PretrainConfig,
+    task: PretrainTask,
+    stream: Stream,
+    world: World,
+    console: Console,
+    callbacks: Sequence[Callback] = (),
 ) -> RateSweep:
     """Sweep the learning rate on the real task, draw the loss into `<plan.dir>/learning_rate.png`, suggest a rate.
 
@@ -94,6 +100,10 @@ def find_learning_rate(
         stream: likewise.
         world: this process among the others.
         console: where the suggestion goes.
+        callbacks: that may ask for a stop.
+
+    Raises:
+        SweepStoppedError: a signal or a callback asked for it.
     """
     plan = config.plan
     sweep = find_rate(
@@ -105,7 +115,7 @@ def find_learning_rate(
         steps=plan.find_lr_steps,
         world=world,
         blocks=(Block,),
-        callbacks=[ProgressBar(console=console)],
+        callbacks=[ProgressBar(console=console), *callbacks],
     )
     if not world.is_main:
         return sweep

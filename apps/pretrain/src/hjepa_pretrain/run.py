@@ -154,7 +154,7 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
                 config, plain = _fit_to_time(config, words, sources, world, folder, console, started)
             config.trainer.samples_per_epoch = len(sources[0])
             if config.plan.show or config.plan.find_lr:
-                _plan(config, plain, sources, world, console)
+                _plan(config, plain, sources, world, console, started)
                 return Outcome.DONE
             trainer = _prepare(config, plain, words, sources, world, folder, console, started, held)
             outcome = trainer.fit()
@@ -166,13 +166,16 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
     return outcome
 
 
-def _plan(config: PretrainConfig, plain: DictConfig, sources: Sources, world: World, console: Console) -> None:
+def _plan(
+    config: PretrainConfig, plain: DictConfig, sources: Sources, world: World, console: Console, started: float
+) -> None:
     """Show what a run would do, and leave no run behind."""
     if config.plan.show and world.is_main:
         show_schedules(config, console)
     if config.plan.find_lr:
         _count_classes(config, plain, sources[0])
-        find_learning_rate(config, build_task(config), _stream(config, sources, world), world, console)
+        limit = _time_limit(config, started)
+        find_learning_rate(config, build_task(config), _stream(config, sources, world), world, console, limit)
 
 
 def _together(world: World, work: Callable[[], T]) -> T:

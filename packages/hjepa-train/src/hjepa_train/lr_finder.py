@@ -28,7 +28,7 @@ _DIVERGED = 2.0
 
 
 class SweepStoppedError(TrainingError):
-    """A signal has stopped a sweep: nothing is wrong, and nothing is known."""
+    """A signal or a time limit has stopped a sweep: nothing is wrong, and nothing is known."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -105,11 +105,11 @@ def find_rate(
         steps: Optimizer steps of the sweep.
         world: As for a Trainer.
         blocks: Likewise.
-        callbacks: Likewise, e.g. a ProgressBar.
+        callbacks: Likewise, e.g. a ProgressBar or a TimeLimit.
 
     Raises:
         ValueError: Where low and high leave nothing to sweep.
-        SweepStoppedError: Where a signal has stopped it before its end.
+        SweepStoppedError: Where a signal or a callback has stopped it before its end.
     """
     from hjepa_train.trainer import Trainer
 

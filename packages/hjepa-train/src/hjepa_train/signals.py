@@ -8,7 +8,8 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -71,6 +72,23 @@ class StopSignals:
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+@contextmanager
+def spare_children() -> Iterator[None]:
+    """A context whose new processes hear no SIGINT, SIGTERM or SIGUSR1: compilers, if all of the group gets one.
+
+    What a thread blocks its children block too. Another thread takes these signals for this process meanwhile, and
+    their Python handlers run in the main thread as ever.
+    """
+    over = threading.Event()
+    threading.Thread(target=over.wait, name="signals", daemon=True).start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        over.set()
 
 
 class _Grace:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from hjepa_train.callbacks.save import SaveEvery
 from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore, Saver
-from hjepa_train.checkpoint.state import MODEL, generator_states, model_shapes, restore, run_tensors
+from hjepa_train.checkpoint.state import MODEL, generator_states, model_shapes, of_rank, restore, run_tensors
 from hjepa_train.checkpoint.tensors import check_dtypes
 from hjepa_train.ema import EMA
 from hjepa_train.errors import CheckpointError, TrainingError, UnstableError, choice, one_line
@@ -29,7 +30,7 @@ from hjepa_train.precision import Precision, autocast
 from hjepa_train.protocols import Batch, Callback, HasEMA, Stream
 from hjepa_train.schedules import RunLength, ScheduleConfig, ScheduleKind
 from hjepa_train.sharded import is_sharded, whole
-from hjepa_train.signals import StopSignals
+from hjepa_train.signals import StopSignals, spare_children
 from hjepa_train.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,8 @@ class Trainer:
         try:
             with StopSignals(self.request_stop, self._grace_seconds):
                 self.restore()
-                self._call(lambda callback: callback.on_fit_start(self))
+                with self._sparing():
+                    self._call(lambda callback: callback.on_fit_start(self))
                 self._speed.start(step=self.step, samples=self.samples)
                 ended = self._train()
             outcome = Outcome.DONE if ended else Outcome.PREEMPTED
@@ -280,10 +282,13 @@ class Trainer:
         began = time.perf_counter()
         self._call(lambda callback: callback.on_save(self))
         tensors, own = run_tensors(self.module, self.optimizer), generator_states(self.world)
-        # Buffers may differ between ranks until DDP gives all of them the main rank's, so those are the ones to save.
+        # Buffers may differ between ranks: DDP gives all of them the main rank's, under FSDP each goes on with its own.
         names = [f"{MODEL}/{name}" for name, _ in self.module.named_buffers(remove_duplicate=False)]
         buffers = {name: tensors.pop(name) for name in names if name in tensors and not is_sharded(tensors[name])}
-        own |= buffers if self.world.is_main else {}
+        if self.world.is_main:
+            own |= buffers
+        elif self.config.parallel.kind is ParallelKind.fsdp:
+            own |= {of_rank(name, self.world): tensor for name, tensor in buffers.items()}
         self._saver.take(self.step, tensors, own, self._state(), model_shapes(self.module))
         self._saved_step = self.step
         self._stall = time.perf_counter() - began
@@ -318,8 +323,11 @@ class Trainer:
     def _train(self) -> bool:
         """Run the loop, and let the last checkpoint come to its end; tell whether the run is done."""
         began = time.perf_counter()
+        self.module.train()
+        batches = self._open_stream()
         try:
-            ended = self._loop()
+            with self._sparing():
+                ended = self._loop(batches)
         except Exception:
             self._let_save_end()
             raise
@@ -332,6 +340,10 @@ class Trainer:
                 logger.info(times.summary(ended_at - began))
         return ended
 
+    def _sparing(self) -> AbstractContextManager[None]:
+        """Let compilers do their work where all of the process group is asked to stop."""
+        return spare_children() if self.config.compile else nullcontext()
+
     def _let_save_end(self) -> None:
         try:
             if self._saver is not None:
@@ -339,9 +351,7 @@ class Trainer:
         except Exception as error:
             logger.warning("the last checkpoint was not saved: %s", one_line(error))
 
-    def _loop(self) -> bool:
-        self.module.train()
-        batches = self._open_stream()
+    def _loop(self, batches: Iterator[Batch]) -> bool:
         stop, ended = False, self.end_reason is not None
         while self.step < self.config.steps and not (stop or ended):
             result = self._train_step(batches)
@@ -417,7 +427,8 @@ class Trainer:
         # an uninterrupted one, so that draw must not move what dropout draws next.
         with torch.random.fork_rng(devices=[]):
             batches = iter(self.stream)
-            first = list(itertools.islice(batches, 1 if self.step < self.config.steps else 0))
+            with self._speed.waiting():
+                first = list(itertools.islice(batches, 1 if self.step < self.config.steps else 0))
         return itertools.chain(first, batches)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:

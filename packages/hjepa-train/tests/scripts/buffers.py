@@ -1,6 +1,6 @@
-"""One rank of two: batch norm under DDP, stopped and resumed; the main rank prints which tensors end as undisturbed.
+"""One rank of two: batch norm under DDP or FSDP, stopped and resumed; each prints which tensors end as undisturbed.
 
-Argument: work folder. Environment: RANK, WORLD_SIZE, as torchrun sets them.
+Arguments: work folder, kind. Environment: RANK, WORLD_SIZE, as torchrun sets them.
 """
 
 import json
@@ -25,7 +25,7 @@ from hjepa_train.testing import ArithmeticStream
 
 
 class Normalised(nn.Module):
-    """Its running statistics are those of the rank's own samples until DDP gives it the main rank's."""
+    """Its running statistics are those of the rank's own samples, until DDP gives it the main rank's."""
 
     def __init__(self):
         super().__init__()
@@ -54,14 +54,14 @@ def train(world, parallel, folder, callbacks=()):
 def main():
     logging.basicConfig(level=logging.INFO)
     root = Path(sys.argv[1])
-    parallel = ParallelConfig(kind="ddp", device="cpu")
+    parallel = ParallelConfig(kind=sys.argv[2], device="cpu")
     world = init_world(parallel, init_method=f"file://{root}/store")
     whole = train(world, parallel, root / "whole")
     train(world, parallel, root / "parts", [StopAtThree()])
     resumed = train(world, parallel, root / "parts")
     saved = [trainer.store.at(6).tensors() for trainer in (whole, resumed)]
     equal = {name: torch.equal(tensor, saved[1][name]) for name, tensor in saved[0].items()}
-    states = [trainer.module.state_dict() for trainer in (whole, resumed)]
+    states = [dict(trainer.module.named_buffers()) for trainer in (whole, resumed)]
     equal |= {f"rank/{name}": torch.equal(tensor, states[1][name]) for name, tensor in states[0].items()}
     print(json.dumps(equal))
     leave_world()

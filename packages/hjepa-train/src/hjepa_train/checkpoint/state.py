@@ -25,6 +25,11 @@ def run_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     return {name: tensor.detach() for name, tensor in _named_state(module, optimizer)}
 
 
+def of_rank(name: str, world: World) -> str:
+    """Return the name of a tensor as this rank has it, where that of the main rank has the name itself."""
+    return f"rank/{world.rank}/{name}"
+
+
 def generator_states(world: World) -> dict[str, Tensor]:
     """Return the states of this rank's random generators by name."""
     return {f"{GENERATOR}/{device}/{world.rank}": state for device, state in _generator_states(world).items()}
@@ -37,7 +42,8 @@ def restore(module: nn.Module, optimizer: torch.optim.Optimizer, world: World, s
         CheckpointError: Where the optimizer's state is of other parameters.
     """
     for name, tensor in module.state_dict().items():
-        saved.copy_to(f"{MODEL}/{name}", tensor)
+        common, own = f"{MODEL}/{name}", of_rank(f"{MODEL}/{name}", world)
+        saved.copy_to(own if own in saved.shapes else common, tensor)
     _restore_optimizer(module, optimizer, saved)
     _restore_generators(world, saved)
 
