@@ -170,9 +170,13 @@ def fit_logistic(
     """
     # Features of an encoder that ran with gradients: only the weights are fitted.
     kind, x, labels = x.dtype, x.detach(), labels.long()
+    space = None
     if len(x) < x.shape[1]:
-        # Separable samples: the loss and the pull on the biases fall below what float32 tells apart.
+        # Separable samples: the loss and the pull on the biases fall below what float32 tells apart. And the penalty
+        # keeps weights in the span of the samples, which has as many axes as there are samples.
         x = x.double()
+        space = torch.linalg.qr(x.T)[0]
+        x = x @ space
     weight = x.new_zeros(num_classes, x.shape[1])
     bias = x.new_zeros(num_classes)
     path = []
@@ -183,7 +187,8 @@ def fit_logistic(
             start = torch.cat((stretch.undo(weight), bias[:, None]), dim=1)
             solution = _lbfgs(stretch(x), labels, stretch, penalty, start, max_iterations, tolerance)
             weight, bias = stretch(solution[:, :-1]), solution[:, -1]
-            path.append((weight.to(kind), bias.to(kind)))
+            found = weight if space is None else weight @ space.T
+            path.append((found.to(kind), bias.to(kind)))
     return path
 
 
