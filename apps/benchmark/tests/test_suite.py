@@ -13,7 +13,7 @@ from rich.console import Console
 
 from hjepa_benchmark import charts
 from hjepa_benchmark.cli import main
-from hjepa_benchmark.runs import load_checkpoint, open_run, read_config
+from hjepa_benchmark.runs import Measured, load_checkpoint, open_run, read_config
 from hjepa_benchmark.suite import probes
 from hjepa_benchmark.suite import run as suite_run
 from hjepa_benchmark.suite.composites import compose
@@ -467,7 +467,7 @@ def test_pooling_is_none_where_the_model_gives_a_vector(small):
 def test_few_images_leave_out_what_needs_more_and_say_so(small, tmp_path, capsys):
     write_demo_shards(compose_demo("train", 24, seed=3), tmp_path, "train")
     train = f"{tmp_path}/train-*.tar"
-    opened, findings = open_run(small, train=train), Findings()
+    opened, findings = open_run(small, Measured(train=train)), Findings()
     compare_views(subjects(opened)[0], opened, findings)
     assert not findings.measurements
     assert main(["suite=quick", str(small), "--train", train]) == 0
