@@ -14,7 +14,7 @@ from hjepa_train.signals import StopSignals, spare_children
 
 HANGING = """
 import os, signal, sys, threading, time
-from hjepa_train.signals import StopSignals, spare_children
+from hjepa_train.signals import StopSignals
 with StopSignals(lambda name: None, 0.4):
     threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     lock = threading.Lock(); lock.acquire()
