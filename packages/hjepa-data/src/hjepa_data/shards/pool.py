@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from hjepa_data.errors import DataError
+from hjepa_data.processes import end_with_program
 
 __all__ = ["map_in_order"]
 
@@ -41,8 +42,9 @@ def map_in_order(
         yield from map(function, tasks)
         return
     # Forked at the first task, before anyone here has started a thread.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, _hold, (function,)) as pool:
+    method = "fork" if sys.platform == "linux" else "spawn"
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (method, function)) as pool:
         waiting: deque[Future[R]] = deque()
         try:
             for task in tasks:
@@ -68,7 +70,8 @@ def map_in_order(
 _held: list[Callable[[Any], Any]] = []
 
 
-def _hold(function: Callable[[Any], Any]) -> None:
+def _start(method: str, function: Callable[[Any], Any]) -> None:
+    end_with_program(method)
     _held[:] = [function]
 
 

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hjepa_data.errors import DataError, WorkerError, choice, refuse
+from hjepa_data.processes import end_with_program
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.worker import Loaded
 
@@ -147,7 +148,7 @@ def load(tasks: Dataset[Loaded], items: Iterable[Any], config: WorkerConfig) -> 
             pin_memory=config.pin_memory and torch.cuda.is_available(),
             prefetch_factor=config.prefetch if workers else None,
             multiprocessing_context=_context(config) if workers else None,
-            worker_init_fn=_start_worker if workers else None,
+            worker_init_fn=partial(_start_worker, _context(config)) if workers else None,
             # Else the loader would draw its seed from torch's global generator.
             generator=torch.Generator(),
         )
@@ -286,6 +287,7 @@ def _share(loaded: Any) -> Any:  # noqa: ANN401 (as above)
     return loaded
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(method: str, _: int) -> None:
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
+    end_with_program(method)
