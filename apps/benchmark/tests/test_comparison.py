@@ -214,6 +214,15 @@ def test_compare_measures_what_is_missing(measured, train, tmp_path, capsys):
     assert _missing(other, "quick") == "its results are of other weights"
 
 
+@pytest.mark.slow
+def test_what_is_wrong_with_the_last_run_is_told_before_the_first_is_measured(run, train, monkeypatch):
+    blind = train("blind", "recipe=ijepa", "data.eval=null")
+    monkeypatch.setattr(comparing, "_missing", lambda folder, suite: "no results yet")
+    monkeypatch.setattr(comparing, "run_suite", lambda *given, **settings: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=r"blind: the run has no data\.eval"):
+        comparing.measure_missing([run, blind], "quick")
+
+
 def test_combinations_are_hydras():
     found = list(combinations(["a=1,2", "hydra.sweep.dir=x", "b=[1,2]", "c=range(0,2)"]))
     assert found == [[f"a={a}", "b=[1,2]", f"c={c}"] for a in (1, 2) for c in (0, 1)]

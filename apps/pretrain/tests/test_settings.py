@@ -208,3 +208,8 @@ def test_a_part_is_given_whole_and_by_its_fields():
     early_stop = settings.load(words)[0].early_stop
     assert early_stop is not None
     assert (early_stop.metric, early_stop.patience) == ("eval/encoder/knn_20", 7)
+
+
+def test_a_default_that_is_refused_has_its_full_name():
+    with pytest.raises(settings.SettingsError, match=r"^trainer\.optimizer\.kind=muon: needs whole matrices"):
+        settings.load(["parallel=fsdp"])

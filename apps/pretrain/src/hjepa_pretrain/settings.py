@@ -457,6 +457,8 @@ def _in_full(line: str, given: Mapping[str, object]) -> str:
     """Give a field the name that the user wrote: the class that refuses it does not know where it stands."""
     name, _, rest = line.partition("=")
     found = [key for key in given if key.endswith(f".{name}")]
+    if not found and "." in name:
+        found = [key for key in plain_keys() if key.endswith(f".{name}")]
     if len(found) > 1:
         found = [key for key in found if rest.startswith(f"{given[key]}:")]
     return f"{found[0]}={rest}" if len(found) == 1 else line

@@ -22,7 +22,7 @@ from hjepa_benchmark.comparison.compare import (
     paired_differences,
     read_candidates,
 )
-from hjepa_benchmark.runs import finished_steps, read_config
+from hjepa_benchmark.runs import finished_steps, open_data, read_config
 from hjepa_benchmark.suite.findings import find
 from hjepa_benchmark.suite.report import changed, copyable, error_panels, numbers_table
 from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE, run_suite, weights_id
@@ -92,16 +92,18 @@ def measure_missing(folders: Sequence[Path], suite: str) -> None:
     """Run the suite where a run has no results, older weights' results, or those of the quick suite for the full one.
 
     Raises:
-        ValueError: one is no finished run.
+        ValueError: one is no finished run, or has no images to be measured on.
     """
     for folder in folders:
         read_config(folder)
         finished_steps(folder)
-    for folder in folders:
-        why = _missing(folder, suite)
-        if why:
-            print(f"{folder}: {why}, measuring (suite={suite})", file=sys.stderr, flush=True)
-            run_suite(folder, suite=suite, console=Console(stderr=True, soft_wrap=True))
+    found = {folder: why for folder in folders if (why := _missing(folder, suite))}
+    # What is wrong with the last is told before hours are spent on the first.
+    for folder in found:
+        open_data(folder, read_config(folder))
+    for folder, why in found.items():
+        print(f"{folder}: {why}, measuring (suite={suite})", file=sys.stderr, flush=True)
+        run_suite(folder, suite=suite, console=Console(stderr=True, soft_wrap=True))
 
 
 def _missing(folder: Path, suite: str) -> str | None:
