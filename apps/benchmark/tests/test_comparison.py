@@ -11,6 +11,7 @@ import torch
 
 from hjepa_benchmark import charts
 from hjepa_benchmark.cli import main
+from hjepa_benchmark.comparison import run as comparing
 from hjepa_benchmark.comparison import sweep as sweeping
 from hjepa_benchmark.comparison.compare import (
     Candidate,
@@ -130,6 +131,26 @@ def test_groups_are_runs_that_differ_in_the_seed_alone():
     assert list(group_by_settings(runs[:3])) == ["all"]
 
 
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 0)])
+def test_runs_of_several_seeds_are_put_together_wherever_they_were_trained(seeds, tmp_path, capsys, monkeypatch):
+    runs = [
+        candidate(name, [True] * good + [False] * (10 - good), **{"run.seed": seed})
+        for name, good, seed in zip("ab", (5, 7), seeds, strict=True)
+    ]
+    monkeypatch.setattr(comparing, "measure_missing", lambda folders, suite: None)
+    monkeypatch.setattr(comparing, "read_candidates", lambda folders: runs)
+    comparing.compare_runs([tmp_path, tmp_path], page=None, output=tmp_path / "numbers.json")
+    groups = json.loads((tmp_path / "numbers.json").read_text())["groups"]
+    if len(set(seeds)) == 1:
+        assert groups == []
+        return
+    assert "| all | 2 | encoder | 0.600 " in capsys.readouterr().out
+    (group,) = groups
+    (one,) = group["results"]
+    assert (group["seeds"], one["metric"], one["value"], one["n"]) == ([0, 1], "linear", pytest.approx(0.6), 2)
+    assert one["low"] == pytest.approx(0.6 - 12.706 * 0.1, abs=1e-3)
+
+
 @pytest.mark.parametrize("command", ["hjepa-pretrain", "hjepa-pretrain trainer.learning_rate.warmup_steps=1,2"])
 def test_seeds_of_equal_time_are_one_group_whatever_their_steps(command):
     runs = [
@@ -191,6 +212,15 @@ def test_compare_measures_what_is_missing(measured, train, tmp_path, capsys):
     assert _missing(other, "full") == "its results are of the quick suite"
     assert pretrain([f"run.dir={other}", "run.steps=4"]) == 0
     assert _missing(other, "quick") == "its results are of other weights"
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_the_last_run_is_told_before_the_first_is_measured(run, train, monkeypatch):
+    blind = train("blind", "recipe=ijepa", "data.eval=null")
+    monkeypatch.setattr(comparing, "_missing", lambda folder, suite: "no results yet")
+    monkeypatch.setattr(comparing, "run_suite", lambda *given, **settings: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=r"blind: the run has no data\.eval"):
+        comparing.measure_missing([run, blind], "quick")
 
 
 def test_combinations_are_hydras():

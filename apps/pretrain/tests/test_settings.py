@@ -181,3 +181,35 @@ def test_what_is_refused_says_nothing_else(words, caplog):
     assert not caplog.records
     settings.load(["run.steps=10"])
     assert "shortened to 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "whole"),
+    [
+        (["early_stop.metric=a", "hjepa.global_level.weight=2", "early_stop.patience=2"],
+         "'early_stop={metric: a, patience: 2}'"),
+        (["recipe=ijepa", "hjepa.global_level.weight=2"], "'hjepa.global_level={weight: 2}'"),
+    ],
+)  # fmt: skip
+def test_a_field_of_a_part_that_is_off_is_named_with_what_switches_it_on(words, whole):
+    with pytest.raises(settings.SettingsError, match=r"is null here") as caught:
+        settings.load(words)
+    assert str(caught.value).endswith(whole)
+
+
+def test_a_stored_run_names_a_field_of_a_part_that_is_off(tmp_path):
+    settings.save(settings.load([])[1], [], tmp_path)
+    with pytest.raises(settings.SettingsError, match=r"early_stop\.patience=2: early_stop is null here"):
+        settings.load([f"run.dir={tmp_path}", "early_stop.patience=2"])
+
+
+def test_a_part_is_given_whole_and_by_its_fields():
+    words = ["early_stop.patience=7", "early_stop={metric: eval/encoder/knn_20}"]
+    early_stop = settings.load(words)[0].early_stop
+    assert early_stop is not None
+    assert (early_stop.metric, early_stop.patience) == ("eval/encoder/knn_20", 7)
+
+
+def test_a_default_that_is_refused_has_its_full_name():
+    with pytest.raises(settings.SettingsError, match=r"^trainer\.optimizer\.kind=muon: needs whole matrices"):
+        settings.load(["parallel=fsdp"])

@@ -194,7 +194,8 @@ def test_too_many_bad_steps_end_the_run_with_a_dump(device, tmp_path, deferred):
     faults = dict.fromkeys(range(4, 7), math.nan)  # one too many at step 7; a GPU is asked at step 8, which is good
     keep = Keep()
     trainer = build(device, faults, deferred=deferred, run_dir=tmp_path, callbacks=[keep], every=3, max_skips=2)
-    with pytest.raises(DivergedError, match=r"step 7: .* for 3 steps in a row.*step_00000007") as caught:
+    said = r"step 7: .* for 3 steps in a row.*step_00000007.*remove the newest folder"
+    with pytest.raises(DivergedError, match=said) as caught:
         trainer.fit()
     assert "\n" not in str(caught.value)
     for name, value in trainer.module.state_dict().items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from hjepa_data import DataError
+from hjepa_data import DataError, Source
 from hjepa_eval import read_results
 from hjepa_pretrain import settings
 from hjepa_pretrain.config import EvaluationConfig, PretrainConfig
@@ -119,18 +119,32 @@ def open_run(folder: Path, measured: Measured | None = None) -> Run:
     config.data.train = measured.train or config.data.train
     config.data.eval = measured.held_out or config.data.eval
     config.eval = measured.counts(config.eval)
+    images = load_pair(config, open_data(folder, config), config.eval.train_samples, config.eval.eval_samples)
+    assert images is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Run(folder=folder, config=config, steps=steps, train=images[0], test=images[1], device=device)
+
+
+def open_data(folder: Path, config: PretrainConfig) -> tuple[Source, Source]:
+    """Open the images that a run learned from and those that it is measured on, and read none.
+
+    Args:
+        folder: of the run, for what is said.
+        config: of the run, with other shards where they were asked for.
+
+    Raises:
+        ValueError: they are not there, or there are no held-out ones.
+    """
     try:
-        sources = open_sources(config)
+        train, held_out = open_sources(config)
     except DataError as error:
         again = "paths are as the run was given them: go where it was started, or give --train and --eval"
         raise ValueError(f"{folder}: {error}; {again}") from error
-    images = load_pair(config, sources, config.eval.train_samples, config.eval.eval_samples)
-    if images is None:
+    if held_out is None:
         raise ValueError(
             f"{folder}: the run has no data.eval; give held-out shards with --eval of suite, probes or quantize"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Run(folder=folder, config=config, steps=steps, train=images[0], test=images[1], device=device)
+    return train, held_out
 
 
 def load_checkpoint(path: Path) -> Model:

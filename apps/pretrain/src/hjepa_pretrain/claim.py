@@ -21,9 +21,16 @@ def claim(folder: Path) -> Iterator[None]:
         folder: of the run.
 
     Raises:
-        SettingsError: another program trains there.
+        SettingsError: another program trains there, or the folder cannot be written.
     """
-    with (folder / LOCK_FILE).open("a") as file:
+    try:
+        opened = (folder / LOCK_FILE).open("a")
+    except OSError as error:
+        raise SettingsError(
+            f"run.dir={folder}: cannot be written ({error.strerror}); go on in a copy of it, or choose another (what a "
+            "finished run has learned stands in its report.html and results.json)"
+        ) from error
+    with opened as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

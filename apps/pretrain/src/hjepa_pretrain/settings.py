@@ -8,6 +8,7 @@ import difflib
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -59,6 +60,8 @@ DERIVED = {
 PLANNED = ("vit_large_patch16", "vit_huge_patch14", "vit_giant_patch14")
 _PATHS = ("run.dir", "data.train", "data.eval", "data.cache", "plan.dir", "hydra.sweep.dir")
 _GROUPS = ("recipe", "preset", "masks")
+# What omegaconf says where a field of a part that is null is set.
+_NULL_PART = "Unexpected type for root: NoneType"
 # What the name of a model says about its encoder.
 _NAMED = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
@@ -317,7 +320,8 @@ def _compose(words: Sequence[str]) -> DictConfig:
     register()
     # hydra cannot fill a part that is off: parts that are given whole are put in once the recipe is composed.
     parts = _optional_parts(OmegaConf.structured(PretrainConfig))
-    late = [word for word in words if word.partition("=")[0] in parts and "={" in word]
+    whole = [word for word in words if word.partition("=")[0] in parts and "={" in word]
+    late = whole + [word for word in words if word.startswith(tuple(f"{one.partition('=')[0]}." for one in whole))]
     try:
         with initialize_config_module(config_module="hjepa_pretrain.conf", version_base="1.3"):
             plain = compose(config_name="config", overrides=[word for word in words if word not in late])
@@ -325,7 +329,20 @@ def _compose(words: Sequence[str]) -> DictConfig:
             _update(plain, str(override.key_or_group), override.value())
         return plain
     except (HydraException, OmegaConfBaseException, AssertionError) as error:
+        if _NULL_PART in str(error):
+            inside = [word for word in words if word.startswith(tuple(f"{part}." for part in parts))]
+            _refuse_null_parts(_compose([word for word in words if word not in inside]), inside)
         raise SettingsError(one_line(error)) from error
+
+
+def _refuse_null_parts(plain: DictConfig, words: Sequence[str]) -> None:
+    """Name the words that set a field of a part that is off, with the one that would switch it on."""
+    for part in _optional_parts(OmegaConf.structured(PretrainConfig)):
+        inside = [word for word in words if word.startswith(f"{part}.")]
+        if inside and OmegaConf.select(plain, part) is None:
+            inner = ", ".join(": ".join(word.removeprefix(f"{part}.").split("=", 1)) for word in inside)
+            whole = shlex.quote(f"{part}={{{inner}}}")
+            raise SettingsError(f"{', '.join(inside)}: {part} is null here; give it whole, as in {whole}")
 
 
 def _update(plain: DictConfig, key: str, value: object) -> None:
@@ -371,6 +388,7 @@ def _amend(stored: DictConfig, overrides: Sequence[Override]) -> DictConfig:
     plain = stored.copy()
     for override in overrides:
         key = str(override.key_or_group)
+        _refuse_null_parts(plain, [str(override.input_line)])
         # On the command line of a new run this word chooses the law's class.
         _update(plain, "mask_law" if key == "masks" else key, override.value())
     if plain.run.train_time not in (None, stored.run.train_time):
@@ -418,11 +436,6 @@ def one_line(error: BaseException) -> str:
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     text = "\n".join(str(link) for link in chain)
-    if "Unexpected type for root: NoneType" in text:
-        return (
-            "a setting is of a part that is null in this recipe; choose another recipe, or give the part whole, "
-            "as in hjepa.global_level={weight: 1}"
-        )
     unknown = re.search(r"Could not override '([^'=]+)", text) or (
         re.search(r"full_key: (\S+)", text) if re.search(r"Key '\S+' (is )?not in", text) else None
     )
@@ -444,6 +457,8 @@ def _in_full(line: str, given: Mapping[str, object]) -> str:
     """Give a field the name that the user wrote: the class that refuses it does not know where it stands."""
     name, _, rest = line.partition("=")
     found = [key for key in given if key.endswith(f".{name}")]
+    if not found and "." in name:
+        found = [key for key in plain_keys() if key.endswith(f".{name}")]
     if len(found) > 1:
         found = [key for key in found if rest.startswith(f"{given[key]}:")]
     return f"{found[0]}={rest}" if len(found) == 1 else line

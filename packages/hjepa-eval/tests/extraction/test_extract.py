@@ -86,6 +86,12 @@ def test_what_is_no_feature_matrix_is_refused_in_one_line(device, function, mess
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("batch", [torch.zeros(2, 3), (torch.zeros(2, 3),), {"image": torch.zeros(2, 3)}])
+def test_images_without_labels_are_refused(batch):
+    with pytest.raises(ValueError, match=r"batches: .*\(images, labels\)"):
+        extract(lambda x: x, [batch])
+
+
 def test_an_empty_stream_is_refused():
     with pytest.raises(ValueError, match="no batch"):
         extract(lambda x: x, [])

@@ -166,7 +166,8 @@ class Guard:
         raise DivergedError(
             f"step {halted}: the loss or its gradient is not finite{limit}{after}; nothing of it was applied; {look}"
             "start again to resume from the last checkpoint, with a lower learning rate, a longer warm-up or "
-            "precision=fp32"
+            "precision=fp32; if it ends so again, remove the newest folder in checkpoints first: its weights have the "
+            "fault already"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -21,9 +21,11 @@ def test_the_profiler_writes_a_trace_that_tensorboard_reads(train, device, tmp_p
     assert {"ph", "name", "ts", "dur", "cat"} <= next(e.keys() for e in trace["traceEvents"] if e["ph"] == "X")
 
 
-def test_a_run_that_ends_before_the_profile_is_no_error(train, tmp_path):
+def test_a_run_that_ends_before_the_profile_is_no_error_and_says_so(train, tmp_path, caplog):
     train([Profiler(tmp_path, ProfilerConfig(wait=100))], steps=2)
     assert not list(tmp_path.glob("*.json"))
+    assert "no profile: 2 steps" in caplog.text
+    assert "wait=100" in caplog.text
 
 
 def test_a_wrong_profile_is_refused():

@@ -22,12 +22,12 @@ from hjepa_benchmark.comparison.compare import (
     paired_differences,
     read_candidates,
 )
-from hjepa_benchmark.runs import finished_steps, read_config
+from hjepa_benchmark.runs import finished_steps, open_data, read_config
 from hjepa_benchmark.suite.findings import find
 from hjepa_benchmark.suite.report import changed, copyable, error_panels, numbers_table
 from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE, run_suite, weights_id
 from hjepa_benchmark.suite.summary import TITLES, cell, markdown, title_of
-from hjepa_eval import read_results
+from hjepa_eval import Measurement, read_results
 from hjepa_pretrain.model import load_run
 from hjepa_pretrain.report.page import Section, code, page
 from hjepa_pretrain.results import PIXELS, TRAINED, UNTRAINED
@@ -51,7 +51,7 @@ def compare_runs(folders: Sequence[Path], *, suite: str = "quick", page: Path | 
         raise ValueError(f"RUN_DIR={', '.join(map(str, folders))}: a comparison needs two runs and more")
     measure_missing(folders, suite)
     runs = read_candidates(folders)
-    show(runs, grouped=False, page_file=page, output=output)
+    show(runs, grouped=_several_seeds(runs), page_file=page, output=output)
 
 
 def show(runs: list[Candidate], *, grouped: bool, page_file: Path | None, output: Path | None) -> None:
@@ -84,23 +84,26 @@ def show(runs: list[Candidate], *, grouped: bool, page_file: Path | None, output
         _write_page(page_file, runs, tables, notes)
         print(f"\npage: {page_file}")
     if output is not None:
-        output.write_text(json.dumps(_content(runs, differences, metrics), indent=1) + "\n")
+        groups = _group_numbers(runs, metrics) if grouped else []
+        output.write_text(json.dumps({**_content(runs, differences, metrics), "groups": groups}, indent=1) + "\n")
 
 
 def measure_missing(folders: Sequence[Path], suite: str) -> None:
     """Run the suite where a run has no results, older weights' results, or those of the quick suite for the full one.
 
     Raises:
-        ValueError: one is no finished run.
+        ValueError: one is no finished run, or has no images to be measured on.
     """
     for folder in folders:
         read_config(folder)
         finished_steps(folder)
-    for folder in folders:
-        why = _missing(folder, suite)
-        if why:
-            print(f"{folder}: {why}, measuring (suite={suite})", file=sys.stderr, flush=True)
-            run_suite(folder, suite=suite, console=Console(stderr=True, soft_wrap=True))
+    found = {folder: why for folder in folders if (why := _missing(folder, suite))}
+    # What is wrong with the last is told before hours are spent on the first.
+    for folder in found:
+        open_data(folder, read_config(folder))
+    for folder, why in found.items():
+        print(f"{folder}: {why}, measuring (suite={suite})", file=sys.stderr, flush=True)
+        run_suite(folder, suite=suite, console=Console(stderr=True, soft_wrap=True))
 
 
 def _missing(folder: Path, suite: str) -> str | None:
@@ -137,16 +140,41 @@ def _cells(run: Candidate, subject: str, level: str, metrics: Sequence[str]) -> 
     return [cell(find(run.results.measurements, metric, subject=subject, level=level)) for metric in metrics]
 
 
+def _several_seeds(runs: Sequence[Candidate]) -> bool:
+    groups = group_by_settings(runs).values()
+    return any(len({run.settings.get(SEED) for run in group}) > 1 for group in groups)
+
+
+def _group_levels(group: Sequence[Candidate]) -> list[str]:
+    return list(
+        dict.fromkeys(one.name.level for run in group for one in run.trained() if one.metric in ("linear", "rankme"))
+    )
+
+
 def _groups(runs: Sequence[Candidate], metrics: Sequence[str]) -> Table:
     rows = []
     for label, group in group_by_settings(runs).items():
-        levels = dict.fromkeys(
-            one.name.level for run in group for one in run.trained() if one.metric in ("linear", "rankme")
-        )
-        for level in levels:
+        for level in _group_levels(group):
             cells = [cell(group_interval(group, metric, level)) for metric in metrics]
             rows.append([label, str(len(group)), level, *cells])
     return ["settings", "seeds", "level", *map(title_of, metrics)], rows
+
+
+def _group_numbers(runs: Sequence[Candidate], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """The same for JSON: a mean over seeds with its interval, or the only run's number with its own."""
+    return [
+        {
+            "settings": label,
+            "seeds": [run.settings.get(SEED) for run in group],
+            "results": [
+                {"metric": metric, "level": level, **_numbers(one)}
+                for level in _group_levels(group)
+                for metric in metrics
+                if (one := group_interval(group, metric, level)) is not None
+            ],
+        }
+        for label, group in group_by_settings(runs).items()
+    ]
 
 
 def _differences(differences: Sequence[Difference]) -> Table:
@@ -264,10 +292,7 @@ def _content(runs: Sequence[Candidate], differences: Sequence[Difference], metri
                         "branch": one.name.branch,
                         "level": one.name.level,
                         "pooling": one.name.pooling,
-                        "value": _finite(one.value),
-                        "low": _finite(one.low),
-                        "high": _finite(one.high),
-                        "n": one.n,
+                        **_numbers(one),
                     }
                     for one in run.trained()
                     if one.metric in metrics
@@ -278,6 +303,10 @@ def _content(runs: Sequence[Candidate], differences: Sequence[Difference], metri
         "settings": differing_settings(runs),
         "differences": [asdict(one) for one in differences],
     }
+
+
+def _numbers(one: Measurement) -> dict[str, float | None]:
+    return {"value": _finite(one.value), "low": _finite(one.low), "high": _finite(one.high), "n": one.n}
 
 
 def _finite(value: float) -> float | None:

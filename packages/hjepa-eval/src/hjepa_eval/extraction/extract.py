@@ -1,6 +1,6 @@
 """Features of every sample of a finite stream, in one pass for all the levels that a model gives."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeAlias
@@ -52,8 +52,8 @@ def extract(
         under its words that are not "-": "block11/mean", "online/2/mean".
 
     Raises:
-        ValueError: Where there is no sample, a batch has not one row a label, levels change between batches, or
-            features are not finite.
+        ValueError: Where there is no sample, a batch has no labels or not one row a label, levels change between
+            batches, or features are not finite.
     """
     module = _module_of(features)
     target = _device_of(module) if device is None else torch.device(device)
@@ -64,7 +64,8 @@ def extract(
     # Features are copied after the next batch is under way, so that an accelerator does not wait for the copy.
     waiting: dict[str, Tensor] = {}
     with torch.inference_mode(), _eval_mode(module):
-        for images, batch_labels, *rest in batches:
+        for batch in batches:
+            images, batch_labels, *rest = _parts(batch)
             out = features(images if target is None else images.to(target, non_blocking=True))
             named = _named(out, FeatureName(branch=branch, level=level, pooling=pooling))
             _keep(waiting, rows)
@@ -97,6 +98,18 @@ def extract(
             numbers += [number.to("cpu", torch.int64, copy=True) for number in rest[:1]]
         _keep(waiting, rows)
     return _collect(rows, names, labels, numbers, gather)
+
+
+def _parts(batch: object) -> Sequence[Tensor]:
+    """Refuse images alone, whose rows would be taken for images and labels."""
+    parts = list(batch) if isinstance(batch, tuple | list) else []
+    if len(parts) < 2 or not all(isinstance(part, Tensor) for part in parts[:3]):
+        said = [type(part).__name__ for part in parts] if parts else type(batch).__name__
+        raise ValueError(
+            f"batches: a batch is {said}; give tensors (images, labels) or (images, labels, sample numbers), with "
+            "labels of -1 where there are none"
+        )
+    return parts
 
 
 def _keep(waiting: dict[str, Tensor], rows: dict[str, list[Tensor]]) -> None:

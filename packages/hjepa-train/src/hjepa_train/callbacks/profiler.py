@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from hjepa_train.outcome import Outcome
     from hjepa_train.trainer import StepResult, Trainer
 
+logger = logging.getLogger(__name__)
 
 _ALLOCATIONS = 200_000
 """Events of the memory snapshot; older ones go."""
@@ -86,11 +88,17 @@ class Profiler(Callback):
             self._record_memory(trainer)
 
     def on_fit_end(self, trainer: Trainer, outcome: Outcome | None) -> None:
-        """Stop the profiler; a trace that has begun is written."""
+        """Stop the profiler; a trace that has begun is written, and that none has is said."""
+        before = self.config.wait + self.config.warmup
         if self._profile is not None:
             self._profile.stop()
             self._profile = None
-        if self._memory and self._steps > self.config.wait + self.config.warmup:
+            if self._steps <= before and trainer.world.is_main:
+                said = (
+                    "no profile: %d steps were trained here, and the trace begins after wait=%d and warmup=%d of them"
+                )
+                logger.warning(said, self._steps, self.config.wait, self.config.warmup)
+        if self._memory and self._steps > before:
             self._write_memory(trainer)
 
     def _record_memory(self, trainer: Trainer) -> None:
