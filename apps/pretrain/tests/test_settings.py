@@ -1,6 +1,7 @@
 """Words of the command line at their edges: taken as they are meant, or refused in one line and before all work."""
 
 import logging
+import re
 import shlex
 
 import numpy as np
@@ -213,3 +214,17 @@ def test_a_part_is_given_whole_and_by_its_fields():
 def test_a_default_that_is_refused_has_its_full_name():
     with pytest.raises(settings.SettingsError, match=r"^trainer\.optimizer\.kind=muon: needs whole matrices"):
         settings.load(["parallel=fsdp"])
+
+
+@pytest.mark.parametrize(
+    ("word", "allowed"),
+    [
+        ("run.steps=1e3", "a whole number in digits, as in 1000"),
+        ("trainer.learning_rate.value=fast", "a number, as in 0.001 or 1e-3"),
+        ("trainer.compile=maybe", "true or false"),
+        ("run.seed=null", "give a value, or leave it out for the default"),
+    ],
+)
+def test_a_value_of_another_type_is_told_what_is_allowed(word, allowed):
+    with pytest.raises(settings.SettingsError, match=rf"^{re.escape(word.partition('=')[0])}: .*{allowed}$"):
+        settings.load([word])

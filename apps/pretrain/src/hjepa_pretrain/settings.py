@@ -62,6 +62,13 @@ _PATHS = ("run.dir", "data.train", "data.eval", "data.cache", "plan.dir", "hydra
 _GROUPS = ("recipe", "preset", "masks")
 # What omegaconf says where a field of a part that is null is set.
 _NULL_PART = "Unexpected type for root: NoneType"
+# What is allowed, by what omegaconf says of a value of another type.
+_WANTED = {
+    "to Integer": "; allowed: a whole number in digits, as in 1000",
+    "to Float": "; allowed: a number, as in 0.001 or 1e-3",
+    "valid bool": "; allowed: true or false",
+    "is not Optional": ": null means nothing here; give a value, or leave it out for the default",
+}
 # What the name of a model says about its encoder.
 _NAMED = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
@@ -450,7 +457,10 @@ def one_line(error: BaseException) -> str:
         return "recipe, preset and masks are chosen by name; allowed: NAME, as in recipe=ijepa"
     key = re.search(r"full_key: (\S+)", text)
     reason = str(chain[-1]).strip().splitlines()
-    return f"{key[1]}: {reason[0]}" if key else " ".join(reason)
+    if not key:
+        return " ".join(reason)
+    wanted = next((said for sign, said in _WANTED.items() if sign in reason[0]), "")
+    return f"{key[1]}: {reason[0]}{wanted}"
 
 
 def _in_full(line: str, given: Mapping[str, object]) -> str:
