@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
-import threading
 import time
 import warnings
 import weakref
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from hjepa_data.errors import DataError, WorkerError, choice, refuse
 from hjepa_data.processes import end_with_program
@@ -181,12 +181,16 @@ def _blocked_signals() -> Iterator[None]:
 
 def _started(loader: DataLoader[Loaded]) -> Iterator[Loaded]:
     """Start the workers, without the signal handler with which torch would raise at any line of the program."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+    # To remove the handler afterwards would be too late for a worker that dies while the others start.
+    signal_handling._SIGCHLD_handler_set = True
+    others = multiprocessing.active_children()
+    try:
         return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
-    return batches
+    except BaseException:
+        # They hear no SIGTERM, with which the interpreter would end them, and wait for them, when it exits.
+        for worker in set(multiprocessing.active_children()) - set(others):
+            worker.kill()
+        raise
 
 
 def _end_by_kill(batches: Any) -> None:  # noqa: ANN401 (its type is private)
