@@ -13,8 +13,8 @@ import yaml
 
 HELD = Path(__file__).parent / "scripts" / "held.py"
 # Stand-ins for Slurm's commands: `sbatch` keeps the script and runs it, again where `scontrol` has asked for it; `srun`
-# starts its tasks, and sends the first ones, which wait for it, their signal where a test wants it; `sacct` says how the
-# job is.
+# starts its tasks, and sends the first ones, which wait for it, their signal where a test wants it; `sacct` says how
+# the job is.
 SBATCH = """\
 #!/bin/bash
 script="${@: -1}"
