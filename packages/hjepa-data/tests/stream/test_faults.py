@@ -15,6 +15,7 @@ import sys
 import textwrap
 import time
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from hjepa_data import DataError, EvalConfig, ShardSource, StreamConfig, ViewGroup, WorkerConfig, WorkerError
 from hjepa_data import write_shards as write
+from hjepa_data.stream import loader
 from hjepa_data.transforms.decode import SkipImageError, open_image
 
 SEED = 3
@@ -207,6 +209,28 @@ def test_a_worker_that_dies_while_the_others_start_is_named(shards, monkeypatch)
     assert f"(process {dead[0]})" in str(caught.value)
     assert signal.getsignal(signal.SIGCHLD) is before
     next(stream)
+    stream.close()
+
+
+def test_a_worker_whose_sockets_end_long_before_it_does_is_named(shards, monkeypatch):
+    others, now = {child.pid for child in multiprocessing.active_children()}, [0.0]
+    stream = config(1).build(ShardSource(shards), seed=SEED)
+    next(stream)
+    (worker,) = (child.pid for child in multiprocessing.active_children() if child.pid not in others)
+
+    def sleep(seconds):
+        now[0] += seconds
+        if now[0] > 5.0:
+            os.kill(worker, signal.SIGKILL)
+            os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)
+
+    def ended(*_):
+        raise ConnectionResetError
+
+    monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", ended)
+    with pytest.raises(WorkerError, match=rf"\(process {worker}\) was ended by signal 9"):
+        next(stream)
     stream.close()
 
 

@@ -32,6 +32,7 @@ __all__ = ["SkipCount", "StartMethod", "WorkerConfig", "load"]
 _log = logging.getLogger(__name__)
 _LOOK = 1.0
 _MOMENT = 0.01
+_END = 10.0
 # They ask a program to stop; one that goes to all its processes is for the main one, which ends its workers itself.
 _STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 
@@ -230,7 +231,7 @@ def _await_data(batches: Any, timeout: float | None) -> Any:  # noqa: ANN401
             arrived, data = batches._try_get_data(_LOOK)
         except Exception:
             # Maybe a worker died while it handed over a batch; its sockets end a moment before it does.
-            deadline = time.monotonic() + _LOOK
+            deadline = time.monotonic() + _END
             while time.monotonic() < deadline:
                 _check_workers(batches)
                 time.sleep(_MOMENT)
