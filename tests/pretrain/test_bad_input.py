@@ -241,7 +241,8 @@ def test_a_finished_run_without_checkpoints_does_not_begin_again(pretrain, copie
 @pytest.mark.slow
 def test_two_programs_do_not_train_in_one_folder(pretrain, tiny, tmp_path, capsys, read_losses):
     run_dir = tmp_path / "run"
-    first = pretrain.start(f"run.dir={run_dir}", *tiny, "run.steps=1000000")
+    # However long it goes on, it leaves no checkpoint of a step that the next one does not have.
+    first = pretrain.start(f"run.dir={run_dir}", *tiny, "run.steps=1000000", "checkpoint.every_steps=null")
     try:
         deadline = time.monotonic() + 300
         while not losses_of(first, run_dir, read_losses):

@@ -6,12 +6,15 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import yaml
 
+HELD = Path(__file__).parent / "scripts" / "held.py"
 # Stand-ins for Slurm's commands: `sbatch` keeps the script and runs it, again where `scontrol` has asked for it; `srun`
-# starts its tasks, and sends the first ones their signal where a test wants it; `sacct` says how the job is.
+# starts its tasks, and sends the first ones, which wait for it, their signal where a test wants it; `sacct` says how
+# the job is.
 SBATCH = """\
 #!/bin/bash
 script="${@: -1}"
@@ -26,11 +29,15 @@ echo "Submitted batch job 77"
 SRUN = """\
 #!/bin/bash
 while [[ "$1" == -* ]]; do case "$1" in --output|--error) shift 2;; *) shift;; esac; done
-for rank in $(seq 0 $((SLURM_NTASKS - 1))); do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks+=" $!"; done
+python="$1"
+while [ "$1" != -m ]; do shift; done
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank "$python" -u "$HELD" "$@" & tasks+=" $!"
+done
 if [ -e "$FAKE_SLURM/signal" ]; then
     until [ -s "$FAKE_SLURM/sweep/0/metrics.jsonl" ]; do kill -0 $tasks || break; sleep 0.1; done
-    rm "$FAKE_SLURM/signal"
     kill -USR1 $tasks
+    rm "$FAKE_SLURM/signal"
 fi
 for task in $tasks; do wait $task || code=$?; done
 exit $code
@@ -94,7 +101,8 @@ def slurm(tmp_path, monkeypatch):
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("", 0))
         port = str(taken.getsockname()[1])
-        yield {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE_SLURM": str(tmp_path), "MASTER_PORT": port}
+        held = {"HELD": str(HELD), "HOLD_FILE": str(tmp_path / "signal"), "HOLD_STEP": "1"}
+        yield {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE_SLURM": str(tmp_path), "MASTER_PORT": port, **held}
 
 
 JOB = (
@@ -112,7 +120,7 @@ JOB = (
 @pytest.mark.distributed
 def test_a_slurm_job_is_one_run_of_all_its_tasks_and_awaited_in_its_next_life(tiny, tmp_path, slurm):
     (tmp_path / "signal").touch()
-    words = ("run.steps=100", f"hydra.sweep.dir={tmp_path}/sweep")
+    words = ("run.steps=20", f"hydra.sweep.dir={tmp_path}/sweep")
     finished = run(*[word for word in tiny if not word.startswith("run.steps")], *JOB, *words, env=slurm)
     assert finished.returncode == 0, finished.stderr
     script, said = (tmp_path / "job.sh").read_text(), (tmp_path / "out").read_text()
@@ -121,7 +129,7 @@ def test_a_slurm_job_is_one_run_of_all_its_tasks_and_awaited_in_its_next_life(ti
     stored = yaml.safe_load((tmp_path / "sweep" / "0" / "config.yaml").read_text())
     assert stored["parallel"] == "ddp"
     assert len(stored["provenance"]) == 2, said
-    assert (tmp_path / "sweep" / "0" / "checkpoints" / "step_00000100").is_dir(), said
+    assert (tmp_path / "sweep" / "0" / "checkpoints" / "step_00000020").is_dir(), said
     assert (tmp_path / "scontrol").read_text().split() == ["requeue", "77"], said
 
 

@@ -11,6 +11,7 @@ STEPS = 100
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.timeout(1800)  # torchrun is started four times, each process of which imports torch
 def test_signals_and_a_killed_worker_change_no_bit(pretrain, tiny, workers_of, tmp_path, read_losses):
     words = (*tiny, f"run.steps={STEPS}", "checkpoint.every_steps=5", "parallel=ddp", "eval.at_end=false")
     whole, run_dir = tmp_path / "whole", tmp_path / "run"

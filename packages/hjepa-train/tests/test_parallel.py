@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from hjepa_train.parallel import wrap
 from hjepa_train.sharded import local
 
 SCRIPTS = Path(__file__).parent / "scripts"
-LIMIT = 240
+LIMIT = 500
 
 
 def launch(script, *arguments):
@@ -184,6 +185,28 @@ def test_a_failing_rank_shows_its_error_and_stops_the_other(tmp_path):
     assert "rank 1 of 2 failed at step 3: the disk of this machine is gone" in second[2]
     assert first[0] != 0
     assert "rank 0 of 2 failed at step 3" in first[2]
+
+
+@pytest.mark.parametrize("collective", ["sum", "any", "from_main", "gather"])
+def test_leaving_waits_for_a_thread_of_gloo_that_is_late(collective, monkeypatch):
+    world, held = World(size=2), []
+    arguments = {"sum": torch.ones(2), "any": True, "from_main": 7, "gather": torch.ones(2)}
+    init_world(ParallelConfig(kind="fsdp", device="cpu"))
+    with monkeypatch.context() as patch:
+        for name in ("all_reduce", "broadcast", "all_gather"):
+            patch.setattr(torch.distributed, name, lambda *tensors, **_: held.append(tensors))
+        getattr(world, collective)(arguments[collective])
+    assert held
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 5:
+            held.clear()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    leave_world()
+    assert not held
 
 
 def test_one_process_needs_no_group(device, monkeypatch):

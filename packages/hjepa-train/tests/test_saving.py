@@ -45,7 +45,7 @@ def slow_disk(monkeypatch):
     reached, write = Reached(6), store_module.write_tensors
 
     def slow(*arguments):
-        assert reached.event.wait(60), "the training waited for the disk"
+        assert reached.event.wait(300), "the training waited for the disk"
         return write(*arguments)
 
     monkeypatch.setattr(store_module, "write_tensors", slow)
@@ -75,7 +75,7 @@ def test_the_wait_for_the_last_checkpoint_is_told(device, tmp_path, monkeypatch)
         wait()
 
     def slow(*arguments):
-        assert waiting.wait(60)
+        assert waiting.wait(300)
         now[0] += 0.5
         return write(*arguments)
 

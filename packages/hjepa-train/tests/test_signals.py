@@ -73,7 +73,7 @@ sys.exit(Trainer(ToyModule(), ArithmeticStream(), config, run_dir=Path(sys.argv[
 
 def test_a_signal_to_the_whole_group_leaves_compilers_alone(tmp_path):
     command = [sys.executable, "-c", COMPILING, str(tmp_path)]
-    done = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == EXIT_PREEMPTED, done.stderr
     assert (tmp_path / "checkpoints" / "step_00000001").is_dir()
 
@@ -99,3 +99,22 @@ def test_a_signal_to_a_fork_starts_no_grace_period():
             os._exit(8)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         time.sleep(0.5)  # longer than the grace period: this process would be gone
+
+
+FORKING = """
+import os, signal, time
+from hjepa_train.signals import StopSignals
+with StopSignals(lambda name: None, 1.0):
+    worker = os.fork()
+    if worker == 0:
+        os.closerange(1, 3)  # the pipes of who waits for this program
+        time.sleep(60)
+    os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(3)
+os.kill(worker, signal.SIGKILL)
+"""
+
+
+def test_a_run_that_has_stopped_is_left_alone_whatever_its_forks_hold():
+    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,6 +1,10 @@
-"""The pretrain program, held at step HOLD_STEP while the file HOLD_FILE is there, or until a signal asks it to stop."""
+"""The pretrain program, held at step HOLD_STEP while the file HOLD_FILE is there, or until a signal asks it to stop.
+
+With `-m NAME ...` another module that runs it in its process.
+"""
 
 import os
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -21,4 +25,8 @@ def write_and_wait(self, trainer, row):
 
 if __name__ == "__main__":
     MetricsLog.on_row = write_and_wait
-    sys.exit(main())
+    if sys.argv[1] == "-m":
+        del sys.argv[:2]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.exit(main())

@@ -125,7 +125,7 @@ def test_processes_that_index_the_same_shard_do_not_share_a_file(shard, monkeypa
         if len(names) == 1:
             child = multiprocessing.get_context("fork").Process(target=write_index, args=(shard,))
             child.start()
-            child.join(20)
+            child.join(120)
             assert child.exitcode == 0
         replace(old, new)
 

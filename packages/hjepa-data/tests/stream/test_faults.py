@@ -1,9 +1,11 @@
 """Each fault, made in real files and real processes."""
 
 import contextlib
+import errno
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.context
 import os
 import resource
 import signal
@@ -13,13 +15,17 @@ import sys
 import textwrap
 import time
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from hjepa_data import DataError, EvalConfig, ShardSource, StreamConfig, ViewGroup, WorkerConfig, WorkerError
 from hjepa_data import write_shards as write
+from hjepa_data.stream import loader
 from hjepa_data.transforms.decode import SkipImageError, open_image
 
 SEED = 3
@@ -182,6 +188,67 @@ def test_a_worker_that_dies_between_two_batches_is_found_by_the_next(shards):
         take(stream, 50)
     assert "\n" not in str(caught.value)
     stream.close()
+
+
+def test_a_worker_that_dies_while_the_others_start_is_named(shards, monkeypatch):
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)  # as in a program that has not begun yet
+    reset, dead = _MultiProcessingDataLoaderIter._reset, []
+
+    def late(batches, *arguments, **options):
+        dead.append(batches._workers[0].pid)
+        os.kill(dead[0], signal.SIGKILL)
+        os.waitid(os.P_PID, dead[0], os.WEXITED | os.WNOWAIT)
+        reset(batches, *arguments, **options)
+
+    before = signal.getsignal(signal.SIGCHLD)
+    with monkeypatch.context() as patch:
+        patch.setattr(_MultiProcessingDataLoaderIter, "_reset", late)
+        stream = config(2).build(ShardSource(shards), seed=SEED)
+        with pytest.raises(WorkerError, match="ended by signal 9") as caught:
+            next(stream)
+    assert f"(process {dead[0]})" in str(caught.value)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    next(stream)
+    stream.close()
+
+
+def test_a_worker_whose_sockets_end_long_before_it_does_is_named(shards, monkeypatch):
+    others, now = {child.pid for child in multiprocessing.active_children()}, [0.0]
+    stream = config(1).build(ShardSource(shards), seed=SEED)
+    next(stream)
+    (worker,) = (child.pid for child in multiprocessing.active_children() if child.pid not in others)
+
+    def sleep(seconds):
+        now[0] += seconds
+        if now[0] > 5.0:
+            os.kill(worker, signal.SIGKILL)
+            os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)
+
+    def ended(*_):
+        raise ConnectionResetError
+
+    monkeypatch.setattr(loader, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", ended)
+    with pytest.raises(WorkerError, match=rf"\(process {worker}\) was ended by signal 9"):
+        next(stream)
+    stream.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*_MultiProcessingDataLoaderIter.__del__")  # torch's own, of a half-made one
+def test_workers_end_where_one_of_them_cannot_start(shards, monkeypatch):
+    others, start = multiprocessing.active_children(), multiprocessing.context.ForkProcess.start
+
+    def full(process):
+        if len(multiprocessing.active_children()) > len(others):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", full)
+    with pytest.raises(BlockingIOError):
+        next(config(2).build(ShardSource(shards), seed=SEED))
+    for worker in set(multiprocessing.active_children()) - set(others):
+        worker.join(120)
+        assert worker.exitcode == -signal.SIGKILL
 
 
 GROUP_SCRIPT = """

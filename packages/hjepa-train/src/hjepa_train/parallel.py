@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
 
+_PATIENCE = 60.0
 _TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
@@ -109,14 +112,16 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor over ranks, in place, and return it."""
         if self.size > 1:
-            dist.all_reduce(values, group=self.group)
+            total = _send(values.clone())
+            dist.all_reduce(total, group=self.group)
+            values.copy_(total)
         return values
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Tell for each flag whether it is set on any rank; all ranks get the same answer."""
         if self.size == 1:
             return flags
-        votes = torch.tensor(flags, dtype=torch.int32, device=self.control_device)
+        votes = _send(torch.tensor(flags, dtype=torch.int32, device=self.control_device))
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
         return tuple(bool(vote) for vote in votes.tolist())
 
@@ -124,7 +129,7 @@ class World:
         """Return the integer that the main rank has."""
         if self.size == 1:
             return value
-        shared = torch.tensor([value], dtype=torch.int64, device=self.control_device)
+        shared = _send(torch.tensor([value], dtype=torch.int64, device=self.control_device))
         dist.broadcast(shared, src=0, group=self.group)
         return int(shared.item())
 
@@ -142,8 +147,8 @@ class World:
         """Concatenate tensors of equal shape over ranks along their first axis."""
         if self.size == 1:
             return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        parts = [_send(torch.empty_like(tensor)) for _ in range(self.size)]
+        dist.all_gather(parts, _send(tensor.clone().contiguous()), group=self.group)
         return torch.cat(parts)
 
     @property
@@ -208,14 +213,27 @@ def leave_world() -> None:
     """Leave the process group, if there is one; call it once at the end of the program.
 
     A gloo thread that still holds the last collective's tensor when the interpreter goes away aborts a process that
-    has done all its work (pytorch/pytorch#179291). So the modules that hold the group go first, and the threads get
-    a moment.
+    has done all its work (pytorch/pytorch#179291). So the modules that hold the group go first, and the threads are
+    waited for: however late they are, they let go of what a `World` has sent, and get a moment for what others have.
     """
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
         gc.collect()
         time.sleep(0.1)
+        deadline = time.monotonic() + _PATIENCE
+        # The traceback of a collective that has failed holds its tensors too.
+        while _sent and sys.exception() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+
+_sent: weakref.WeakSet[Tensor] = weakref.WeakSet()
+"""Tensors of collectives that gloo's threads, or those who wait for them, still hold."""
+
+
+def _send(tensor: Tensor) -> Tensor:
+    _sent.add(tensor)
+    return tensor
 
 
 def wrap(module: nn.Module, config: ParallelConfig, world: World, blocks: Sequence[type[nn.Module]] = ()) -> nn.Module:

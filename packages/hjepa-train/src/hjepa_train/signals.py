@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -101,6 +101,7 @@ class _Grace:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._pipe = (-1, -1)
+        self._over = False
         self._previous = -1
 
     def start(self) -> None:
@@ -115,6 +116,10 @@ class _Grace:
         """Listen no more."""
         _listening.discard(self._pipe[1])
         signal.set_wakeup_fd(self._previous)
+        # Said, since a fork may hold the pipe open: its end would come too late.
+        self._over = True
+        with suppress(BlockingIOError, BrokenPipeError):  # it may know already
+            os.write(self._pipe[1], b"\0")
         os.close(self._pipe[1])
 
     def _listen(self) -> None:
@@ -123,11 +128,11 @@ class _Grace:
             while True:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 ready, _, _ = select.select([self._pipe[0]], [], [], left)
+                if self._over:
+                    return
                 if not ready:
                     break
                 numbers = os.read(self._pipe[0], 64)
-                if not numbers:
-                    return
                 if deadline is None and set(numbers) & set(_STOPS):
                     deadline = time.monotonic() + self._seconds
         finally:

@@ -56,7 +56,7 @@ def test_a_snapshot_does_not_follow_the_model(device, tmp_path):
     module, optimizer = _stepped(device, ToyModule())
     store = CheckpointStore(tmp_path)
     write, go = store.save, threading.Event()
-    store.save = lambda *arguments: (go.wait(60), write(*arguments))
+    store.save = lambda *arguments: (go.wait(300), write(*arguments))
     saver = Saver(store, world)
     before = {name: tensor.clone() for name, tensor in run_tensors(module, optimizer).items()}
     saver.take(2, run_tensors(module, optimizer), generator_states(world), {"step": 2}, model_shapes(module))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
-import threading
 import time
 import warnings
 import weakref
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from hjepa_data.errors import DataError, WorkerError, choice, refuse
 from hjepa_data.processes import end_with_program
@@ -32,6 +32,7 @@ __all__ = ["SkipCount", "StartMethod", "WorkerConfig", "load"]
 _log = logging.getLogger(__name__)
 _LOOK = 1.0
 _MOMENT = 0.01
+_END = 10.0
 # They ask a program to stop; one that goes to all its processes is for the main one, which ends its workers itself.
 _STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)}
 
@@ -181,12 +182,16 @@ def _blocked_signals() -> Iterator[None]:
 
 def _started(loader: DataLoader[Loaded]) -> Iterator[Loaded]:
     """Start the workers, without the signal handler with which torch would raise at any line of the program."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+    # To remove the handler afterwards would be too late for a worker that dies while the others start.
+    signal_handling._SIGCHLD_handler_set = True
+    others = multiprocessing.active_children()
+    try:
         return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
-    return batches
+    except BaseException:
+        # They hear no SIGTERM, with which the interpreter would end them, and wait for them, when it exits.
+        for worker in set(multiprocessing.active_children()) - set(others):
+            worker.kill()
+        raise
 
 
 def _end_by_kill(batches: Any) -> None:  # noqa: ANN401 (its type is private)
@@ -226,7 +231,7 @@ def _await_data(batches: Any, timeout: float | None) -> Any:  # noqa: ANN401
             arrived, data = batches._try_get_data(_LOOK)
         except Exception:
             # Maybe a worker died while it handed over a batch; its sockets end a moment before it does.
-            deadline = time.monotonic() + _LOOK
+            deadline = time.monotonic() + _END
             while time.monotonic() < deadline:
                 _check_workers(batches)
                 time.sleep(_MOMENT)
