@@ -167,3 +167,9 @@ def test_a_wrong_stream_or_function_is_told_at_the_first_batch(device):
 def test_two_levels_of_one_name_are_refused_and_none_is_lost():
     with pytest.raises(ValueError, match="two have one name"):
         extract(lambda x: {0: x, "0": 2 * x}, batches([4], "cpu"))
+
+
+def test_a_module_that_takes_more_than_images_is_refused():
+    attention = torch.nn.MultiheadAttention(4, 1)
+    with pytest.raises(ValueError, match=r"MultiheadAttention\.forward is not for images alone \(missing .*'key'"):
+        extract(attention, [(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))])

@@ -1,5 +1,6 @@
 """Features of every sample of a finite stream, in one pass for all the levels that a model gives."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,9 +53,10 @@ def extract(
         under its words that are not "-": "block11/mean", "online/2/mean".
 
     Raises:
-        ValueError: Where there is no sample, a batch has no labels or not one row a label, levels change between
-            batches, or features are not finite.
+        ValueError: Where a module takes more than images, there is no sample, a batch has no labels or not one row a
+            label, levels change between batches, or features are not finite.
     """
+    _check_inputs(features)
     module = _module_of(features)
     target = _device_of(module) if device is None else torch.device(device)
     rows: dict[str, list[Tensor]] = {}
@@ -98,6 +100,22 @@ def extract(
             numbers += [number.to("cpu", torch.int64, copy=True) for number in rest[:1]]
         _keep(waiting, rows)
     return _collect(rows, names, labels, numbers, gather)
+
+
+def _check_inputs(features: FeatureFunction | nn.Module) -> None:
+    """Refuse a module that takes more than images, such as a whole H-JEPA, whose forward is a step of training."""
+    if isinstance(features, nn.Module):
+        try:
+            signature = inspect.signature(features.forward)
+        except ValueError:  # of compiled code, which has none
+            return
+        try:
+            signature.bind(None)
+        except TypeError as error:
+            raise ValueError(
+                f"features: {type(features).__name__}.forward is not for images alone ({error}); give a function of "
+                "images, as level_features(model) makes of a model with levels"
+            ) from None
 
 
 def _parts(batch: object) -> Sequence[Tensor]:
