@@ -104,13 +104,13 @@ def test_a_signal_to_a_fork_starts_no_grace_period():
 FORKING = """
 import os, signal, time
 from hjepa_train.signals import StopSignals
-with StopSignals(lambda name: None, 1.0):
+with StopSignals(lambda name: None, 3.0):
     worker = os.fork()
     if worker == 0:
         os.closerange(1, 3)  # the pipes of who waits for this program
         time.sleep(60)
     os.kill(os.getpid(), signal.SIGTERM)
-time.sleep(3)
+time.sleep(5)
 os.kill(worker, signal.SIGKILL)
 """
 
