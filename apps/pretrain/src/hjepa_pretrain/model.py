@@ -56,6 +56,6 @@ def load_run(folder: Path, config: PretrainConfig) -> Model:
         model = build_baseline(config.baseline, config.hjepa, seed=config.run.seed)
         model.encoder = Encoder.from_pretrained(folder)
     except ValueError as error:
-        again = f"remove what is damaged, and it is written again, as what is missing, by {command(folder)}"
+        again = f"remove what is damaged; what is missing is written again by {command(folder)}"
         raise ValueError(f"{error}; {again}") from error
     return model
