@@ -63,7 +63,7 @@ def refuse(finished, *words):
         (["trainer.steps=5"], ["trainer.steps", "run.steps"]),
         (["trainer={steps: 5}"], ["trainer.steps", "run.steps"]),
         (["hjepa.patch_schedule={sizes: [8, 4], total_steps: 5}"], ["total_steps", "run.steps"]),
-        (["recipe=hjepa", "hjepa.global_level.weight=2"], ["null in this recipe"]),
+        (["recipe=hjepa", "hjepa.global_level.weight=2"], ["hjepa.global_level is null here"]),
         (["hjepa.predictor.state={groups: 4}"], ["groups", "num_groups"]),
         (["hjepa.predictor.state={num_classes: 1}"], ["num_classes=1", "2 and more"]),
         (["hjepa.patch_schedule={sizes: [8, 4]}"], ["patch_schedule", "output_patch_size"]),
