@@ -1,4 +1,4 @@
-"""Processes of a pool end with their program; those of a stream: stream/test_faults.py."""
+"""Processes of a pool end with their program; those of a stream: stream/test_signals.py."""
 
 import contextlib
 import os

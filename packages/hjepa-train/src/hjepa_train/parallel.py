@@ -112,7 +112,7 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor over ranks, in place, and return it."""
         if self.size > 1:
-            total = _send(values.clone())
+            total = _send(values.clone())  # its caller keeps the other
             dist.all_reduce(total, group=self.group)
             values.copy_(total)
         return values
@@ -148,7 +148,7 @@ class World:
         if self.size == 1:
             return tensor
         parts = [_send(torch.empty_like(tensor)) for _ in range(self.size)]
-        dist.all_gather(parts, _send(tensor.clone().contiguous()), group=self.group)
+        dist.all_gather(parts, _send(tensor.clone(memory_format=torch.contiguous_format)), group=self.group)
         return torch.cat(parts)
 
     @property
@@ -228,11 +228,12 @@ def leave_world() -> None:
 
 
 _sent: weakref.WeakSet[Tensor] = weakref.WeakSet()
-"""Tensors of collectives that gloo's threads, or those who wait for them, still hold."""
+"""Tensors of collectives on the CPU that gloo's threads, or those who wait for them, still hold."""
 
 
 def _send(tensor: Tensor) -> Tensor:
-    _sent.add(tensor)
+    if tensor.is_cpu:
+        _sent.add(tensor)
     return tensor
 
 
