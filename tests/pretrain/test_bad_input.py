@@ -32,6 +32,16 @@ def refuse(finished, *words):
         assert word in finished.message, finished.message
 
 
+@pytest.mark.parametrize(("rank", "waits"), [("0", []), ("1", [10.0])])
+def test_the_first_process_of_a_machine_refuses_for_all_of_them(pretrain, capsys, monkeypatch, rank, waits):
+    waited = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr("hjepa_pretrain.cli.time.sleep", waited.append)
+    refuse(pretrain.here(capsys, "run.stpes=5"), "run.stpes")
+    assert waited == waits
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

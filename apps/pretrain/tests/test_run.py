@@ -84,6 +84,7 @@ def test_the_time_limit_ends_measurements_as_a_signal_does(words, tmp_path, caps
         assert main([*command, "eval.at_end=true", f"run.time_limit={limit}"]) == 75
     (line,) = said(capsys)
     assert f"stopped by run.time_limit={limit}, not in training" in line
+    assert "give run.time_limit more, or eval.at_end=false" in line
     assert (tmp_path / "run" / "checkpoints" / "latest").is_file()
     assert not (tmp_path / "run" / "results.json").exists()
     assert signal.getsignal(signal.SIGALRM) is handler

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
 USAGE = """\
@@ -36,6 +37,9 @@ Exit codes: 0 done; 2 wrong input (one line says what); 3 diverged or collapsed;
 go on with run.dir=...; 1 anything else. Under torchrun each process exits so, torchrun itself with 1; it hands on
 SIGTERM, and SIGUSR1 with --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1.
 """
+
+# Seconds; whoever is still there then says itself what is wrong.
+_PATIENCE = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,9 +89,17 @@ def _run(words: list[str]) -> int:
         failure = judge(error)
         if failure is None:
             raise
+        if isinstance(error, settings.SettingsError):
+            _let_the_first_speak()
         if failure.line is not None and (main_rank or not failure.alike):
             print(f"hjepa-pretrain: {' '.join(failure.line.split())}", file=sys.stderr)
         return failure.code
     if outcome.exit_code and main_rank:
         print(f"stopped early, everything is saved; go on with: {command(plain.run.dir)}", file=sys.stderr)
     return outcome.exit_code
+
+
+def _let_the_first_speak() -> None:
+    """Wait beside the first process of a machine, which refuses the same words: torchrun ends those that still wait."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_PATIENCE)
