@@ -21,8 +21,8 @@ from hjepa_models import (
     dense_canvas,
     scatter_to_canvas,
 )
-from hjepa_models.hjepa import normalize
 from hjepa_models.layers.attention_pool import AttentionPool
+from hjepa_models.layers.norm import normalize
 from hjepa_models.objectives import DISTANCES
 
 GRID = (4, 6)
@@ -484,7 +484,7 @@ def test_the_global_level_pools_tokens_and_maps_of_the_stem(device, targets, map
 
     model.eval()
     for branch in Branch:
-        encoder, head = model._branch(branch)[0], model._branch(branch)[2]
+        encoder, _, head, _ = model._branch(branch)
         targeted = branch is Branch.target and targets == "ema"
         heads_of = [head, *(model.target_map_levels or [] if targeted else model.map_levels)]
         found = model.all_features(views[0], branch=branch)

@@ -21,7 +21,7 @@ from hjepa_models import (
     upsample_canvas,
 )
 from hjepa_models.grid import gather_tokens
-from hjepa_models.hjepa import normalize
+from hjepa_models.layers.norm import normalize
 from hjepa_models.layers.upsampler import children_index
 
 

@@ -23,7 +23,7 @@ from hjepa_models import (
     symlog,
     vicreg_terms,
 )
-from hjepa_models.hjepa import normalize
+from hjepa_models.layers.norm import normalize
 
 AGGREGATE = AggregateConfig(hidden_dim=16, out_dim=8)
 ONE_LEVEL = {"pyramid": {"levels": 1}, "level_weights": LevelWeightsConfig(weights=(1,))}

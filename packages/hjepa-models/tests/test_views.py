@@ -14,7 +14,7 @@ from hjepa_models import (
     scatter_to_canvas,
 )
 from hjepa_models.crops import relate_crops
-from hjepa_models.hjepa import normalize
+from hjepa_models.layers.norm import normalize
 
 GRID = (4, 6)
 ENCODER = {"image_size": (16, 24), "patch_size": (4, 4), "embed_dim": 32, "depth": 2, "num_heads": 2, "init_std": 0.2}

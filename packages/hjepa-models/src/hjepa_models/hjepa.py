@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -16,8 +16,11 @@ from hjepa_models.config import ONLINE_TARGETS, WITHOUT_EMA, Branch, FeaturePool
 from hjepa_models.crops import relate_crops
 from hjepa_models.distributed import all_reduce_mean, world_size
 from hjepa_models.encoder import Encoder, tokens_per_axis
+from hjepa_models.features import FeatureBranch, named_maps
 from hjepa_models.global_level import GlobalLevel
 from hjepa_models.grid import Grid, gather_tokens, num_tokens
+from hjepa_models.inputs import check_masks, check_views, pair_of_crops, spread_masks
+from hjepa_models.layers.norm import normalize
 from hjepa_models.layers.patch import PixelProjection
 from hjepa_models.layers.upsampler import children_index, sample_children, upsampling_ratio
 from hjepa_models.losses import PredictionLosses
@@ -128,11 +131,7 @@ class HJEPA(nn.Module, PretrainedMixin):
     @property
     def feature_levels(self) -> tuple[str | int, ...]:
         """What `features` accepts as a level."""
-        top: tuple[str, ...] = ()
-        if self.global_level is not None:
-            maps = tuple(name for name, _ in _named(self.map_levels))
-            top = (*maps, "pooled", "global") if maps or self.global_level.pool is not None else ("global",)
-        return ("encoder", *range(self.config.pyramid.levels), *top)
+        return self._branch(Branch.online).levels
 
     @property
     def may_skip_parameters(self) -> bool:
@@ -194,15 +193,15 @@ class HJEPA(nn.Module, PretrainedMixin):
         Raises:
             ValueError: for too few views, views that do not fit one another, and masks or crops that do not fit them.
         """
-        self._check_views(views)
+        check_views(self.config, views)
         plan, device = self.plan(step), views[0].device
         if context_index is not None and target_index is not None:
-            self._check_masks(views, context_index, target_index)
+            check_masks(self.encoder.grid_of(views[0]), context_index, target_index)
         elif self.needs_masks(step):
             raise ValueError(f"masks: None at step {step}, which hides patches; draw them where needs_masks(step)")
         pair = None
         if plan.predicts and self.config.prediction is Prediction.view:
-            pair = self._pair_of(views, crops)
+            pair = pair_of_crops(views, crops)
         for grid in {self.encoder.grid_of(view) for view in views}:
             for part in (self.encoder, self.target_encoder, self.predictor):
                 if part is not None:
@@ -243,67 +242,6 @@ class HJEPA(nn.Module, PretrainedMixin):
             output.loss = output.loss + 0.0 * self.predictor.mask_token.sum()
         return output
 
-    def _check_views(self, views: Sequence[Tensor]) -> None:
-        needed = max(self.config.masked_views, 2 if self.config.encodes_views else 1)
-        if len(views) < needed:
-            raise ValueError(
-                f"views: {len(views)} given; allowed: {needed} or more with masked_views={self.config.masked_views}, "
-                f"prediction={self.config.prediction} and {'a' if self.global_level is not None else 'no'} global "
-                "level; give more or change the model"
-            )
-        shapes = [tuple(view.shape) for view in views]
-        masked = shapes[: self.config.masked_views]
-        if len({len(view) for view in views}) > 1 or len(set(masked)) > 1:
-            raise ValueError(
-                f"views of shapes {', '.join(map(str, shapes))}: do not fit one another; allowed: as many images in "
-                f"each, and one shape for the first masked_views={len(masked)}; give views of the same images"
-            )
-
-    def _pair_of(self, views: Sequence[Tensor], crops: Sequence[Float[Tensor, "B 5"]] | None) -> Float[Tensor, "2 B 5"]:
-        """Return where the first two views were cut."""
-        if not crops:
-            raise ValueError("crops: none given; prediction=view has to know where views were cut; give the batch's")
-        sizes = [tuple(view.shape) for view in views[:2]]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"views of shapes {sizes[0]} and {sizes[1]}: one is not predicted from the other; allowed: one shape; "
-                "check the first two views"
-            )
-        shapes = [tuple(one.shape) for one in crops[:2]]
-        if shapes != [(len(views[0]), 5)] * 2:
-            raise ValueError(
-                f"crops of shapes {', '.join(map(str, shapes))}: do not fit {len(views[0])} images; allowed: "
-                "[batch, 5] for each view; give left, top, width, height and mirrored"
-            )
-        pair = torch.stack(list(crops[:2]))
-        if (
-            pair.is_cpu
-            and not torch.compiler.is_compiling()
-            and type(pair) is Tensor
-            and not (pair[..., 2:4] > 0).all()
-        ):
-            raise ValueError(
-                "crops: a width or height is not above 0; allowed: parts of the image, up to 1; check the crops"
-            )
-        return pair
-
-    def _check_masks(self, views: Sequence[Tensor], context_index: Tensor, target_index: Tensor) -> None:
-        """Refuse masks of other axes, without tokens, or off the grid; their rows are checked where they are spread."""
-        if context_index.ndim != 2 or target_index.ndim != 3 or 0 in target_index.shape[1:]:
-            raise ValueError(
-                f"masks of shapes {tuple(context_index.shape)} and {tuple(target_index.shape)}: no places to predict; "
-                "allowed: context [rows, tokens] and target [rows, blocks, tokens], 1 or more of each; check the masks"
-            )
-        if torch.compiler.is_compiling() or type(context_index) is not Tensor or not context_index.is_cpu:
-            return  # Nothing is read from another device, whose own assertion meets places off the grid.
-        count = num_tokens(self.encoder.grid_of(views[0]))
-        for name, index in (("context", context_index), ("target", target_index)):
-            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
-                raise ValueError(
-                    f"{name} masks name places {int(index.min())} to {int(index.max())}: not all on the grid "
-                    f"{self.encoder.grid_of(views[0])}; allowed: 0 to {count - 1}; draw masks for this grid"
-                )
-
     def _encode_full(self, views: Sequence[Tensor]) -> list[tuple[Float[Tensor, "B N _"], ...]]:
         """Encode all views with gradient: in one batch where they have one shape, else one by one.
 
@@ -328,7 +266,9 @@ class HJEPA(nn.Module, PretrainedMixin):
         output: HJEPAOutput,
     ) -> None:
         config = self.config
-        context_index, target_index, rows = self._spread_masks(context_index, target_index, len(views[0]))
+        context_index, target_index, rows = spread_masks(
+            context_index, target_index, config.masked_views, len(views[0])
+        )
         images = torch.cat([view[:rows] for view in views[: config.masked_views]])
         grid = self.encoder.grid_of(images)
         index, output_grid = self._output_index(images, target_index.flatten(1), grid, step, plan)
@@ -484,18 +424,6 @@ class HJEPA(nn.Module, PretrainedMixin):
         if self.level_averages is not None and self.training:
             self.level_averages.observe(step, losses)
 
-    def _spread_masks(self, context_index: Tensor, target_index: Tensor, batch: int) -> tuple[Tensor, Tensor, int]:
-        """Return masks with one row for each masked image, and how many images of each view those are."""
-        views, given = self.config.masked_views, len(context_index)
-        if len(target_index) == given and given == views * batch:
-            return context_index, target_index, batch
-        if len(target_index) != given or not 0 < given <= batch:
-            raise ValueError(
-                f"masks: {given} context and {len(target_index)} target rows for a batch of {batch}; "
-                f"allowed: equal counts, {views * batch} or 1 to {batch}; draw masks for this batch"
-            )
-        return context_index.repeat(views, 1), target_index.repeat(views, 1, 1), given
-
     def target_levels(self, canvas: Canvas, few: Int[Tensor, "B K"] | None = None) -> list[Canvas]:
         """Return the target side of every level, by the path of predictions.
 
@@ -521,7 +449,7 @@ class HJEPA(nn.Module, PretrainedMixin):
     def _global_term(self, scales: list[tuple[Tensor, ...]], step: Tensor, output: HJEPAOutput) -> None:
         assert self.global_level is not None
         losses = []
-        levels = {"global": self.global_level} | dict(_named(self.map_levels))
+        levels = {"global": self.global_level} | dict(named_maps(self.map_levels))
         for (name, level), views in zip(levels.items(), zip(*scales, strict=True), strict=True):
             pooled = torch.stack([level.pooled(view) for view in views])
             z = level(pooled)
@@ -562,13 +490,7 @@ class HJEPA(nn.Module, PretrainedMixin):
             raise ValueError(f"level={level!r}: the model has no such level; allowed: {allowed}; choose one of them")
         # Integers of other libraries are equal to ours and no `int`.
         level = self.feature_levels[self.feature_levels.index(level)]
-        encoder, pyramid, head, maps = self._branch(branch)
-        if head is not None and isinstance(level, str) and level != "encoder":
-            return self._top(encoder.scales(images, len(maps)), head, maps)[level]
-        tokens: Tensor = encoder(images)
-        if isinstance(level, int):
-            tokens = pyramid(self._feature_canvas(images, tokens, encoder))[level].values
-        return _pooled(tokens, pool)
+        return self._branch(branch).at(images, level, pool)
 
     @torch.no_grad()
     def all_features(
@@ -579,54 +501,15 @@ class HJEPA(nn.Module, PretrainedMixin):
     ) -> dict[str | int, Tensor]:
         """Return what `features` returns, for every level of `feature_levels`; the images are encoded once."""
         pool, branch = coerce_choice(FeaturePool, "pool", pool), coerce_choice(Branch, "branch", branch)
-        encoder, pyramid, head, maps = self._branch(branch)
-        scales = encoder.scales(images, len(maps))
-        tokens: Tensor = scales[0]
-        levels = pyramid(self._feature_canvas(images, tokens, encoder))
-        found: dict[str | int, Tensor] = {"encoder": _pooled(tokens, pool)}
-        found |= {level: _pooled(canvas.values, pool) for level, canvas in enumerate(levels)}
-        return found if head is None else found | self._top(scales, head, maps)
+        return self._branch(branch).everywhere(images, pool)
 
-    def _top(self, scales: Sequence[Tensor], head: GlobalLevel, maps: nn.ModuleList) -> dict[str | int, Tensor]:
-        """Return the levels above the pyramid, by the global level and those of the maps, of their tokens."""
-        first = head.pooled(scales[0])
-        found: dict[str | int, Tensor] = {
-            name: level.pooled(scale) for (name, level), scale in zip(_named(maps), scales[1:], strict=True)
-        }
-        found |= {"pooled": torch.cat([first, *found.values()], dim=-1), "global": head(first)}
-        return {level: found[level] for level in self.feature_levels if level in found}
-
-    def _feature_canvas(self, images: Tensor, tokens: Tensor, encoder: Encoder) -> Canvas:
-        """Return the canvas that the pyramid sees of whole images: upsampled to the output patch where there is one."""
-        grid, config = encoder.grid_of(images), self.config.encoder
-        if not config.output_patch_size:
-            return dense_canvas(normalize(tokens), grid)
-        output_grid = tokens_per_axis(tuple(images.shape[2:]), config.output_patch)
-        return dense_canvas(normalize(encoder.upsample(dense_canvas(tokens, grid), output_grid)), output_grid)
-
-    def _branch(self, branch: Branch) -> tuple[Encoder, Pyramid, GlobalLevel | None, nn.ModuleList]:
+    def _branch(self, branch: Branch) -> FeatureBranch:
         """Return the parts of a branch; a part without a moving average serves both."""
         if branch is Branch.online:
-            return self.encoder, self.pyramid, self.global_level, self.map_levels
-        return (
+            return FeatureBranch(self.encoder, self.pyramid, self.global_level, self.map_levels)
+        return FeatureBranch(
             self.encoder if self.target_encoder is None else self.target_encoder,
             self.pyramid if self.target_pyramid is None else self.target_pyramid,
             self.global_level if self.target_global_level is None else self.target_global_level,
             self.map_levels if self.target_map_levels is None else self.target_map_levels,
         )
-
-
-def _named(map_levels: nn.ModuleList) -> list[tuple[str, GlobalLevel]]:
-    return [(f"map{number}", cast(GlobalLevel, level)) for number, level in enumerate(map_levels)]
-
-
-def _pooled(tokens: Float[Tensor, "B N D"], pool: FeaturePool) -> Tensor:
-    if pool is FeaturePool.none:
-        return tokens
-    return tokens.mean(1) if pool is FeaturePool.mean else tokens.flatten(1)
-
-
-def normalize(tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
-    """Layer-norm tokens over their channels, without parameters, in float32 at least."""
-    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])

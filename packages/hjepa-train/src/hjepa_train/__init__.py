@@ -14,6 +14,7 @@ from hjepa_train.callbacks import (
     TimeLimit,
 )
 from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore
+from hjepa_train.config import TrainerConfig
 from hjepa_train.ema import EMA
 from hjepa_train.errors import CheckpointError, CollapseError, DivergedError, TrainingError, UnstableError
 from hjepa_train.guard import GuardConfig
@@ -34,7 +35,7 @@ from hjepa_train.precision import Precision
 from hjepa_train.protocols import Batch, Callback, Compilable, HasEMA, Output, SkipsParameters, StepOutput, Stream
 from hjepa_train.schedules import RunLength, ScheduleConfig, ScheduleKind, ScheduleUnit
 from hjepa_train.step_time import StepTime, time_steps
-from hjepa_train.trainer import StepResult, Trainer, TrainerConfig
+from hjepa_train.trainer import StepResult, Trainer
 
 __all__ = [
     "EMA",

@@ -18,8 +18,9 @@ from hjepa_train.protocols import Callback, Stream
 from hjepa_train.schedules import ScheduleConfig, ScheduleKind
 
 if TYPE_CHECKING:
+    from hjepa_train.config import TrainerConfig
     from hjepa_train.parallel import World
-    from hjepa_train.trainer import Trainer, TrainerConfig
+    from hjepa_train.trainer import Trainer
 
 _SMOOTHING = 0.9
 """Share of the past in the smoothed loss."""

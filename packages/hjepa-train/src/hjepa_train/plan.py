@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hjepa_train.config import TrainerConfig
 from hjepa_train.optim import OptimizerKind
 from hjepa_train.parallel import FSDPConfig, ParallelKind, World, wrap
 from hjepa_train.precision import autocast
 from hjepa_train.sharded import local
-from hjepa_train.trainer import TrainerConfig
 
 
 @dataclass(kw_only=True, slots=True)

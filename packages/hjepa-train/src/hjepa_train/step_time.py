@@ -15,8 +15,9 @@ from hjepa_train.protocols import Callback, Stream
 from hjepa_train.schedules import ScheduleConfig
 
 if TYPE_CHECKING:
+    from hjepa_train.config import TrainerConfig
     from hjepa_train.parallel import World
-    from hjepa_train.trainer import StepResult, Trainer, TrainerConfig
+    from hjepa_train.trainer import StepResult, Trainer
 
 _UNCOUNTED = 3
 """Cycles before any is timed: in the first graphs are compiled, in the second those of CUDA are recorded, and the third

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ from hjepa_train.callbacks.save import SaveEvery
 from hjepa_train.checkpoint import Checkpoint, CheckpointConfig, CheckpointStore, Saver
 from hjepa_train.checkpoint.state import MODEL, generator_states, model_shapes, of_rank, restore, run_tensors
 from hjepa_train.checkpoint.tensors import check_dtypes
+from hjepa_train.config import TrainerConfig
 from hjepa_train.ema import EMA
-from hjepa_train.errors import CheckpointError, TrainingError, UnstableError, choice, one_line
-from hjepa_train.graph import CompileMode, compile_module, multiply_in_fp8, recompute_activations
-from hjepa_train.guard import Guard, GuardConfig, step_unless
-from hjepa_train.optim import OptimizerConfig, OptimizerKind, set_rates
+from hjepa_train.errors import CheckpointError, TrainingError, UnstableError, one_line
+from hjepa_train.graph import compile_module, multiply_in_fp8, recompute_activations
+from hjepa_train.guard import Guard, step_unless
+from hjepa_train.optim import set_rates
 from hjepa_train.outcome import Outcome
-from hjepa_train.parallel import ParallelConfig, ParallelKind, World, call, gradient_sync, init_world, wrap
-from hjepa_train.precision import Precision, autocast
+from hjepa_train.parallel import ParallelKind, World, call, gradient_sync, init_world, wrap
+from hjepa_train.precision import autocast
 from hjepa_train.protocols import Batch, Callback, HasEMA, Stream
-from hjepa_train.schedules import RunLength, ScheduleConfig, ScheduleKind
 from hjepa_train.sharded import is_sharded, whole
 from hjepa_train.signals import StopSignals, spare_children
 from hjepa_train.throughput import Throughput
@@ -39,99 +39,6 @@ _CPU_COMPILES = (
     "compile=true on a CPU: the first step of each kind (with or without masks, another level, ...) waits for the C++ "
     "compiler, some minutes on two cores; later runs of the same model find its work in a cache"
 )
-
-
-def _cosine_rate() -> ScheduleConfig:
-    return ScheduleConfig(kind=ScheduleKind.cosine, value=1e-3, final=1e-6)
-
-
-def _constant_decay() -> ScheduleConfig:
-    return ScheduleConfig(kind=ScheduleKind.constant, value=0.05)
-
-
-def _linear_momentum() -> ScheduleConfig:
-    return ScheduleConfig(kind=ScheduleKind.linear, value=0.996, final=1.0)
-
-
-@dataclass(kw_only=True, slots=True)
-class TrainerConfig:
-    """A run, without its module and its data."""
-
-    steps: int
-    """Optimizer steps of the whole run, resumes included."""
-    accumulate: int = 1
-    """Micro-batches (batches of the stream) per optimizer step; their losses are averaged."""
-    clip_norm: float | None = 1.0
-    """Largest norm of the whole gradient; None means no clipping."""
-    precision: Precision = Precision.bf16
-    """`bf16` autocast, or `fp32`."""
-    learning_rate: ScheduleConfig = field(default_factory=_cosine_rate)
-    """Of AdamW, by optimizer step."""
-    weight_decay: ScheduleConfig = field(default_factory=_constant_decay)
-    """Of AdamW's decaying group, by optimizer step."""
-    ema_momentum: ScheduleConfig = field(default_factory=_linear_momentum)
-    """Share of the target that stays, by optimizer step; used where the module has EMA pairs."""
-    samples_per_step: int | None = None
-    """Samples of an optimizer step over all ranks; schedules with `unit=samples` or `epochs` need it."""
-    samples_per_epoch: int | None = None
-    """Samples of the training set; schedules with `unit=epochs` need it."""
-    recompute: tuple[str, ...] = ()
-    """Classes of blocks that run again in the backward pass instead of keeping their activations, e.g. `[Block]`."""
-    compile: bool = False
-    """Compile the step, or under FSDP each block; the first step then takes up to a minute, on a few CPU cores more."""
-    compile_backend: str = "inductor"
-    """Of `torch.compile`, read with `compile=true`; `aot_eager` compiles without generating code."""
-    compile_mode: CompileMode = CompileMode.default
-    """Likewise: `reduce_overhead` replays CUDA graphs (one process, no accumulation), `max_autotune` more kernels."""
-    fp8: bool = False
-    """Linear maps of blocks multiply in 8-bit floats, by torchao; Ada, Hopper and newer GPUs, to be compiled."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """One process, DDP or FSDP."""
-    log_every: int = 10
-    """Steps between rows of training metrics; the first and the last step are always logged."""
-    check_every: int = 10
-    """CUDA only: steps between the questions whether too many steps were bad; a CPU asks at each step."""
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    """What happens to steps whose loss or gradient is not finite, or spikes."""
-
-    def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
-        self.precision = choice(Precision, "precision", self.precision)
-        self.compile_mode = choice(CompileMode, "compile_mode", self.compile_mode)
-        self.recompute = tuple(self.recompute)
-        for name in ("steps", "accumulate", "log_every", "check_every", "samples_per_step", "samples_per_epoch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: too small; allowed: 1 and more")
-        graphs = self.compile_mode is not CompileMode.default
-        if graphs and (self.accumulate > 1 or self.parallel.kind is not ParallelKind.single):
-            raise ValueError(
-                f"compile_mode={self.compile_mode}: CUDA graphs write each gradient to one place; allowed: "
-                "default, or accumulate=1 and parallel=single"
-            )
-        for name in ("learning_rate", "weight_decay"):
-            schedule: ScheduleConfig = getattr(self, name)
-            schedule.check_range(name)
-            if schedule.horizon is not None:
-                raise ValueError(f"{name}.horizon={schedule.horizon}: makes a momentum; use value, and horizon=null")
-        self.ema_momentum.check_range("ema_momentum", most=1.0)
-        whole_matrices = (OptimizerKind.muon, OptimizerKind.lars)
-        if self.optimizer.kind in whole_matrices and self.parallel.kind is ParallelKind.fsdp:
-            raise ValueError(
-                f"optimizer.kind={self.optimizer.kind}: needs whole matrices, which fsdp shards; use adamw or lion, or "
-                "parallel=ddp"
-            )
-        if self.clip_norm is not None and not self.clip_norm > 0.0:
-            raise ValueError(f"clip_norm={self.clip_norm}: not positive; allowed: above 0, or null for no clipping")
-
-    @property
-    def length(self) -> RunLength:
-        """The length of the run in every unit that a schedule may count."""
-        return RunLength(
-            steps=self.steps, samples_per_step=self.samples_per_step, samples_per_epoch=self.samples_per_epoch
-        )
 
 
 @dataclass(kw_only=True, slots=True)

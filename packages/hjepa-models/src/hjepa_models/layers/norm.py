@@ -1,4 +1,4 @@
-"""Batch norm whose statistics span all processes."""
+"""Batch norm whose statistics span all processes, and layer norm without parameters."""
 
 import torch
 from jaxtyping import Float
@@ -63,3 +63,9 @@ class GlobalBatchNorm(nn.Module):
         if track:
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+
+
+def normalize(tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
+    """Layer-norm tokens over their channels, without parameters, in float32 at least."""
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    return functional.layer_norm(tokens, tokens.shape[-1:])
