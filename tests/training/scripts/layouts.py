@@ -39,7 +39,7 @@ GLOBAL = (
     "hjepa.global_level.objective=sigreg", "trainer.optimizer.eps=1e-3", "trainer.clip_norm=0.5",
     "hjepa.encoder.stem=overlap", "hjepa.encoder.stem_channels=[8,12]", "hjepa.global_level.stem_maps=1",
 )  # fmt: skip
-HJEPA = ("recipe=hjepa", "hjepa.pyramid.levels=2", "trainer.clip_norm=5.0")
+HJEPA = ("recipe=hjepa", "hjepa.targets=ema", "hjepa.pyramid.levels=2", "trainer.clip_norm=5.0")
 ADAPTIVE = "hjepa.level_weights={kind: adaptive, weights: [1.0, 0.5], momentum: 0.8}"
 MUON = "global SIGReg, EMA, Muon"
 # Statistics over a batch are those of a micro-batch where gradients are accumulated: only `levels` is equal there.
