@@ -82,8 +82,8 @@ def test_a_step_copies_nothing_to_the_gpu_and_reads_nothing_from_it(words, monke
         optimizer = config.trainer.optimizer.build(task)
         batch = batch_of(config)
         # The first step keeps tables of masks and colours on the GPU.
-        for step, transfers in enumerate((Transfers(), Transfers(), Transfers())):
-            with transfers:
+        for step in range(3):
+            with Transfers() as transfers:
                 guard.begin(step)
                 guard.saw(batch)
                 loss = task(batch, step).loss

@@ -34,13 +34,14 @@ class Stopped(BaseException):
     """An end before the first step, or when the last one had been saved; no error that is caught as one."""
 
     @classmethod
-    def by(cls, name: str) -> NoReturn:
+    def by(cls, name: str, remedy: str = "") -> NoReturn:
         """Stop here.
 
         Args:
             name: of the signal, or the setting that asked for it.
+            remedy: what helps where the same command would stop here again.
         """
-        raise cls(f"stopped by {name}, not in training: nothing is lost, and the same command goes on")
+        raise cls(f"stopped by {name}, not in training: nothing is lost, and the same command goes on{remedy}")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

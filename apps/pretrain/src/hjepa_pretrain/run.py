@@ -358,14 +358,8 @@ def _stopped_in_time(config: PretrainConfig, started: float) -> Iterator[None]:
     if limit is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def passed(*_: object) -> None:
-        raise Stopped(
-            f"stopped by run.time_limit={config.run.time_limit}, not in training: nothing is lost, and the same "
-            "command measures again; if it ends here each time, give run.time_limit more, or eval.at_end=false"
-        )
-
-    before = signal.signal(signal.SIGALRM, passed)
+    remedy = "; if it ends here each time, give run.time_limit more, or eval.at_end=false"
+    before = signal.signal(signal.SIGALRM, lambda *_: Stopped.by(f"run.time_limit={config.run.time_limit}", remedy))
     try:
         # At 0 the timer would be off.
         signal.setitimer(signal.ITIMER_REAL, max(1e-6, started + limit - time.monotonic()))
