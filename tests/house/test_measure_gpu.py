@@ -1,0 +1,60 @@
+"""The commands that measure a GPU are words that the programs take, and their numbers are found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+import measure_gpu
+from hjepa_pretrain import settings
+from workspace import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TINY = ("preset=demo", "recipe=ijepa", "data.batch_size=4", "run.threads=1")
+
+
+@pytest.mark.parametrize("row", measure_gpu.ROWS, ids=range(len(measure_gpu.ROWS)))
+def test_every_row_can_be_run(row: measure_gpu.Row, tmp_path: Path) -> None:
+    places = {"photos": "photos/*.tar", "run": str(tmp_path / "run"), "json": "row.json"}
+    words = [measure_gpu._fill(word, places) for word in row.words]
+    if row.program.startswith("tools/"):
+        assert (ROOT / row.program).exists()
+    elif "loader" not in words:
+        # As throughput does where a model is named and no data.
+        config, _ = settings.load(["data.train=synthetic", *(word for word in words if "=" in word)])
+        assert config.model.startswith("vit_")
+
+
+def test_numbers_of_a_step_and_of_a_run_are_found() -> None:
+    step = measure_gpu._step(*TINY, reach="soon", reference=True)
+    found = measure_gpu.measure(step, "", 300)
+    assert found["exit"] == 0, found["printed"]
+    assert found["images_per_second"] > 0
+    assert found["reference"]["speedup"] > 0
+    run = measure_gpu.measure(measure_gpu._run(*TINY, *measure_gpu._QUIET, "run.steps=2"), "", 300)
+    assert run["exit"] == 0, run["printed"]
+    lines = measure_gpu.table([found, run]).splitlines()
+    assert f"| soon | {found['images_per_second']:,.0f} | {found['milliseconds']:.1f} |  |" in lines[2]
+    assert f"|  | {run['images_per_second']:,.0f} |  |  |" in lines[3]
+
+
+def test_what_takes_too_long_is_ended_with_its_workers() -> None:
+    long = measure_gpu._run(*TINY, *measure_gpu._QUIET, "run.steps=100000", "data.workers=1")
+    began = time.monotonic()
+    found = measure_gpu.measure(long, "", 8)
+    assert found["exit"] != 0
+    assert 8 <= time.monotonic() - began < 60
+    assert measure_gpu.table([found]).endswith(f"exit {found['exit']} |")
+
+
+def test_a_group_that_is_not_there_is_refused() -> None:
+    command = [sys.executable, str(ROOT / "tools" / "measure_gpu.py"), "out.jsonl", "--only", "step"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "there is no group step; allowed: steps, " in done.stderr

@@ -1,0 +1,213 @@
+"""Measure what docs/performance.md says of a GPU, on the one that is here, in one command.
+
+`python tools/measure_gpu.py OUT.jsonl --photos 'photos/*.tar'` runs the commands of that page one after the other, each
+in a process of its own and the most telling first, and writes a line of JSON after each: the command, its exit code,
+its seconds, the end of what it printed, and its numbers. At the end it prints them as a Markdown table. What does not
+fit into `--minutes` is left out and named. `--only steps,masks` measures some groups; `--list` prints the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+_GRAPHS = "trainer.compile_mode=reduce_overhead"
+_BASE = ("recipe=hjepa", "model=vit_base_patch16", "data.batch_size=256", "masks.target_tokens=35")
+_LARGE = ("recipe=hjepa", "model=vit_large_patch16", "hjepa.predictor.depth=12", "data.batch_size=128")
+_FLAT = ("hjepa.pyramid.levels=1", "hjepa.level_weights.weights=[1.0]", "hjepa.pyramid.fpn=none")
+_SMALL = ("preset=small_images", "data.train=synthetic", "data.batch_size=256")
+_QUIET = ("eval.at_end=false", "eval.every_steps=null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A command and what is asked of it.
+
+    Attributes:
+        group: what `--only` chooses by.
+        program: the program, looked up beside this Python, or a script of this repository.
+        words: its arguments; `{photos}`, `{json}` and `{run}` stand for the shards and for places of this row alone.
+        reach: the goal, in words.
+        cold: nothing is in the compiler's cache.
+    """
+
+    group: str
+    program: str
+    words: tuple[str, ...]
+    reach: str = ""
+    cold: bool = False
+
+
+def _step(*words: str, reach: str = "", reference: bool = False, group: str = "steps") -> Row:
+    options = ("--steps", "30", "--json", "{json}", *(("--reference",) if reference else ()))
+    return Row(group=group, program="hjepa-benchmark", words=("throughput", *options, *words), reach=reach)
+
+
+def _run(*words: str, reach: str = "", group: str = "program", cold: bool = False) -> Row:
+    return Row(group=group, program="hjepa-pretrain", words=("run.dir={run}", *words), reach=reach, cold=cold)
+
+
+ROWS = (
+    _step(*_BASE, _GRAPHS, reach="4,200 images/s, 12 GiB; pyramid and losses 5 %"),
+    _step(*_LARGE, _GRAPHS, reach="1,600 images/s, 50 % of the peak"),
+    _step(*_BASE, *_FLAT, _GRAPHS, reach="4,500 images/s", reference=True),
+    _run(
+        *_BASE, _GRAPHS, *_QUIET, "trainer.compile=true", "data.train={photos}", "data.workers=14", "run.steps=150",
+        "trainer.log_every=10", reach="95 % of the first row",
+    ),
+    _step(*_LARGE, _GRAPHS, "trainer.fp8=true", group="fp8"),
+    _step(
+        "recipe=hjepa", "model=vit_huge_patch14", "hjepa.predictor.depth=12", "data.batch_size=64", _GRAPHS,
+        reach="663 images/s",
+    ),
+    Row(group="masks", program="tools/draw_masks.py", words=("--time", "--device", "cuda"), reach="1 ms"),
+    _step(*_SMALL, _GRAPHS, group="small"),
+    _step(*_SMALL, _GRAPHS, "recipe=simclr", group="small"),
+    Row(
+        group="loader", program="hjepa-benchmark",
+        words=("loader", "{photos}", "--workers", "16", "--images", "5000", "--repeats", "1"),
+        reach="6,500 images/s on 16 cores, 12,000 with nvJPEG",
+    ),
+    _run(
+        *_BASE, _GRAPHS, *_QUIET, "data.train=synthetic", "trainer.compile=true", "run.steps=2",
+        group="start", cold=True, reach="60 s until the first step",
+    ),
+    _step(*_BASE, _GRAPHS, "trainer.fp8=true", group="fp8"),
+    _step(*_BASE, group="switches"),
+    _step(*_SMALL, group="small"),
+    _step(*_SMALL, "recipe=simclr", group="small"),
+)  # fmt: skip
+
+
+def _numbers(row: Row, folder: Path) -> dict[str, Any]:
+    """Return what a command has measured, from the files that it wrote."""
+    found: dict[str, Any] = {}
+    if (folder / "row.json").exists():
+        found = json.loads((folder / "row.json").read_text())
+        found.pop("command", None)
+    metrics = folder / "run" / "metrics.jsonl"
+    if metrics.exists():
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        speeds = [line["train/images_per_second"] for line in lines if "train/images_per_second" in line]
+        # The compiler works in the first half of a short run.
+        found["images_per_second"] = statistics.median(speeds[len(speeds) // 2 :]) if speeds else None
+    return found
+
+
+def measure(row: Row, photos: str, seconds: float) -> dict[str, Any]:
+    """Run a command for at most `seconds` and return what is known of it."""
+    script = row.program.startswith("tools/")
+    program = [str(ROOT / row.program)] if script else ["-m", row.program.replace("-", "_")]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        places = {"photos": photos, "json": str(folder / "row.json"), "run": str(folder / "run")}
+        words = [_fill(word, places) for word in row.words]
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")} if row.cold else {}
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, *program, *words],
+            env={**os.environ, **cache},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            # Its workers too, which would hold the pipe.
+            os.killpg(process.pid, signal.SIGKILL)
+            printed, _ = process.communicate()
+        return {
+            "group": row.group,
+            "command": _shown(row),
+            "reach": row.reach,
+            "exit": process.returncode,
+            "seconds": round(time.monotonic() - began, 1),
+            **_numbers(row, folder),
+            "printed": printed[-3000:],
+        }
+
+
+def _shown(row: Row) -> str:
+    return shlex.join([row.program, *row.words])
+
+
+def _fill(word: str, places: dict[str, str]) -> str:
+    for name, value in places.items():
+        word = word.replace(f"{{{name}}}", value)
+    return word
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the rows as Markdown."""
+    lines = ["| command | to reach | images/s | ms | GiB | of the peak | over the plain step | s |", "|---" * 8 + "|"]
+    for found in results:
+        plain = (found.get("reference") or {}).get("speedup")
+        cells = [
+            f"`{found['command']}`",
+            found["reach"],
+            _cell(found.get("images_per_second"), ",.0f"),
+            _cell(found.get("milliseconds"), ".1f"),
+            _cell(found.get("peak_gib"), ".1f"),
+            _cell(found.get("utilisation"), ".0%"),
+            _cell(plain, ".2f"),
+            f"{found['seconds']:.0f}" + (f", exit {found['exit']}" if found["exit"] else ""),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    groups = list(dict.fromkeys(row.group for row in ROWS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", nargs="?", type=Path, help="lines of JSON; those that are there stay")
+    parser.add_argument("--photos", help="shards of 5,000 JPEGs or more; without, rows that read some are left out")
+    parser.add_argument("--only", help=f"groups, with commas between: {', '.join(groups)}")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing after these, and end what runs then")
+    parser.add_argument("--list", action="store_true", help="print the commands and do nothing")
+    options = parser.parse_args()
+    asked = options.only.split(",") if options.only else groups
+    if unknown := sorted(set(asked) - set(groups)):
+        parser.error(f"--only={options.only}: there is no group {unknown[0]}; allowed: {', '.join(groups)}")
+    rows = [row for row in ROWS if row.group in asked]
+    if options.list:
+        print("\n".join(map(_shown, rows)))
+        return
+    if options.output is None:
+        parser.error("say where the numbers go: a file OUT.jsonl")
+    end, results, left = time.monotonic() + 60 * options.minutes, [], []
+    for row in rows:
+        needs_photos = any("{photos}" in word for word in row.words)
+        remaining = end - time.monotonic()
+        if remaining <= 0 or (needs_photos and options.photos is None):
+            left.append(f"{_shown(row)}: {'no --photos' if remaining > 0 else 'no time left'}")
+            continue
+        results.append(measure(row, options.photos or "", remaining))
+        with options.output.open("a") as file:
+            file.write(json.dumps(results[-1]) + "\n")
+        print(table(results[-1:]).splitlines()[-1], flush=True)
+    print(f"\n{table(results)}")
+    print("".join(f"\nleft out: {line}" for line in left))
+
+
+if __name__ == "__main__":
+    main()
