@@ -63,9 +63,9 @@ def test_results_name_level_branch_and_pooling(run_dir):
     # The recipe keeps no moving average.
     assert {one.name.branch for one in results.measurements} == {"online", "untrained online", "-"}
     trained = {one.name.level for one in results.measurements if one.name.branch == "online"}
-    assert trained == {"encoder", "0", "1", "pooled", "global"}
+    assert trained == {"encoder", "0", "1", "pooled", "all", "global"}
     for one in results.measurements:
-        poolings = {"pixels": "flatten", "pooled": "none", "global": "none"}
+        poolings = {"pixels": "flatten", "pooled": "none", "all": "none", "global": "none"}
         assert one.name.pooling == poolings.get(one.name.level, "mean")
         assert one.low <= one.value <= one.high
         accuracy = one.metric in ("knn_20", "linear")

@@ -448,7 +448,8 @@ def small(train):
 
 def test_pooling_is_none_where_the_model_gives_a_vector(small):
     opened = open_run(small)
-    expected = {level: "mean" for level in ("encoder", "0", "1")} | dict.fromkeys(("map0", "pooled", "global"), "none")
+    vectors = ("map0", "pooled", "all", "global")
+    expected = {level: "mean" for level in ("encoder", "0", "1")} | dict.fromkeys(vectors, "none")
     for subject in subjects(opened)[:2]:
         sets = subject.extract(opened.train, opened.device)
         assert {level: features.name.pooling for level, features in sets.items()} == expected

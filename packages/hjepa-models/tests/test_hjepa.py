@@ -466,7 +466,7 @@ def test_the_global_level_pools_tokens_and_maps_of_the_stem(device, targets, map
     model = config.build(seed=1, device=device)
     views, context, target = batch(device, views=2)
     names = [f"map{number}" for number in range(maps)]
-    own = [*names, "pooled"] if maps or heads else []
+    own = [*names, *(["pooled"] if maps or heads else []), *(["all"] if heads else [])]
     assert model.feature_levels == ("encoder", 0, 1, 2, *own, "global")
     output = model(views, context, target, 3)
     assert {"global", *names} <= output.level_losses.keys()
@@ -504,8 +504,25 @@ def test_the_global_level_pools_tokens_and_maps_of_the_stem(device, targets, map
             torch.testing.assert_close(found[name], each)
         if own:
             torch.testing.assert_close(found["pooled"], torch.cat(pooled, 1))
+        if heads:
+            torch.testing.assert_close(found["all"], torch.cat([scales[0].mean(1), *pooled], 1))
         for level in model.feature_levels[4:]:
             torch.testing.assert_close(model.features(views[0], level, branch=branch), found[level])
+
+
+def test_views_of_one_shape_are_encoded_together_and_keep_their_order(device, monkeypatch):
+    config = small_config("detached", with_global=True, encoder=STEM)
+    config.global_level.stem_maps = 1
+    model = config.build(seed=1, device=device).eval()
+    whole, (small, *_) = batch(device, views=2)[0], batch(device, views=1, seed=1)[0]
+    views = [whole[0], small[..., :8, :8], whole[1], small[..., 8:, 8:16]]
+    shapes, encode = [], model.encoder.scales
+    monkeypatch.setattr(model.encoder, "scales", lambda x, maps: shapes.append(tuple(x.shape)) or encode(x, maps))
+    found = model._encode_full(views)
+    assert shapes == [(12, 3, 16, 24), (12, 3, 8, 8)]
+    for view, scales in zip(views, found, strict=True):
+        for scale, alone in zip(scales, encode(view, 1), strict=True):
+            torch.testing.assert_close(scale, alone)
 
 
 def test_heads_start_as_the_mean(device):

@@ -24,7 +24,7 @@ def output_names(model: HJEPA, level: int | str | None) -> tuple[str, ...]:
     """Return the names of what an exported graph gives, in order.
 
     One level gives "features"; all of them (`level=None`) give "encoder", "level_0", "level_1", ... and, where the
-    model has them, "map0", ..., "pooled" and "global".
+    model has them, "map0", ..., "pooled", "all" and "global".
     """
     if level is not None:
         return ("features",)

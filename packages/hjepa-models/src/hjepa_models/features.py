@@ -36,7 +36,9 @@ class FeatureBranch(NamedTuple):
         top: tuple[str, ...] = ()
         if self.global_level is not None:
             maps = tuple(name for name, _ in named_maps(self.map_levels))
-            top = (*maps, "pooled", "global") if maps or self.global_level.pool is not None else ("global",)
+            attends = self.global_level.pool is not None
+            # Without attention the mean token is the first part of what is pooled.
+            top = (*maps, *(("pooled",) if maps or attends else ()), *(("all",) if attends else ()), "global")
         return ("encoder", *range(self.pyramid.config.levels), *top)
 
     def at(self, images: Float[Tensor, "B C *S"], level: str | int, pool: FeaturePool) -> Tensor:
@@ -65,7 +67,8 @@ class FeatureBranch(NamedTuple):
         found: dict[str | int, Tensor] = {
             name: level.pooled(scale) for (name, level), scale in zip(maps, scales[1:], strict=True)
         }
-        found |= {"pooled": torch.cat([first, *found.values()], dim=-1), "global": head(first)}
+        pooled = torch.cat([first, *found.values()], dim=-1)
+        found |= {"pooled": pooled, "all": torch.cat([scales[0].mean(1), pooled], dim=-1), "global": head(first)}
         return {level: found[level] for level in self.levels if level in found}
 
     def _canvas(self, images: Tensor, tokens: Tensor) -> Canvas:

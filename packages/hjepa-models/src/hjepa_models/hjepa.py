@@ -243,16 +243,17 @@ class HJEPA(nn.Module, PretrainedMixin):
         return output
 
     def _encode_full(self, views: Sequence[Tensor]) -> list[tuple[Float[Tensor, "B N _"], ...]]:
-        """Encode all views with gradient: in one batch where they have one shape, else one by one.
+        """Encode all views with gradient, those of one shape in one batch.
 
         Returns:
             Of each view its tokens, and the maps of the stem that have a level.
         """
-        count = len(self.map_levels)
-        if all(view.shape == views[0].shape for view in views):
-            together = self.encoder.scales(torch.cat(list(views)), count)
-            return list(zip(*(scale.chunk(len(views)) for scale in together), strict=True))
-        return [tuple(self.encoder.scales(view, count)) for view in views]
+        found: dict[int, tuple[Tensor, ...]] = {}
+        for shape in dict.fromkeys(view.shape for view in views):
+            same = [number for number, view in enumerate(views) if view.shape == shape]
+            together = self.encoder.scales(torch.cat([views[number] for number in same]), len(self.map_levels))
+            found |= zip(same, zip(*(scale.chunk(len(same)) for scale in together), strict=True), strict=True)
+        return [found[number] for number in range(len(views))]
 
     def _masked_term(
         self,
@@ -472,8 +473,9 @@ class HJEPA(nn.Module, PretrainedMixin):
             images: normalised pixels.
             level: "encoder" (tokens after the final norm), a pyramid level l (all tokens known, layer-normed as in
                 training, level 0 at the output patch size), "map0", "map1", ... (maps of the stem that have a level,
-                from coarse to fine, pooled by it), "pooled" (what the global level pools, and these beside it) or
-                "global" (what it projects that to, without them).
+                from coarse to fine, pooled by it), "pooled" (what the global level pools, and these beside it), "all"
+                (the mean token and "pooled", side by side, where the global level pools by attention) or "global" (what
+                it projects what it pools to).
             pool: `mean` [B, D], `none` [B, N_l, D] or `flatten` [B, N_l * D]; those from "map0" on are one vector an
                 image whatever the pool.
             branch: `target` (the moving average of each part that has one, else the part itself) or `online`.

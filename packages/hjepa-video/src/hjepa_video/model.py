@@ -251,7 +251,7 @@ class VideoHJEPA(nn.Module):
 
         Args:
             clips: Pixels, uint8 or floats in [0, 1].
-            level: "encoder", a level of the pyramid or one above it ("map0", ..., "pooled", "global").
+            level: "encoder", a level of the pyramid or one above it ("map0", ..., "pooled", "all", "global").
             pool: ``mean``, ``none`` or ``flatten``.
             branch: ``target`` or ``online``.
 
