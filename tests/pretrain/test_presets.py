@@ -34,3 +34,12 @@ def test_colours_are_those_of_the_images(preset, hue, recipe):
     assert settings.load(words)[0].color.hue == hue
     assert settings.load([*words, "color.hue=0.3"])[0].color.hue == 0.3
     assert settings.load([*words, "color=null"])[0].color is None
+
+
+@pytest.mark.parametrize("recipe", ["hjepa_global", "simclr"])
+def test_photos_have_small_views_too_whoever_learns_from_them(recipe):
+    words = ["preset=small_images", "data.train=synthetic", "data.batch_size=4", "run.device=cpu", f"recipe={recipe}"]
+    config, _ = settings.load(words)
+    views = [tuple(view.shape) for view in synthetic_batch(config, torch.device("cpu")).views]
+    assert views == [(4, 3, 32, 32)] * 2 + [(4, 3, 16, 16)] * 2
+    assert settings.load([*words, "data.local_views=0"])[0].data.local_views == 0
