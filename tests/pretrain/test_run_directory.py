@@ -80,7 +80,7 @@ def test_results_of_runs_merge(run_dir, tmp_path, capsys):
     assert merge([str(run_dir / "results.json"), str(other), "--markdown"]) == 0
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header.startswith("| model | data | branch | level | pooling | knn_20 (n 300/120) | linear (n 300/120) |")
-    assert len(rows) == 22
+    assert len(rows) == 26
     assert rows[0].startswith("| run | ")
     assert "| online | encoder | mean | 0." in rows[0]
     assert rows[0].count("[") == 5
@@ -100,7 +100,7 @@ def test_the_terminal_shows_the_table(run_dir):
     printed = (run_dir / "stdout").read_text()
     for word in ("trained", "untrained", "pixels", "kNN", "linear", "RankMe", "images/s"):
         assert word in printed
-    assert len(re.findall(r"0\.\d{3}±\.\d{3}  0\.\d{3}±\.\d{3} ", printed)) == 11
+    assert len(re.findall(r"0\.\d{3}±\.\d{3}  0\.\d{3}±\.\d{3} ", printed)) == 13
 
 
 def test_the_trace_is_one_that_viewers_read(run_dir):
