@@ -37,7 +37,7 @@ class Row:
 
     Attributes:
         group: what `--only` chooses by.
-        program: the program, looked up beside this Python, or a script of this repository.
+        program: a program of the workspace, or a script of this repository.
         words: its arguments; `{photos}`, `{json}` and `{run}` stand for the shards and for places of this row alone.
         reach: the goal, in words.
         cold: nothing is in the compiler's cache.
@@ -91,7 +91,7 @@ ROWS = (
 )  # fmt: skip
 
 
-def _numbers(row: Row, folder: Path) -> dict[str, Any]:
+def _numbers(folder: Path) -> dict[str, Any]:
     """Return what a command has measured, from the files that it wrote."""
     found: dict[str, Any] = {}
     if (folder / "row.json").exists():
@@ -137,7 +137,7 @@ def measure(row: Row, photos: str, seconds: float) -> dict[str, Any]:
             "reach": row.reach,
             "exit": process.returncode,
             "seconds": round(time.monotonic() - began, 1),
-            **_numbers(row, folder),
+            **_numbers(folder),
             "printed": printed[-3000:],
         }
 
@@ -194,6 +194,10 @@ def main() -> None:
         return
     if options.output is None:
         parser.error("say where the numbers go: a file OUT.jsonl")
+    try:
+        options.output.touch()
+    except OSError as error:
+        parser.error(f"{options.output}: cannot be written ({error.strerror}); name a file in a folder that is there")
     end, results, left = time.monotonic() + 60 * options.minutes, [], []
     for row in rows:
         needs_photos = any("{photos}" in word for word in row.words)

@@ -53,8 +53,15 @@ def test_what_takes_too_long_is_ended_with_its_workers() -> None:
     assert measure_gpu.table([found]).endswith(f"exit {found['exit']} |")
 
 
-def test_a_group_that_is_not_there_is_refused() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "measure_gpu.py"), "out.jsonl", "--only", "step"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["out.jsonl", "--only", "step"], "there is no group step; allowed: steps, "),
+        (["absent/out.jsonl"], "absent/out.jsonl: cannot be written (No such file or directory); name a file"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_measured(words: list[str], told: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "measure_gpu.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
-    assert "there is no group step; allowed: steps, " in done.stderr
+    assert told in done.stderr

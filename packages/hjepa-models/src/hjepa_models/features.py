@@ -33,13 +33,17 @@ class FeatureBranch(NamedTuple):
     @property
     def levels(self) -> tuple[str | int, ...]:
         """Names of all levels, in the order in which they are shown."""
-        top: tuple[str, ...] = ()
+        levels: list[str | int] = ["encoder", *range(self.pyramid.config.levels)]
         if self.global_level is not None:
-            maps = tuple(name for name, _ in named_maps(self.map_levels))
+            maps = [name for name, _ in named_maps(self.map_levels)]
+            levels += maps
             attends = self.global_level.pool is not None
-            # Without attention the mean token is the first part of what is pooled.
-            top = (*maps, *(("pooled",) if maps or attends else ()), *(("all",) if attends else ()), "global")
-        return ("encoder", *range(self.pyramid.config.levels), *top)
+            if maps or attends:
+                levels.append("pooled")
+            if attends:  # else the mean token is the first part of what is pooled
+                levels.append("all")
+            levels.append("global")
+        return tuple(levels)
 
     def at(self, images: Float[Tensor, "B C *S"], level: str | int, pool: FeaturePool) -> Tensor:
         """Return the features of one level, `HJEPA.features` of this branch."""
