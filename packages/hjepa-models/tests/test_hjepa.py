@@ -525,6 +525,19 @@ def test_views_of_one_shape_are_encoded_together_and_keep_their_order(device, mo
             torch.testing.assert_close(scale, alone)
 
 
+@pytest.mark.parametrize("objective", ["vicreg", "nt_xent", "sigreg"])
+def test_two_small_views_need_not_agree(device, objective):
+    config = small_config("detached", with_global=True)
+    config.global_level.objective = objective
+    model = config.build(seed=1, device=device).eval()
+    views, context, target = batch(device, views=4)
+    views = [*views[:2], views[2][..., :8, :8], views[3][..., 8:, 8:16]]
+    z = model.global_level(torch.stack([model.encoder(view).mean(1) for view in views]))
+    found = model(views, context, target, step=3).level_losses["global"]
+    torch.testing.assert_close(found, model.global_level.loss(z, 3, 2))
+    assert (found - model.global_level.loss(z, 3)).abs() > 1e-3
+
+
 def test_heads_start_as_the_mean(device):
     losses = []
     for heads in (0, 4):

@@ -99,7 +99,7 @@ class DataConfig:
     crop_ratio: tuple[float, ...] = (0.75, 4 / 3)
     """Width over height of a view on the image."""
     local_views: int = 0
-    """Smaller views beside those, for the global level (multi-crop)."""
+    """Smaller views beside those, for the global level (multi-crop): each has to agree with those, not with another."""
     local_size: tuple[int, ...] = (96, 96)
     """Height and width of a local view, pixels."""
     local_scale: tuple[float, ...] = (0.05, 0.3)

@@ -143,38 +143,52 @@ class GlobalLevel(nn.Module):
         out: Tensor = self.projector(pooled.flatten(0, -2))
         return out.reshape(*pooled.shape[:-1], -1)
 
-    def loss(self, z: Float[Tensor, "V B P"], step: int | Int[Tensor, ""]) -> Float[Tensor, ""]:
+    def loss(
+        self, z: Float[Tensor, "V B P"], step: int | Int[Tensor, ""], whole: int | None = None
+    ) -> Float[Tensor, ""]:
         r"""Return the global term.
 
-        SIGReg: $(1-\lambda)\,\frac1V\sum_v \|z_v - \bar z\|^2 / P + \lambda\,\frac1V\sum_v \mathrm{SIGReg}(z_v)$.
+        SIGReg: $(1-\lambda)\,\frac1V\sum_v \|z_v - \bar z\|^2 / P + \lambda\,\frac1V\sum_v \mathrm{SIGReg}(z_v)$,
+        with the mean $\bar z$ over the views that are not small.
         VICReg: the invariance of each pair of views, averaged over pairs; variance and covariance of all views' rows
         together, which are draws of one law: more rows than one view has say more about its covariance.
         NT-Xent: the mean over pairs of views.
+        Two small views need not agree: what they show may have nothing in common.
 
         Args:
             z: projected embeddings of each view.
             step: seeds the directions of SIGReg.
+            whole: how many views, the first ones, are not small; None means all.
 
         Returns:
             The unweighted term.
 
         Source:
             LeJEPA (arXiv 2511.08544), section 5, with the invariance averaged over the P channels; VICReg
-            (arXiv 2105.04906), equation 6; SimCLR (arXiv 2002.05709), equation 1.
+            (arXiv 2105.04906), equation 6; SimCLR (arXiv 2002.05709), equation 1; which pairs: SwAV (arXiv 2006.09882),
+            equation 6.
         """
         config = self.config
+        whole = len(z) if whole is None else whole
         if config.objective is GlobalObjective.nt_xent:
-            return nt_xent(z, config.temperature)
+            return nt_xent(z, config.temperature, whole)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        spread = (z - z.mean(0)).square().mean()
         if config.objective is GlobalObjective.sigreg:
+            spread = (z - z[:whole].mean(0)).square().mean()
             keep = sigreg(z, step, config.num_directions, config.knots)
             return (1 - config.sigreg_lambda) * spread + config.sigreg_lambda * keep
-        views = len(z)
-        pair_difference = spread * (2 * views / max(views - 1, 1))  # 0 for one view, which has no pair
         terms = vicreg_terms(z.flatten(0, 1))
         return (
-            config.vicreg_invariance * pair_difference
+            config.vicreg_invariance * _pair_difference(z, whole)
             + 2 * config.vicreg_variance * terms.variance
             + 2 * config.vicreg_covariance * terms.covariance
         )
+
+
+def _pair_difference(z: Float[Tensor, "V B P"], whole: int) -> Float[Tensor, ""]:
+    """Return the mean square of the differences of pairs of views, but those of two small ones; 0 without a pair."""
+    views = len(z)
+    if whole == views:
+        # The same from the differences to their mean, of which there are fewer.
+        return (z - z.mean(0)).square().mean() * (2 * views / max(views - 1, 1))
+    return torch.cat([z[view + 1 :] - z[view] for view in range(whole)]).square().mean()

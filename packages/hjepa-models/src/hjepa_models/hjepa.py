@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -178,7 +179,8 @@ class HJEPA(nn.Module, PretrainedMixin):
         The full views are encoded once, in one batch; prediction costs nothing at steps where no level has weight.
 
         Args:
-            views: normalised pixels of each view of the same images; one is enough without a global level.
+            views: normalised pixels of each view of the same images; one is enough without a global level. Those of
+                another shape than the first, which come last, need not agree with one another there.
             context_index: flat positions of the visible patches, on the grid that the blocks see. R rows:
                 masked_views * B (view-major), or at most B: then the first R images of each masked view share them, and
                 only those images carry the masked term. None where the step `needs_masks` not.
@@ -237,7 +239,8 @@ class HJEPA(nn.Module, PretrainedMixin):
             assert target_index is not None
             self._masked_term(views, full, context_index, target_index, weights, step, plan, output)
         if scales is not None and self.global_level is not None:
-            self._global_term(scales, step, output)
+            whole = len(list(takewhile(lambda view: view.shape == views[0].shape, views)))
+            self._global_term(scales, whole, step, output)
         elif not plan.predicts:
             output.loss = output.loss + 0.0 * self.predictor.mask_token.sum()
         return output
@@ -447,14 +450,14 @@ class HJEPA(nn.Module, PretrainedMixin):
         """Return the loss of one level: on the weighted canvas, or on the tokens at `index` where one is given."""
         return self.losses.level(prediction, target, index)
 
-    def _global_term(self, scales: list[tuple[Tensor, ...]], step: Tensor, output: HJEPAOutput) -> None:
+    def _global_term(self, scales: list[tuple[Tensor, ...]], whole: int, step: Tensor, output: HJEPAOutput) -> None:
         assert self.global_level is not None
         losses = []
         levels = {"global": self.global_level} | dict(named_maps(self.map_levels))
         for (name, level), views in zip(levels.items(), zip(*scales, strict=True), strict=True):
             pooled = torch.stack([level.pooled(view) for view in views])
             z = level(pooled)
-            losses.append(level.loss(z, step))
+            losses.append(level.loss(z, step, whole))
             output.level_losses[name] = losses[-1].detach()
             output.embeddings[name] = (z if level is self.global_level else pooled)[0].detach()
         output.loss = output.loss + self.global_level.config.weight * torch.stack(losses).mean()

@@ -112,7 +112,7 @@ def info_nce(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"], temperat
         return (forth.mean() + back.mean()) / 2
 
 
-def nt_xent(z: Float[Tensor, "V B P"], temperature: float = 0.2) -> Float[Tensor, ""]:
+def nt_xent(z: Float[Tensor, "V B P"], temperature: float = 0.2, whole: int | None = None) -> Float[Tensor, ""]:
     r"""Return SimCLR's normalised-temperature cross entropy, the mean over pairs of views.
 
     $$-\frac{1}{2B} \sum_i \ln \frac{e^{s_{i,j(i)}}}{\sum_{k \ne i} e^{s_{ik}}}$$
@@ -123,6 +123,7 @@ def nt_xent(z: Float[Tensor, "V B P"], temperature: float = 0.2) -> Float[Tensor
     Args:
         z: embeddings of two or more views, the rows of this process.
         temperature: of the softmax.
+        whole: how many views, the first ones, are not small: pairs of two small ones are left out. None means all.
 
     Returns:
         The mean over this process's rows; its mean over processes is the loss of the whole batch.
@@ -143,7 +144,8 @@ def nt_xent(z: Float[Tensor, "V B P"], temperature: float = 0.2) -> Float[Tensor
     with torch.autocast(z.device.type, enabled=False):
         views = [(unit, all_gather_rows(unit)) for unit in _unit(z)]
         own = torch.arange(z.shape[1], device=z.device) + rank() * z.shape[1]
-        losses = [_one_way(*pair, own, temperature) for a, b in combinations(views, 2) for pair in ((a, b), (b, a))]
+        pairs = [(views[a], views[b]) for a, b in combinations(range(len(z)), 2) if whole is None or a < whole]
+        losses = [_one_way(*pair, own, temperature) for a, b in pairs for pair in ((a, b), (b, a))]
         return torch.stack(losses).mean()
 
 
