@@ -165,7 +165,7 @@ def test_the_time_limit_preempts(device, tmp_path):
     trainer = build(device, tmp_path, extra=[TimeLimit(1e-9)])
     assert trainer.fit() is Outcome.PREEMPTED
     assert trainer.step == 1
-    assert "time limit" in trainer.stop_reason
+    assert "time limit of 0:00" in trainer.stop_reason
     with pytest.raises(ValueError, match="minutes=0"):
         TimeLimit(0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from hjepa_train.callbacks.progress import duration
 from hjepa_train.protocols import Callback
 
 if TYPE_CHECKING:
@@ -33,4 +34,4 @@ class TimeLimit(Callback):
         """Ask, where it is time."""
         assert self._started is not None
         if time.monotonic() - self._started >= 60.0 * self.minutes:
-            trainer.request_stop(f"time limit of {self.minutes:g} minutes")
+            trainer.request_stop(f"time limit of {duration(60.0 * self.minutes)}")
