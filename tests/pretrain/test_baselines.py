@@ -87,20 +87,24 @@ def test_losses_and_their_gradients_are_those_of_lightly(monkeypatch):
     pairs = {
         "VICReg": (lambda z: vicreg_loss(z[0], z[1], form="released"), lambda z: vicreg(z[0], z[1])),
         "LeJEPA": (
-            lambda z: level.loss(z, 0),
-            lambda z: 0.05 * keep(z) + 0.95 * lejepa_loss.lejepa_invariance_loss(all_proj=z, global_proj=z),
+            lambda z: level.loss(z[:2], 0),
+            lambda z: 0.05 * keep(z[:2]) + 0.95 * lejepa_loss.lejepa_invariance_loss(all_proj=z[:2], global_proj=z[:2]),
+        ),
+        "LeJEPA, two small views": (
+            lambda z: level.loss(z, 0, 2),
+            lambda z: 0.05 * keep(z) + 0.95 * lejepa_loss.lejepa_invariance_loss(all_proj=z, global_proj=z[:2]),
         ),
     }
     lejepa_loss = importlib.import_module("lightly.loss.lejepa_loss")
     for temperature in (0.05, 0.2, 1.0):
         theirs = lightly.NTXentLoss(temperature=temperature)
         pairs[f"NT-Xent {temperature}"] = (
-            lambda z, temperature=temperature: nt_xent(z, temperature),
+            lambda z, temperature=temperature: nt_xent(z[:2], temperature),
             lambda z, theirs=theirs: theirs(z[0], z[1]),
         )
     for name, losses in pairs.items():
         for rows in (8, 256):
-            start = 2 * torch.randn(2, rows, 128, generator=torch.Generator().manual_seed(rows))
+            start = 2 * torch.randn(4, rows, 128, generator=torch.Generator().manual_seed(rows))
             found = []
             for loss in losses:
                 z = start.clone().requires_grad_()

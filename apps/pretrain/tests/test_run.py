@@ -46,6 +46,7 @@ def test_the_results_of_a_run_that_begins_again_are_new(words, tmp_path, caplog)
     (folder / "results.json").unlink()
     assert main([f"run.dir={folder}", "trainer.learning_rate.value=0.1"]) == 0
     assert "holds no checkpoint: the run begins again" in caplog.text
+    assert "data.eval: not given, so nothing is measured" in caplog.text
     assert (folder / "model.safetensors").read_bytes() != before
 
 
@@ -153,6 +154,7 @@ def test_images_that_find_themselves_are_named(words, tmp_path, caplog):
     same = words[0].removeprefix("data.train=")
     assert main([f"run.dir={tmp_path}/run", *words, f"data.eval={same}"]) == 0
     assert f"data.eval={same}: the images of data.train find themselves" in caplog.text
+    assert "data.eval: not given" not in caplog.text
 
 
 def test_a_run_whose_features_are_not_finite_has_diverged(words, tmp_path, capsys):

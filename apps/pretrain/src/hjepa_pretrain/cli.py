@@ -10,13 +10,13 @@ from collections.abc import Sequence
 USAGE = """\
 hjepa-pretrain [key=value ...]
 
-Pretrains a hierarchical JEPA. Without a setting it makes a small demo data set, learns from it for about three minutes
+Pretrains a hierarchical JEPA. Without a setting it makes a small demo data set, learns from it for about four minutes
 and shows what was learned.
 
   hjepa-pretrain                                             the demo
   hjepa-pretrain recipe=ijepa                                the demo, another recipe: ijepa, hjepa, hjepa_global,
                                                              hjepa_contrast; baselines: mae, simclr, lejepa, supervised
-  hjepa-pretrain data.train='/data/shards/train-{000000..000099}.tar' data.eval='/data/shards/eval-*.tar' \\
+  hjepa-pretrain data.train='/data/shards/train-*.tar' data.eval='/data/shards/val-*.tar' \\
       model=vit_small_patch16 run.steps=100000               your own shards (hjepa-shards makes them from a folder)
   hjepa-pretrain run.dir=runs/NAME                           go on with a run that was stopped
   torchrun --nproc-per-node=8 -m hjepa_pretrain ...          several processes: parallel=ddp or parallel=fsdp

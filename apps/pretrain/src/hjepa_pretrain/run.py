@@ -383,6 +383,8 @@ def _announce(config: PretrainConfig, task: PretrainTask, images: int, folder: P
         highlight=False,
     )
     console.print(f"run folder: {folder} (to go on after a stop: {command(folder)})", highlight=False)
+    if config.data.train is not None and config.data.eval is None:
+        logger.warning("data.eval: not given, so nothing is measured; give held-out images, with labels or without")
 
 
 def _levels(config: PretrainConfig) -> str:
