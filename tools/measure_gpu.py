@@ -99,7 +99,8 @@ def _numbers(folder: Path) -> dict[str, Any]:
         found.pop("command", None)
     metrics = folder / "run" / "metrics.jsonl"
     if metrics.exists():
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        # A program that was ended may have left half a line.
+        lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
         speeds = [line["train/images_per_second"] for line in lines if "train/images_per_second" in line]
         # The compiler works in the first half of a short run.
         found["images_per_second"] = statistics.median(speeds[len(speeds) // 2 :]) if speeds else None
@@ -127,10 +128,12 @@ def measure(row: Row, photos: str, seconds: float) -> dict[str, Any]:
         )
         try:
             printed, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            # Its workers too, which would hold the pipe.
+        except BaseException as error:
+            # Its workers too, which would hold the pipe and the GPU.
             os.killpg(process.pid, signal.SIGKILL)
             printed, _ = process.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
         return {
             "group": row.group,
             "command": _shown(row),
@@ -205,7 +208,12 @@ def main() -> None:
         if remaining <= 0 or (needs_photos and options.photos is None):
             left.append(f"{_shown(row)}: {'no --photos' if remaining > 0 else 'no time left'}")
             continue
-        results.append(measure(row, options.photos or "", remaining))
+        try:
+            results.append(measure(row, options.photos or "", remaining))
+        except KeyboardInterrupt:
+            end = 0.0
+            left.append(f"{_shown(row)}: interrupted")
+            continue
         with options.output.open("a") as file:
             file.write(json.dumps(results[-1]) + "\n")
         print(table(results[-1:]).splitlines()[-1], flush=True)

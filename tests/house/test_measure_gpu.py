@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 import measure_gpu
 from hjepa_pretrain import settings
 from workspace import ROOT
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TINY = ("preset=demo", "recipe=ijepa", "data.batch_size=4", "run.threads=1")
 
@@ -51,6 +50,38 @@ def test_what_takes_too_long_is_ended_with_its_workers() -> None:
     assert found["exit"] != 0
     assert 8 <= time.monotonic() - began < 60
     assert measure_gpu.table([found]).endswith(f"exit {found['exit']} |")
+
+
+def test_an_interruption_ends_what_is_measured_and_keeps_what_was(tmp_path: Path) -> None:
+    """The program that is measured has a session of its own, which Ctrl-C does not reach."""
+    script = (
+        "import sys, measure_gpu; sys.argv = ['measure_gpu.py', 'out.jsonl']; "
+        f"step = measure_gpu._step(*{TINY}); endless = measure_gpu._run(*{TINY}, 'run.steps=1000000'); "
+        "measure_gpu.ROWS = (step, endless, step); measure_gpu.main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    ) as tool:
+        children = Path(f"/proc/{tool.pid}/task/{tool.pid}/children")
+        done = tmp_path / "out.jsonl"
+        while not (done.exists() and done.read_text()):
+            time.sleep(0.1)
+        while not (running := children.read_text().split()):
+            time.sleep(0.1)
+        tool.send_signal(signal.SIGINT)
+        printed, _ = tool.communicate(timeout=60)
+    assert not Path(f"/proc/{running[0]}").exists()
+    assert printed.count("left out: ") == 2
+    assert "interrupted" in printed
+    assert len(done.read_text().splitlines()) == 1
+
+
+def test_half_a_line_of_a_run_that_was_ended_is_no_number(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    rows = [f'{{"step": {step}, "train/images_per_second": {step}.0}}' for step in (1, 2, 3)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(rows) + "\n" + rows[0][:20])
+    assert measure_gpu._numbers(tmp_path) == {"images_per_second": 2.5}
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_the_first_process_of_a_machine_refuses_for_all_of_them(pretrain, capsys
         (["hjepa.pyramid.levels=7"], ["levels=7", "3"]),
         (["recipe=hjepa", "masks.context_ratio=0.95"], ["context"]),
         (["data.batch_size=0"], ["batch_size=0"]),
+        (["data.local_views=2", "data.local_size=[32,32]"], ["local_size=(32, 32)", "as large as data.image_size"]),
         (["data.std=[0,1,1]"], ["std=(0.0, 1.0, 1.0)", "above 0"]),
         (["data.eval_crop_fraction=2"], ["data.eval_crop_fraction=2", "up to 1"]),
         (["data.decode=tpu"], ["data.decode=tpu", "cpu, gpu"]),

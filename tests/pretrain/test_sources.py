@@ -9,7 +9,7 @@ from PIL import Image
 from hjepa_data import DataError, MixtureSource, ShardSource
 from hjepa_pretrain import settings
 from hjepa_pretrain.demo import CLASS_NAMES
-from hjepa_pretrain.evaluation import class_names, load_pair, open_sources
+from hjepa_pretrain.evaluation import class_names, load_pair, open_pair, open_sources
 from hjepa_pretrain.results import measured_before
 
 
@@ -64,6 +64,14 @@ def test_several_are_measured_on_and_their_classes_have_names(pretrain, tiny, fo
         open_sources(config)
     config.data.train = config.data.eval = None
     assert load_pair(config, sources, 1, 1)[0].classes == CLASS_NAMES
+
+
+def test_images_that_are_in_both_are_named_however_they_are_written(shards, caplog):
+    train, held_out = f"{shards}/train-*.tar", f"{shards}/eval-*.tar"
+    open_pair(train, held_out)
+    assert "find themselves" not in caplog.text
+    open_pair(f"{train} + {held_out}", f"{shards}/./eval-*.tar")
+    assert "find themselves" in caplog.text
 
 
 def test_wrong_sources(pretrain, tiny, shards, tmp_path, capsys):

@@ -12,6 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from hjepa_benchmark import probes, rivals
 from hjepa_benchmark.cli import main
@@ -64,6 +66,27 @@ def test_probes_of_a_timm_model(shards, tmp_path, capsys):
         assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high), rel=1e-3)
     assert (found.model, found.about["pretrained"]) == ("test_vit", False)
     assert "untrained  online  encoder  own" in capsys.readouterr().out
+
+
+def test_classes_of_other_numbers_are_refused_for_a_timm_model_too(tmp_path, capsys):
+    pytest.importorskip("timm")
+    for name, classes in {"one": ("bird", "cat"), "other": ("ant", "bird")}.items():
+        for each in classes:
+            (tmp_path / name / each).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / name / each / "1.png")
+    assert main(["probes", "test_vit", "--train", f"{tmp_path}/one", "--eval", f"{tmp_path}/other"]) == 2
+    assert "they number classes differently (ant, cat, ...)" in capsys.readouterr().err
+
+
+def test_weights_of_a_mixture_are_not_those_of_other_images(run, shards, tmp_path, capsys):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(run, mixed)
+    config = yaml.safe_load((mixed / "config.yaml").read_text())
+    one = f"{shards}/train-*.tar"
+    config["data"] |= {"train": f"{one} + {one}", "weights": [2.0, 1.0]}
+    (mixed / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["probes", str(mixed), "--train", one]) == 0
+    assert "trained" in capsys.readouterr().out
 
 
 def test_quantize_prints_the_accuracy_of_both_and_their_bytes(run, tmp_path, capsys):

@@ -74,14 +74,19 @@ def test_the_steps_that_are_told_are_those_that_were_timed(monkeypatch, device, 
     assert told == len(done) == timed
 
 
-def test_local_views_are_in_the_step(tiny):
+def test_local_views_are_in_the_step(tiny, monkeypatch):
     words = ("recipe=hjepa_global", "data.train=synthetic", *tiny, "trainer.precision=fp32", "hjepa.predict_every=1")
     local = ("data.local_views=2", "data.local_size=[16,16]")
     alone, step = (TrainingStep(settings.load([*words, *more])[0], CPU) for more in ((), local))
     assert [tuple(view.shape[2:]) for view in step.batch.views] == [(32, 32), (32, 32), (16, 16), (16, 16)]
     assert [tuple(crop.shape) for crop in step.batch.crops] == [(len(step.batch), 5)] * 4
     assert operations(step) > operations(alone)
+    encoder, encoded = step.task.model.encoder, set()
+    forward = encoder.forward
+    monkeypatch.setattr(encoder, "forward", lambda images: encoded.add(tuple(images.shape)) or forward(images))
     assert step.parts(repeats=1, warmup=0)["whole views"] > 0
+    rows = 2 * len(step.batch)
+    assert encoded == {(rows, 3, 32, 32), (rows, 3, 16, 16)}
 
 
 def test_a_model_is_measured_at_the_size_of_its_recipe(tmp_path, monkeypatch):

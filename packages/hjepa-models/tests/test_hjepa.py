@@ -231,6 +231,10 @@ def test_masks_for_fewer_or_more_rows(device):
         (lambda views, context, target: (views, context, target[:, :0]), "no places to predict"),
         (lambda views, context, target: ([views[0], views[1][:5]], context, target), "as many images in each"),
         (lambda views, context, target: ([views[0], views[1][..., :16]], context, target), "first masked_views=2"),
+        (
+            lambda views, context, target: ([*views, views[0][..., :8], views[0]], context, target),
+            "than the first last",
+        ),
     ],
 )
 def test_views_and_masks_that_do_not_fit_are_one_clear_line(device, change, message):
@@ -545,6 +549,12 @@ def test_heads_start_as_the_mean(device):
         config.global_level.pool_heads = heads
         losses.append(config.build(seed=1, device=device)(*batch(device, views=2), 3).level_losses["global"])
     torch.testing.assert_close(*losses)
+
+
+def test_the_number_of_a_level_may_be_text(device):
+    model = small_config().build(device=device)
+    images = batch(device)[0][0]
+    assert torch.equal(model.features(images, "1"), model.features(images, 1))
 
 
 def test_a_mean_has_no_level_of_its_own():

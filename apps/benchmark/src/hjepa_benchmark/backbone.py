@@ -6,10 +6,10 @@ import torch
 from rich.console import Console
 
 from hjepa_benchmark.runs import Measured
-from hjepa_data import EvalConfig, open_source
+from hjepa_data import EvalConfig
 from hjepa_eval import Results, evaluate, extract, open_encoder, weights_hash, write_results
 from hjepa_pretrain.config import EvaluationConfig
-from hjepa_pretrain.evaluation import RANK_SAMPLES, load_images
+from hjepa_pretrain.evaluation import RANK_SAMPLES, load_images, open_pair
 from hjepa_pretrain.results import TRAINED, UNTRAINED, branch_of, results_table
 
 
@@ -40,16 +40,18 @@ def probe_backbone(name: str, measured: Measured, *, pretrained: bool, output: P
     assert isinstance(said, dict)
     counts = (asked.train_samples, asked.eval_samples)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train, held_out = open_pair(measured.train, measured.held_out)
+    assert held_out is not None
     bank, test = (
         extract(
             model.to(device),
-            load_images(open_source(shards), EvalConfig(size=said["input_size"][1:], max_samples=count)).batches(
+            load_images(source, EvalConfig(size=said["input_size"][1:], max_samples=count)).batches(
                 said["mean"], said["std"]
             ),
             branch=branch_of(TRAINED if pretrained else UNTRAINED, "online"),
             pooling="own",
         )["encoder"]
-        for shards, count in zip((measured.train, measured.held_out), counts, strict=True)
+        for source, count in zip((train, held_out), counts, strict=True)
     )
     scores = evaluate(bank, test, ks=(asked.k,), rank_samples=RANK_SAMPLES, device=device)
     about = {"pretrained": pretrained, "side": said["input_size"][-1], "weights": weights_hash(model)[:32]}

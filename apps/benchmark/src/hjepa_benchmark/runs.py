@@ -116,7 +116,9 @@ def open_run(folder: Path, measured: Measured | None = None) -> Run:
     """
     config, steps = read_config(folder), finished_steps(folder)
     measured = measured or Measured()
-    config.data.train = measured.train or config.data.train
+    if measured.train is not None:
+        # Weights are of the sources that the run learned from.
+        config.data.train, config.data.weights = measured.train, ()
     config.data.eval = measured.held_out or config.data.eval
     config.eval = measured.counts(config.eval)
     images = load_pair(config, open_data(folder, config), config.eval.train_samples, config.eval.eval_samples)

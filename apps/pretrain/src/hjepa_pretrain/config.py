@@ -348,6 +348,11 @@ class PretrainConfig:
             )
         if self.data.local_views:
             check_image_size("data.local_size", self.data.local_size, self.hjepa.encoder.processing_patch)
+            if tuple(self.data.local_size) == tuple(self.data.image_size):
+                raise ValueError(
+                    f"data.local_size={self.data.local_size}: a local view as large as data.image_size is none; "
+                    "allowed: another size; give a smaller one, or raise data.views"
+                )
         if self.data.views < self.hjepa.masked_views:
             raise ValueError(
                 f"data.views={self.data.views}: hjepa.masked_views={self.hjepa.masked_views} of them are to be masked; "

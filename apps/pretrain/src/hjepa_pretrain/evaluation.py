@@ -1,6 +1,7 @@
 """What was learned: every level of the trained model beside the untrained one and beside raw pixels."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,15 +91,30 @@ def open_sources(config: PretrainConfig) -> tuple[Source, Source | None]:
             reason = getattr(error, "strerror", error)
             raise DataError(f"data.cache={where}: the demo cannot be written ({reason}); choose another") from error
         held_out = held_out or demo_eval
-    if held_out == train:
+    return open_pair(train, held_out, config.data.weights or None)
+
+
+def open_pair(train: str, held_out: str | None, weights: Sequence[float] | None = None) -> tuple[Source, Source | None]:
+    """Open images to learn from and held-out ones.
+
+    Args:
+        train: what `data.train` names: one source, or several as in ``A + B``.
+        held_out: likewise; None for none.
+        weights: of the sources of `train`.
+
+    Raises:
+        DataError: they are not there, or number classes differently.
+    """
+    both = {os.path.realpath(name) for name in _names(train)} & {os.path.realpath(name) for name in _names(held_out)}
+    if both:
         logger.warning("data.eval=%s: the images of data.train find themselves, and accuracies say nothing", held_out)
-    trained, measured = _open(train), [] if held_out is None else _open(held_out)
+    trained, measured = ([open_source(name) for name in _names(names)] for names in (train, held_out))
     _check_classes([*trained, *measured])
-    return _joined(trained, config.data.weights or None), _joined(measured) if measured else None
+    return _joined(trained, weights), _joined(measured) if measured else None
 
 
-def _open(names: str) -> list[Source]:
-    return [open_source(name.strip()) for name in names.split(_AND)]
+def _names(sources: str | None) -> list[str]:
+    return [] if sources is None else [name.strip() for name in sources.split(_AND)]
 
 
 def _joined(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Source:

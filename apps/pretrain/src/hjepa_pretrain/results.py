@@ -36,7 +36,7 @@ def subject_of(branch: str) -> str:
 
 def data_name(config: PretrainConfig) -> str:
     """Return what a run is measured on, for results."""
-    return config.data.eval or "demo composites"
+    return config.data.eval or ("demo composites" if config.data.train is None else "nothing")
 
 
 def results_of(measured: Sequence[Measurement], steps: int, folder: Path, config: PretrainConfig) -> Results:
@@ -56,7 +56,8 @@ def _measured(steps: int, config: PretrainConfig) -> dict[str, Any]:
     """Return what numbers depend on, apart from the training."""
     how = {f"eval.{key}": value for key, value in asdict(config.eval).items()}
     crop = config.data.eval_crop_fraction
-    return {"steps": steps, **how, "data.eval": config.data.eval, "data.eval_crop_fraction": crop}
+    data = {"data.train": config.data.train, "data.eval": config.data.eval, "data.eval_crop_fraction": crop}
+    return {"steps": steps, **how, **data}
 
 
 def measured_before(config: PretrainConfig, steps: int, folder: Path) -> Results | None:

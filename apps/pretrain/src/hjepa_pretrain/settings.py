@@ -239,6 +239,9 @@ def _name_idle(plain: DictConfig, given: Mapping[str, object]) -> None:
     averages = plain.baseline is None and plain.hjepa.targets not in WITHOUT_EMA
     optimizer = plain.trainer.optimizer.kind
     hides = _hides(plain) or plain.baseline is not None  # told below
+    crowned = plain.baseline is None and plain.hjepa.global_level is not None
+    across = plain.baseline is None and plain.hjepa.prediction is Prediction.view
+    fewer = plain.data.views <= (1 if plain.baseline is not None else plain.hjepa.masked_views)
     for names, needed, there in (
         (("trainer.compile_mode", "trainer.compile_backend"), "trainer.compile=true", plain.trainer.compile),
         (("trainer.ema_momentum",), "hjepa.targets=ema or pooled", averages),
@@ -248,6 +251,8 @@ def _name_idle(plain: DictConfig, given: Mapping[str, object]) -> None:
         (("trainer.parallel.fsdp",), "parallel=fsdp", plain.parallel is ParallelKind.fsdp),
         (("monitor.lr_",), "monitor.policy=lower_lr", plain.monitor.policy is CollapsePolicy.lower_lr),
         (("data.local_size", "data.local_scale"), "data.local_views", plain.data.local_views),
+        (("data.local_views",), "hjepa.global_level", crowned or not plain.data.local_views),
+        (("data.views",), "hjepa.global_level or prediction=view", crowned or across or fewer),
         (("masks",), "hjepa.prediction=hidden and a level weight", hides),
         (("hjepa.predictor.mode",), "hjepa.prediction=hidden", plain.hjepa.prediction is Prediction.hidden),
         (("profiler",), "profile=true", plain.profile),

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from hjepa_models.encoder import Encoder, tokens_per_axis
 from hjepa_models.features import FeatureBranch, named_maps
 from hjepa_models.global_level import GlobalLevel
 from hjepa_models.grid import Grid, gather_tokens, num_tokens
-from hjepa_models.inputs import check_masks, check_views, pair_of_crops, spread_masks
+from hjepa_models.inputs import check_masks, check_views, count_whole, pair_of_crops, spread_masks
 from hjepa_models.layers.norm import normalize
 from hjepa_models.layers.patch import PixelProjection
 from hjepa_models.layers.upsampler import children_index, sample_children, upsampling_ratio
@@ -239,8 +238,7 @@ class HJEPA(nn.Module, PretrainedMixin):
             assert target_index is not None
             self._masked_term(views, full, context_index, target_index, weights, step, plan, output)
         if scales is not None and self.global_level is not None:
-            whole = len(list(takewhile(lambda view: view.shape == views[0].shape, views)))
-            self._global_term(scales, whole, step, output)
+            self._global_term(scales, count_whole(views), step, output)
         elif not plan.predicts:
             output.loss = output.loss + 0.0 * self.predictor.mask_token.sum()
         return output
@@ -474,8 +472,8 @@ class HJEPA(nn.Module, PretrainedMixin):
 
         Args:
             images: normalised pixels.
-            level: "encoder" (tokens after the final norm), a pyramid level l (all tokens known, layer-normed as in
-                training, level 0 at the output patch size), "map0", "map1", ... (maps of the stem that have a level,
+            level: "encoder" (tokens after the final norm), a pyramid level l or "l" (all tokens known, layer-normed as
+                in training, level 0 at the output patch size), "map0", "map1", ... (maps of the stem that have a level,
                 from coarse to fine, pooled by it), "pooled" (what the global level pools, and these beside it), "all"
                 (the mean token and "pooled", side by side, where the global level pools by attention) or "global" (what
                 it projects what it pools to).
@@ -490,6 +488,8 @@ class HJEPA(nn.Module, PretrainedMixin):
             ValueError: for a level that the model does not have.
         """
         pool, branch = coerce_choice(FeaturePool, "pool", pool), coerce_choice(Branch, "branch", branch)
+        if isinstance(level, str) and level.isdecimal():
+            level = int(level)
         if isinstance(level, bool | float) or level not in self.feature_levels:
             allowed = ", ".join(map(str, self.feature_levels))
             raise ValueError(f"level={level!r}: the model has no such level; allowed: {allowed}; choose one of them")

@@ -1,6 +1,7 @@
 """What a step is given, checked before it runs: views, masks and crops that fit one another."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from jaxtyping import Float, Int
@@ -21,11 +22,18 @@ def check_views(config: HJEPAConfig, views: Sequence[Tensor]) -> None:
         )
     shapes = [tuple(view.shape) for view in views]
     masked = shapes[: config.masked_views]
-    if len({len(view) for view in views}) > 1 or len(set(masked)) > 1:
+    scattered = shapes[0] in shapes[count_whole(views) :]
+    if len({len(view) for view in views}) > 1 or len(set(masked)) > 1 or scattered:
         raise ValueError(
             f"views of shapes {', '.join(map(str, shapes))}: do not fit one another; allowed: as many images in "
-            f"each, and one shape for the first masked_views={len(masked)}; give views of the same images"
+            f"each, one shape for the first masked_views={len(masked)}, and views of other shapes than the first last; "
+            "give views of the same images"
         )
+
+
+def count_whole(views: Sequence[Tensor]) -> int:
+    """Return how many views are not small: those that come before the first of another shape."""
+    return len(list(takewhile(lambda view: view.shape == views[0].shape, views)))
 
 
 def check_masks(grid: Grid, context_index: Int[Tensor, "R Kc"], target_index: Int[Tensor, "R M Kt"]) -> None:
@@ -33,7 +41,7 @@ def check_masks(grid: Grid, context_index: Int[Tensor, "R Kc"], target_index: In
     if context_index.ndim != 2 or target_index.ndim != 3 or 0 in target_index.shape[1:]:
         raise ValueError(
             f"masks of shapes {tuple(context_index.shape)} and {tuple(target_index.shape)}: no places to predict; "
-            "allowed: context [rows, tokens] and target [rows, blocks, tokens], 1 or more of each; check the masks"
+            "allowed: context [rows, tokens] and target [rows, blocks, tokens], 1 or more of these; check the masks"
         )
     if not _can_be_read(context_index):
         return  # A device's own assertion meets places off the grid.

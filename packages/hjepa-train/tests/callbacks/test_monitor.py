@@ -151,6 +151,9 @@ def test_each_kind_of_collapse_is_seen(device):
     assert alarms(device, [healthy, line, healthy]) == [0, 1, 0]
     assert alarms(device, [healthy, constant]) == [0, 1]
     assert alarms(device, [healthy, broken]) == [0, 1]
+    # The rank of one row or two about their mean says nothing.
+    assert alarms(device, [healthy[:2]]) == [0]
+    assert alarms(device, [healthy[:3], line[:3]]) == [0, 1]
 
 
 def test_a_fall_from_an_early_value_is_seen_and_can_be_switched_off(device):

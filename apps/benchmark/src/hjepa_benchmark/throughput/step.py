@@ -150,8 +150,9 @@ class TrainingStep:
             index = None if targets is None else targets.flatten(1)
             found.append((PYRAMID, self._pyramid(model, len(wanted), index), share))
         if model.config.encodes_views:
-            # In one batch where they have one shape, else one by one, as in the step.
-            full = [torch.cat(images)] if len({view.shape for view in images}) == 1 else images
+            # Those of one shape in one batch, as in the step.
+            shapes = dict.fromkeys(view.shape for view in images)
+            full = [torch.cat([view for view in images if view.shape == shape]) for shape in shapes]
             found.append(("whole views", self._both(partial(_encode, model.encoder), *full), 1.0))
         return found
 
@@ -219,7 +220,7 @@ class TrainingStep:
 
 
 def _encode(encoder: torch.nn.Module, *views: Tensor) -> Tensor:
-    """Tokens [n, D] of views, each of a size of its own."""
+    """Tokens [n, D] of batches of views, each of a size of its own."""
     return torch.cat([encoder(view).flatten(0, 1) for view in views])
 
 

@@ -170,7 +170,9 @@ class CollapseMonitor(Callback):
         if math.isnan(reading.spread):
             return "embeddings are not finite"
         best = self._best.setdefault(level, {"effective_rank": 0.0, "spread": 0.0})
-        least_rank = max(1.5, config.min_rank * min(count - 1, width)) if config.min_rank else 0.0
+        # Two rows about their mean lie on a line, whatever they are.
+        ranked = config.min_rank and count > 2
+        least_rank = max(1.5, config.min_rank * min(count - 1, width)) if ranked else 0.0
         floors = {"effective_rank": least_rank, "spread": config.min_spread}
         for name, floor in floors.items():
             value = getattr(reading, name)
