@@ -66,9 +66,12 @@ def test_an_interruption_ends_what_is_measured_and_keeps_what_was(tmp_path: Path
         children = Path(f"/proc/{tool.pid}/task/{tool.pid}/children")
         done = tmp_path / "out.jsonl"
         while not (done.exists() and done.read_text()):
+            assert tool.poll() is None
             time.sleep(0.1)
         while not (running := children.read_text().split()):
+            assert tool.poll() is None
             time.sleep(0.1)
+        time.sleep(1)  # until the tool waits for the program that it has just started
         tool.send_signal(signal.SIGINT)
         printed, _ = tool.communicate(timeout=60)
     assert not Path(f"/proc/{running[0]}").exists()
