@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,9 @@ def test_what_takes_too_long_is_ended_with_its_workers() -> None:
 def test_an_interruption_ends_what_is_measured_and_keeps_what_was(tmp_path: Path) -> None:
     """The program that is measured has a session of its own, which Ctrl-C does not reach."""
     script = (
-        "import sys, measure_gpu; sys.argv = ['measure_gpu.py', 'out.jsonl']; "
+        "import signal, sys, measure_gpu; sys.argv = ['measure_gpu.py', 'out.jsonl']; "
+        # A program that a shell starts in the background ignores it, and so do its children.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"step = measure_gpu._step(*{TINY}); endless = measure_gpu._run(*{TINY}, 'run.steps=1000000'); "
         "measure_gpu.ROWS = (step, endless, step); measure_gpu.main()"
     )
@@ -64,17 +67,23 @@ def test_an_interruption_ends_what_is_measured_and_keeps_what_was(tmp_path: Path
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
     ) as tool:
         children = Path(f"/proc/{tool.pid}/task/{tool.pid}/children")
-        done = tmp_path / "out.jsonl"
-        while not (done.exists() and done.read_text()):
-            assert tool.poll() is None
-            time.sleep(0.1)
-        while not (running := children.read_text().split()):
-            assert tool.poll() is None
-            time.sleep(0.1)
-        time.sleep(1)  # until the tool waits for the program that it has just started
-        tool.send_signal(signal.SIGINT)
-        printed, _ = tool.communicate(timeout=60)
-    assert not Path(f"/proc/{running[0]}").exists()
+        done, running = tmp_path / "out.jsonl", []
+        try:
+            while not (done.exists() and done.read_text()):
+                assert tool.poll() is None
+                time.sleep(0.1)
+            while not (running := children.read_text().split()):
+                assert tool.poll() is None
+                time.sleep(0.1)
+            time.sleep(1)  # until the tool waits for the program that it has just started
+            tool.send_signal(signal.SIGINT)
+            printed, _ = tool.communicate(timeout=60)
+            assert not Path(f"/proc/{running[0]}").exists()
+        finally:
+            tool.kill()
+            for process in running:
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
     assert printed.count("left out: ") == 2
     assert "interrupted" in printed
     assert len(done.read_text().splitlines()) == 1

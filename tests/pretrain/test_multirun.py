@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 HELD = Path(__file__).parent / "scripts" / "held.py"
-# Stand-ins for Slurm's commands: `sbatch` keeps the script and runs it, again where `scontrol` has asked for it; `srun`
+# Stand-ins for Slurm's commands: `sbatch` runs a copy of the script, again where `scontrol` has asked for it; `srun`
 # starts its tasks, and sends the first ones, which wait for it, their signal where a test wants it; `sacct` says how
 # the job is.
 SBATCH = """\
 #!/bin/bash
-script="${@: -1}"
-cp "$script" "$FAKE_SLURM/job.sh"
+script="$FAKE_SLURM/job.sh"
+cp "${@: -1}" "$script"
 export SLURM_JOB_ID=77 SLURM_JOB_NODELIST=localhost SLURM_NNODES=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0
 export SLURM_NTASKS=$(grep -oP '(?<=--ntasks-per-node=)\\d+' "$script")
 again="$FAKE_SLURM/again"
