@@ -522,7 +522,7 @@ def test_views_of_one_shape_are_encoded_together_and_keep_their_order(device, mo
     views = [whole[0], small[..., :8, :8], whole[1], small[..., 8:, 8:16]]
     shapes, encode = [], model.encoder.scales
     monkeypatch.setattr(model.encoder, "scales", lambda x, maps: shapes.append(tuple(x.shape)) or encode(x, maps))
-    found = model._encode_full(views)
+    found = model.encode_views(views)
     assert shapes == [(12, 3, 16, 24), (12, 3, 8, 8)]
     for view, scales in zip(views, found, strict=True):
         for scale, alone in zip(scales, encode(view, 1), strict=True):

@@ -226,7 +226,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         output = HJEPAOutput(torch.zeros((), device=views[0].device), {}, {})
         scales = None
         if self.config.encodes_views:
-            scales = self._encode_full(views if self.global_level is not None else views[:2])
+            scales = self.encode_views(views if self.global_level is not None else views[:2])
         full = None if scales is None else [tokens for tokens, *_ in scales]
         if full is not None:
             output.embeddings["encoder"] = full[0].detach().mean(1)
@@ -243,7 +243,7 @@ class HJEPA(nn.Module, PretrainedMixin):
             output.loss = output.loss + 0.0 * self.predictor.mask_token.sum()
         return output
 
-    def _encode_full(self, views: Sequence[Tensor]) -> list[tuple[Float[Tensor, "B N _"], ...]]:
+    def encode_views(self, views: Sequence[Tensor]) -> list[tuple[Float[Tensor, "B N _"], ...]]:
         """Encode all views with gradient, those of one shape in one batch.
 
         Returns:

@@ -150,10 +150,7 @@ class TrainingStep:
             index = None if targets is None else targets.flatten(1)
             found.append((PYRAMID, self._pyramid(model, len(wanted), index), share))
         if model.config.encodes_views:
-            # Those of one shape in one batch, as in the step.
-            shapes = dict.fromkeys(view.shape for view in images)
-            full = [torch.cat([view for view in images if view.shape == shape]) for shape in shapes]
-            found.append(("whole views", self._both(partial(_encode, model.encoder), *full), 1.0))
+            found.append(("whole views", self._both(partial(_encode, model), *images), 1.0))
         return found
 
     def _forward(self, module: torch.nn.Module, *arguments: Tensor) -> Callable[[], object]:
@@ -219,9 +216,9 @@ class TrainingStep:
         return torch.compile(call, dynamic=False, backend=trainer.compile_backend)
 
 
-def _encode(encoder: torch.nn.Module, *views: Tensor) -> Tensor:
-    """Tokens [n, D] of batches of views, each of a size of its own."""
-    return torch.cat([encoder(view).flatten(0, 1) for view in views])
+def _encode(model: HJEPA, *views: Tensor) -> Tensor:
+    """Tokens [n, D] of all views."""
+    return torch.cat([tokens.flatten(0, 1) for tokens, *_ in model.encode_views(views)])
 
 
 def synthetic_batch(config: PretrainConfig, device: torch.device) -> Batch:
