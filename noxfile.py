@@ -4,6 +4,7 @@ Two kinds of environment are used. Sessions that look at the whole house run in 
 that `uv run` keeps: every package is there, editable. `tests` makes a fresh environment for one package and installs
 the wheels of that package and of the siblings that it declares, nothing else, so that an undeclared dependency cannot
 hide. Versions come from constraints.txt everywhere but in `.venv`, and the session `constraints` keeps the two equal.
+`oldest_torch` and `lowest` alone take the oldest versions that the packages declare; `lowest` is not part of the whole.
 
 Another Python: `uv run --python 3.13 nox`.
 """
@@ -21,7 +22,7 @@ import nox
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from workspace import CONSTRAINTS, closure, read_members  # noqa: E402 - tools/ is no package
+from workspace import CONSTRAINTS, Member, closure, read_members  # noqa: E402 - tools/ is no package
 
 MEMBERS = read_members()
 DEVICES = ("cpu", "cuda")
@@ -40,6 +41,7 @@ nox.options.sessions = [
     "types",
     "build",
     *(f"tests(package={name!r}, device='cpu')" for name in MEMBERS),
+    "oldest_torch",
     "house",
 ]
 # An empty value counts as unset: every environment is imported from many times, and compiling torch anew takes seconds.
@@ -114,10 +116,42 @@ def tests(session: nox.Session, package: str, device: str) -> None:
     session.run("python", str(tools / "check_isolated.py"), "--present", *own, "--absent", *absent, env=ENV)
     if device == "cuda":
         session.run("python", str(tools / "check_cuda.py"), env=ENV)
-    suites = ("--doctest-modules", str(member.folder / "tests"), "--pyargs", member.module)
-    spread = () if device == "cuda" else IN_PARALLEL
-    session.run("pytest", *PYTEST, *spread, *suites, *session.posargs, env={**ENV, "HJEPA_TEST_DEVICE": device})
+    run_suite(session, device, *suite_of(member))
     session.run("python", str(tools / "run_readme.py"), str(member.folder / "README.md"), env=ENV)
+
+
+def suite_of(member: Member) -> tuple[str, ...]:
+    """Return the tests of a package and its doctests."""
+    return ("--doctest-modules", str(member.folder / "tests"), "--pyargs", member.module)
+
+
+def run_suite(session: nox.Session, device: str, *suite: str) -> None:
+    """Run tests in the session's environment."""
+    spread = () if device == "cuda" else IN_PARALLEL
+    session.run("pytest", *PYTEST, *spread, *suite, *session.posargs, env={**ENV, "HJEPA_TEST_DEVICE": device})
+
+
+def install_lowest(session: nox.Session, package: str) -> None:
+    """Install a package and its siblings with the lowest versions that they declare."""
+    # Editable, since uv counts only the requirements of what is built here as direct.
+    editable = [word for name in closure(package, MEMBERS) for word in ("--editable", str(MEMBERS[name].folder))]
+    session.install("--resolution", "lowest-direct", *editable, *MEMBERS[package].test_requirements)
+
+
+@nox.session
+def oldest_torch(session: nox.Session) -> None:
+    """Compile every kind of step with the oldest torch: what its compiler can trace grows from release to release."""
+    install_lowest(session, "hjepa-models")
+    run_suite(session, "cpu", "--dist", "load", str(MEMBERS["hjepa-models"].folder / "tests" / "test_compile.py"))
+
+
+@nox.session
+@nox.parametrize("package", list(MEMBERS))
+def lowest(session: nox.Session, package: str) -> None:
+    """Test a package with the lowest versions that it and its siblings declare."""
+    install_lowest(session, package)
+    # Warnings of old releases about themselves are no errors.
+    run_suite(session, "cpu", "-o", "filterwarnings=default", *suite_of(MEMBERS[package]))
 
 
 @nox.session(venv_backend="none")

@@ -45,6 +45,8 @@ if __name__ == "__main__":
         print("went on")
     if sys.argv[4] == "close":
         stream.close()
+        for child in children:
+            child.join(5)  # killed, it ends within a moment
         assert not any(child.is_alive() for child in children)
     if sys.argv[4] == "die":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

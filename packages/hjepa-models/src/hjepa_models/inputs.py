@@ -1,7 +1,6 @@
 """What a step is given, checked before it runs: views, masks and crops that fit one another."""
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 import torch
 from jaxtyping import Float, Int
@@ -33,7 +32,10 @@ def check_views(config: HJEPAConfig, views: Sequence[Tensor]) -> None:
 
 def count_whole(views: Sequence[Tensor]) -> int:
     """Return how many views are not small: those that come before the first of another shape."""
-    return len(list(takewhile(lambda view: view.shape == views[0].shape, views)))
+    for number, view in enumerate(views):  # a loop, since torch 2.11 compiles no takewhile
+        if view.shape != views[0].shape:
+            return number
+    return len(views)
 
 
 def check_masks(grid: Grid, context_index: Int[Tensor, "R Kc"], target_index: Int[Tensor, "R M Kt"]) -> None:
