@@ -140,9 +140,10 @@ def install_lowest(session: nox.Session, package: str) -> None:
 
 @nox.session
 def oldest_torch(session: nox.Session) -> None:
-    """Compile every kind of step with the oldest torch: what its compiler can trace grows from release to release."""
+    """Compile every kind of step with the oldest torch, in one process and in two: what it can trace, and how, differs."""
     install_lowest(session, "hjepa-models")
-    run_suite(session, "cpu", "--dist", "load", str(MEMBERS["hjepa-models"].folder / "tests" / "test_compile.py"))
+    tests = MEMBERS["hjepa-models"].folder / "tests"
+    run_suite(session, "cpu", "--dist", "load", str(tests / "test_compile.py"), str(tests / "test_distributed.py"))
 
 
 @nox.session

@@ -57,7 +57,8 @@ class _AllGatherRows(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ANN401
         everyone = tensor.new_empty(len(tensor) * dist.get_world_size(), *tensor.shape[1:])
         dist.all_gather_into_tensor(everyone, tensor.contiguous())
-        return everyone
+        # A view: compiled by torch 2.11, what a collective wrote into has no gradient and says nothing.
+        return everyone.view_as(everyone)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ANN401
