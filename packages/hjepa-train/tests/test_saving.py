@@ -128,3 +128,10 @@ def test_some_checkpoints_stay_for_good(device, tmp_path):
     trainer = build(device, tmp_path, steps=10, every_steps=1, keep=2, keep_every_steps=4)
     trainer.fit()
     assert [path.name[-2:] for path in trainer.store.paths()] == ["10", "09", "08", "04"]
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_checkpoints_that_stay_are_written_whatever_the_cadence_of_the_others(device, tmp_path, every):
+    trainer = build(device, tmp_path, steps=10, every_steps=every, keep=1, keep_every_steps=3)
+    trainer.fit()
+    assert [path.name[-2:] for path in trainer.store.paths()] == ["10", "09", "06", "03"]

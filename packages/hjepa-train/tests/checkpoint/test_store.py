@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from hjepa_train import CheckpointConfig, CheckpointError, CheckpointStore
+from hjepa_train import CheckpointConfig, CheckpointError, CheckpointStore, World
 from hjepa_train.checkpoint import files
 from hjepa_train.checkpoint import store as store_module
 from hjepa_train.checkpoint.files import DamagedError, read_manifest
@@ -216,6 +216,18 @@ def test_the_manifest_tells_every_file(store):
 def test_a_rank_that_does_not_see_the_folder_says_so(store):
     with pytest.raises(CheckpointError, match="must be shared by all ranks"):
         store.at(5)
+
+
+def test_a_rank_that_cannot_write_into_the_folder_of_the_main_one_says_so(store):
+    class Other(World):
+        def any(self, *flags):
+            return flags
+
+        def gather(self, tensor):
+            return tensor
+
+    with pytest.raises(CheckpointError, match="another run directory, which all ranks have to share, then"):
+        store.save(5, {}, {"step": 5}, MODEL, Other(rank=1, size=2))
 
 
 @pytest.mark.parametrize(

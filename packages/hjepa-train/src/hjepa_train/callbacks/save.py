@@ -25,8 +25,8 @@ class SaveEvery(Callback):
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Ask, where it is time."""
-        steps, minutes = self.config.every_steps, self.config.every_minutes
-        due = steps is not None and trainer.step % steps == 0
+        minutes, cadences = self.config.every_minutes, (self.config.every_steps, self.config.keep_every_steps)
+        due = any(steps is not None and trainer.step % steps == 0 for steps in cadences)
         if due or (minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes):
             trainer.request_save()
 

@@ -50,7 +50,7 @@ class CheckpointConfig:
     keep: int | None = 2
     """Number of newest checkpoints that stay; None means all."""
     keep_every_steps: int | None = None
-    """Checkpoints of steps that this divides stay for good; None means that none does."""
+    """Save each so many optimizer steps too, and let those checkpoints stay for good; None means that none does."""
     grace_seconds: float | None = None
     """Time that a signal leaves to finish the step and save; what takes longer ends at once; None means no limit."""
 
@@ -198,9 +198,10 @@ class CheckpointStore:
         if problem is None:
             raise CheckpointError(f"{path}: not saved; another rank could not write its part, and says why")
         kept = next((p.name for p in self.paths()), "none yet")
+        shared = ", which all ranks have to share" if world.size > 1 else ""
         raise CheckpointError(
             f"{path}: not saved ({one_line(problem)}); newest checkpoint that is whole: {kept}; "
-            "make room or choose another run directory, then start again to resume"
+            f"make room or choose another run directory{shared}, then start again to resume"
         ) from problem
 
     def _finish(
