@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from hjepa_pretrain import run as run_module
 from hjepa_pretrain.cli import main
 from hjepa_pretrain.demo.shards import write_demo_shards
 from hjepa_pretrain.failures import judge
+from hjepa_pretrain.model import save_model
 from hjepa_train import Callback
 
 TINY = (
@@ -74,6 +76,22 @@ def test_a_signal_before_or_after_the_training_is_an_early_stop(words, tmp_path,
     assert name in line
     assert {number: signal.getsignal(number) for number in handlers} == handlers
     assert main([f"run.dir={tmp_path}/run", *words]) == 0
+
+
+def test_a_signal_in_the_last_step_lets_no_measurement_begin(words, tmp_path, capsys, monkeypatch):
+    class Killer(Callback):
+        def on_step_end(self, trainer, result):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "ProgressBar", lambda console: Killer())
+        assert main([f"run.dir={tmp_path}/run", *words]) == 75
+    (line,) = said(capsys)
+    assert "stopped by SIGTERM" in line
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001").is_dir()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert main([f"run.dir={tmp_path}/run", *words]) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("limit", ["0.01s", "3s"])
@@ -170,3 +188,20 @@ def test_a_full_disk_is_for_the_user_to_mend(number, code):
     failure = judge(OSError(number, os.strerror(number), "model.safetensors"))
     assert failure.code == code
     assert "model.safetensors" in failure.line
+
+
+def test_a_disk_that_fills_when_the_weights_are_written_is_one_line(words, tmp_path, capsys, monkeypatch):
+    def save_on_a_full_disk(model, folder):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            save_model(model, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save_model", save_on_a_full_disk)
+        assert main([f"run.dir={tmp_path}/run", *words]) == 2
+    (line,) = said(capsys)
+    assert os.strerror(errno.EFBIG) in line
+    assert main([f"run.dir={tmp_path}/run", *words]) == 0

@@ -79,6 +79,13 @@ def test_a_word_at_its_edge_is_refused(words, expected):
         (["recipe=ijepa", "data.views=2", "hjepa.masked_views=2"], None),
         (["recipe=simclr", "data.views=3", "data.local_views=2", "data.local_size=[16,16]"], None),
         (["trainer.parallel.fsdp.shard_size=2"], "without parallel=fsdp nothing reads"),
+        (["trainer.parallel.find_unused_parameters=true"], "without parallel=ddp nothing reads"),
+        (
+            ["trainer.optimizer.kind=lars", "trainer.optimizer.betas=[0.9,0.9]"],
+            "without trainer.optimizer.kind=adamw, muon",
+        ),
+        (["trainer.optimizer.kind=lion", "trainer.optimizer.eps=1e-6"], "without trainer.optimizer.kind=adamw or muon"),
+        (["trainer.optimizer.kind=lion", "trainer.optimizer.betas=[0.9,0.99]"], None),
         (["trainer.compile=true", "trainer.compile_mode=reduce_overhead"], None),
         (["recipe=ijepa", "trainer.ema_momentum.horizon=0.1", "trainer.optimizer.muon_scale=2"], None),
     ],

@@ -22,6 +22,8 @@ from hjepa_train.lr_finder import SweepStoppedError
 
 # What torch's CPU back end and Triton say.
 _NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")
+# What safetensors, written in Rust, says where Python has an OSError.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 _AGAIN = "start the same command again: it goes on from the last checkpoint"
 
@@ -78,9 +80,13 @@ def _broken(error: BaseException) -> Failure | None:
         said = "interrupted; the last checkpoint stands, run.dir goes on from it"
         return Failure(code=EXIT_ERROR, line=said, alike=True)
     line = str(error) if isinstance(error, TrainingError | WorkerError) else broken_machine(error)
-    if line is not None or not isinstance(error, OSError):
-        return None if line is None else Failure(code=EXIT_ERROR, line=line)
-    return Failure(code=EXIT_WRONG_INPUT if error.errno in _NO_ROOM else EXIT_ERROR, line=str(error))
+    if line is not None:
+        return Failure(code=EXIT_ERROR, line=line)
+    found = _OS_ERROR.search(str(error))
+    if not found and not isinstance(error, OSError):
+        return None
+    number = error.errno if isinstance(error, OSError) else int(found[1])
+    return Failure(code=EXIT_WRONG_INPUT if number in _NO_ROOM else EXIT_ERROR, line=str(error))
 
 
 def _is_refusal(error: ValueError) -> bool:

@@ -6,10 +6,12 @@ processes. A job that is preempted, or whose time is almost over, saves, asks Sl
 """
 
 import logging
+import math
 import os
 import shlex
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from hjepa_pretrain import settings
+from hjepa_pretrain.duration import seconds
 from hjepa_train import EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED, EXIT_WRONG_INPUT
 
 logger = logging.getLogger(__name__)
@@ -103,7 +106,7 @@ def _run_one(_: DictConfig) -> int:
     folder = Path(HydraConfig.get().runtime.output_dir)
     print(f"{folder}: {' '.join(words)}", flush=True)
     # The run composes its own configuration: a hydra inside this one.
-    outer = Singleton.get_state()
+    outer, began = Singleton.get_state(), time.monotonic()
     GlobalHydra.instance().clear()
     try:
         code = main([f"run.dir={folder}", *words])
@@ -124,12 +127,18 @@ def _run_one(_: DictConfig) -> int:
         # Without a result submitit waits for the job's next life, or calls it failed where there is none.
         raise SystemExit(code)
     _ended[folder] = code
-    if not slurm and code == EXIT_PREEMPTED and not any(word.startswith("run.time_limit=") for word in words):
+    if not slurm and code == EXIT_PREEMPTED and time.monotonic() - began < _time_limit(words):
         word = shlex.quote(f"hydra.sweep.dir={HydraConfig.get().sweep.dir}")
         print(f"the runs after it: the same command with {word}", file=sys.stderr)
         # hydra would go on with the next run, which a stopped program must not.
         raise SystemExit(code)
     return code
+
+
+def _time_limit(words: Sequence[str]) -> float:
+    """Return the seconds that a run may take: one that stopped before got a signal."""
+    texts = [word.partition("=")[2].strip("'\"") for word in words if word.startswith("run.time_limit=")]
+    return math.inf if not texts or texts[-1] == "null" else seconds(texts[-1], "run.time_limit")
 
 
 def _join_ranks() -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -162,6 +163,9 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
             leave_world()
         if outcome is Outcome.DONE and world.is_main:
             with _stopped_in_time(config, started):
+                if trainer.stop_reason is not None:
+                    # It came in the last step, which is done and saved; what follows takes minutes.
+                    Stopped.by(trainer.stop_reason)
                 _finish(config, trainer, sources, folder, console)
     return outcome
 
@@ -359,10 +363,13 @@ def _stopped_in_time(config: PretrainConfig, started: float) -> Iterator[None]:
         yield
         return
     remedy = "; if it ends here each time, give run.time_limit more, or eval.at_end=false"
-    before = signal.signal(signal.SIGALRM, lambda *_: Stopped.by(f"run.time_limit={config.run.time_limit}", remedy))
+    stop = partial(Stopped.by, f"run.time_limit={config.run.time_limit}", remedy)
+    before = signal.signal(signal.SIGALRM, lambda *_: stop())
     try:
-        # At 0 the timer would be off.
-        signal.setitimer(signal.ITIMER_REAL, max(1e-6, started + limit - time.monotonic()))
+        left = started + limit - time.monotonic()
+        if left <= 0.0:
+            stop()
+        signal.setitimer(signal.ITIMER_REAL, left)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
