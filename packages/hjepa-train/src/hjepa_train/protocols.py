@@ -92,7 +92,7 @@ class Callback:
     """Everything that is not the step itself. Subclasses override what they need.
 
     Hooks run in the order of the list of callbacks, on every rank. In `on_step_end` a callback may call
-    `trainer.log`, `trainer.request_save` and `trainer.request_stop`.
+    `trainer.log`, `trainer.announce`, `trainer.request_save` and `trainer.request_stop`.
     """
 
     @property

@@ -119,6 +119,8 @@ class Trainer:
         """Samples seen by all ranks."""
         self.lr_scale = 1.0
         """What the learning rate's schedule is multiplied by."""
+        self.announced_seconds = 0.0
+        """How long callbacks will be at work after the next step, by their own account."""
         self.stop_reason: str | None = None
         self.end_reason: str | None = None
         self._schedules = self._build_schedules()
@@ -164,6 +166,10 @@ class Trainer:
     def call(self, name: str, *arguments: Any) -> Any:  # noqa: ANN401
         """Call a method of the module without gradient, wherever its weights are; under FSDP all ranks call it."""
         return call(self.model, name, *arguments)
+
+    def announce(self, seconds: float) -> None:
+        """Tell, when a step has ended, of long work after the next one: a `TimeLimit` stops where it has no time."""
+        self.announced_seconds += seconds
 
     def request_save(self) -> None:
         """Save a checkpoint when this step has ended."""
@@ -284,6 +290,7 @@ class Trainer:
         return ended or self.step >= self.config.steps
 
     def _end_step(self, result: StepResult) -> None:
+        self.announced_seconds = 0.0
         try:
             self._call(lambda callback: callback.on_step_end(self, result))
         except UnstableError:

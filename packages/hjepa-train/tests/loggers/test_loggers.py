@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import struct
 import time
@@ -43,6 +45,19 @@ def test_rows_after_a_step_and_a_torn_line_go(tmp_path):
     keep_rows(path, last_step=2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     keep_rows(tmp_path / "none.jsonl", last_step=2)
+
+
+def test_rows_are_on_the_disk_before_they_take_the_place_of_the_old_ones(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def broken(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        keep_rows(path, last_step=1)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_row_that_cannot_be_written_is_one_line(train, device, tmp_path):

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 class TimeLimit(Callback):
     """Asks for a stop (step finished, checkpoint saved, outcome `PREEMPTED`) after a number of minutes.
 
+    It asks before, where callbacks above it in the list have announced work after the next step that would take longer
+    than that; a run that begins with such a step does it.
+
     Args:
-        minutes: Since `started`; leave a minute for the last checkpoint.
+        minutes: Since `started`; leave room for a step and the last checkpoint.
         started: A `time.monotonic()` at which the clock began; None means when `fit` starts.
     """
 
@@ -33,5 +36,7 @@ class TimeLimit(Callback):
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Ask, where it is time."""
         assert self._started is not None
-        if time.monotonic() - self._started >= 60.0 * self.minutes:
-            trainer.request_stop(f"time limit of {duration(60.0 * self.minutes)}")
+        left = self._started + 60.0 * self.minutes - time.monotonic()
+        if left <= trainer.announced_seconds:
+            ahead = "" if left <= 0.0 else f", which work of {duration(trainer.announced_seconds)} ahead would pass"
+            trainer.request_stop(f"time limit of {duration(60.0 * self.minutes)}{ahead}")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from hjepa_train.checkpoint.files import replace_text
 from hjepa_train.protocols import Callback
 
 if TYPE_CHECKING:
@@ -63,9 +64,7 @@ def keep_rows(path: Path, *, last_step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step(line) <= last_step]
     if len(kept) < len(lines):
-        aside = path.with_name(f".tmp-{path.name}")
-        aside.write_text("".join(kept), encoding="utf-8")
-        aside.replace(path)
+        replace_text(path, "".join(kept))
 
 
 def _step(line: str) -> float:
