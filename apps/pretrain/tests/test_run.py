@@ -204,4 +204,5 @@ def test_a_disk_that_fills_when_the_weights_are_written_is_one_line(words, tmp_p
         assert main([f"run.dir={tmp_path}/run", *words]) == 2
     (line,) = said(capsys)
     assert os.strerror(errno.EFBIG) in line
+    assert "make room" in line
     assert main([f"run.dir={tmp_path}/run", *words]) == 0

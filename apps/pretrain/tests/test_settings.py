@@ -1,6 +1,8 @@
 """Words of the command line at their edges: taken as they are meant, or refused in one line and before all work."""
 
+import errno
 import logging
+import os
 import re
 import shlex
 
@@ -239,3 +241,17 @@ def test_a_default_that_is_refused_has_its_full_name():
 def test_a_value_of_another_type_is_told_what_is_allowed(word, allowed):
     with pytest.raises(settings.SettingsError, match=rf"^{re.escape(word.partition('=')[0])}: .*{allowed}$"):
         settings.load([word])
+
+
+def test_a_configuration_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    plain = settings.load(["run.steps=7"])[1]
+    settings.save(plain, [], tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+
+    def broken(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        settings.save(plain, [{"command": "again"}], tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == before

@@ -39,7 +39,8 @@ class RunConfig:
     seed: int = 0
     """Of weights, order, crops, colours and masks."""
     time_limit: str | None = None
-    """Stop, save and exit with code 75 at the first end of a step after 90s, 30m or 11h30m, say; null is no limit."""
+    """Stop, save and exit with code 75 at the first end of a step after 90s, 30m or 11h30m, say, or before an
+    evaluation on the way that would last longer; null is no limit."""
     device: str = "auto"
     """`auto` takes a GPU if there is one; `cpu`, `cuda`."""
     threads: int | None = None

@@ -86,7 +86,9 @@ def _broken(error: BaseException) -> Failure | None:
     if not found and not isinstance(error, OSError):
         return None
     number = error.errno if isinstance(error, OSError) else int(found[1])
-    return Failure(code=EXIT_WRONG_INPUT if number in _NO_ROOM else EXIT_ERROR, line=str(error))
+    if number in _NO_ROOM:
+        return Failure(code=EXIT_WRONG_INPUT, line=f"{error}; make room, or let the program write there; then {_AGAIN}")
+    return Failure(code=EXIT_ERROR, line=str(error))
 
 
 def _is_refusal(error: ValueError) -> bool:

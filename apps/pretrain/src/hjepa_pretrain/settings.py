@@ -31,6 +31,7 @@ from hjepa_models.pooling import pooling_grid
 from hjepa_pretrain.baselines import BaselineKind
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_train import CollapsePolicy, LoggerKind, OptimizerKind, ParallelKind, ScheduleUnit
+from hjepa_train.checkpoint.files import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +139,7 @@ def save(plain: DictConfig, sittings: list[dict[str, Any]], folder: Path) -> Non
     """Writes `config.yaml`: the resolved configuration, and where each sitting came from under `provenance`."""
     content = OmegaConf.to_container(plain, resolve=True, enum_to_str=True)
     text = yaml.safe_dump({**content, "provenance": sittings}, sort_keys=False)  # type: ignore[dict-item]
-    temporary = folder / (CONFIG_FILE + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(folder / CONFIG_FILE)
+    replace_text(folder / CONFIG_FILE, text)
 
 
 def read_provenance(folder: Path) -> list[dict[str, Any]]:
