@@ -82,10 +82,12 @@ def _broken(error: BaseException) -> Failure | None:
     line = str(error) if isinstance(error, TrainingError | WorkerError) else broken_machine(error)
     if line is not None:
         return Failure(code=EXIT_ERROR, line=line)
-    found = _OS_ERROR.search(str(error))
-    if not found and not isinstance(error, OSError):
+    if isinstance(error, OSError):
+        number = error.errno
+    elif found := _OS_ERROR.search(str(error)):
+        number = int(found[1])
+    else:
         return None
-    number = error.errno if isinstance(error, OSError) else int(found[1])
     if number in _NO_ROOM:
         return Failure(code=EXIT_WRONG_INPUT, line=f"{error}; make room, or let the program write there; then {_AGAIN}")
     return Failure(code=EXIT_ERROR, line=str(error))
