@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from hjepa_pretrain import cli
-from hjepa_pretrain.multirun import multirun
+from hjepa_pretrain.multirun import _queue_again, multirun
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,12 @@ def test_the_time_limit_ends_one_run_and_a_signal_all(tmp_path, monkeypatch, cap
     assert code == 75
     assert len(begun) == runs
     assert ("the runs after it" in capsys.readouterr().err) is (runs == 1)
+
+
+def test_a_job_whose_machine_has_no_scontrol_says_that_it_is_not_queued(monkeypatch, caplog):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    monkeypatch.setenv("PATH", "")
+    _queue_again()
+    assert "Slurm did not queue job 77 again" in caplog.text
+    assert "scontrol" in caplog.text

@@ -89,7 +89,8 @@ def _broken(error: BaseException) -> Failure | None:
     else:
         return None
     if number in _NO_ROOM:
-        return Failure(code=EXIT_WRONG_INPUT, line=f"{error}; make room, or let the program write there; then {_AGAIN}")
+        remedy = "make room or give the permission, in run.dir where no path is named"
+        return Failure(code=EXIT_WRONG_INPUT, line=f"{error}; {remedy}; then {_AGAIN}")
     return Failure(code=EXIT_ERROR, line=str(error))
 
 

@@ -153,6 +153,7 @@ def _queue_again() -> None:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    result = subprocess.run(["scontrol", "requeue", job], check=False, timeout=60)
-    if result.returncode:
-        logger.error("Slurm did not queue job %s again (exit code %d); start it anew", job, result.returncode)
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.error("Slurm did not queue job %s again (%s); start it anew", job, error)
