@@ -178,6 +178,29 @@ def test_buffers_that_differ_between_ranks_go_on_as_if_undisturbed(kind, tmp_pat
         assert [line in err for _, _, err in outputs] == [True, False]
 
 
+@pytest.mark.parametrize(("visible", "expected"), [(4, 3), (1, 0)])
+def test_a_rank_takes_its_gpu_or_the_only_one_that_it_is_shown(monkeypatch, visible, expected):
+    taken = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert init_world(ParallelConfig()).device == torch.device("cuda", expected)
+    assert taken == [torch.device("cuda", expected)]
+
+
+@pytest.mark.parametrize("visible", [1, 2])
+def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch, visible):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: pytest.fail("there is no such device"))
+    with pytest.raises(ValueError, match=f"LOCAL_RANK=3: {visible} CUDA devices are visible; start as many") as caught:
+        init_world(ParallelConfig())
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.distributed
 def test_a_failing_rank_shows_its_error_and_stops_the_other(tmp_path):
     first, second = launch("failing_rank.py", tmp_path)

@@ -168,14 +168,14 @@ def init_world(config: ParallelConfig | None = None, *, init_method: str | None 
         This rank's view of the world; its device is current.
 
     Raises:
-        ValueError: Where `parallel=single` runs on several ranks.
+        ValueError: Where `parallel=single` runs on several ranks, or a machine has fewer GPUs than ranks.
     """
     config = ParallelConfig() if config is None else config
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
     if config.kind is ParallelKind.single and size > 1:
         raise ValueError(f"parallel=single: torchrun started {size} processes; use parallel=ddp or parallel=fsdp")
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", _gpu(local_rank)) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     needed = size > 1 or config.kind is ParallelKind.fsdp
@@ -186,6 +186,18 @@ def init_world(config: ParallelConfig | None = None, *, init_method: str | None 
         else:
             _join(backend, init_method, rank, size)
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def _gpu(local_rank: int) -> int:
+    """Return which of the visible GPUs a rank takes; Slurm (`--gpus-per-task`), unlike torchrun, may show it one."""
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ else local_rank
+    if index >= count:
+        raise ValueError(
+            f"LOCAL_RANK={local_rank}: {count} CUDA devices are visible; start as many processes a machine, or use "
+            "device=cpu"
+        )
+    return index
 
 
 def _join(backend: str, init_method: str | None, rank: int, size: int) -> None:
@@ -251,7 +263,7 @@ def wrap(module: nn.Module, config: ParallelConfig, world: World, blocks: Sequen
         return _shard(adapter, config.fsdp, world, tuple(blocks))
     if world.size == 1:
         return adapter
-    device_ids = [world.local_rank] if world.device.type == "cuda" else None
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
     unused = config.find_unused_parameters
     if unused is None:
         unused = module.may_skip_parameters if isinstance(module, SkipsParameters) else True
