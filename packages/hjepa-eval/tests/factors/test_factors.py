@@ -94,6 +94,18 @@ def test_a_code_of_the_factors_is_disentangled_and_a_rotation_of_it_is_not(devic
     assert all(error < 0.05 for error in mixed.informativeness.values())
 
 
+def test_the_unit_of_a_factor_does_not_matter():
+    train, test = separate(world(400, 0)), separate(world(200, 1))
+    mixed = torch.randn(7, 7, generator=torch.Generator().manual_seed(2))
+    x, test_x = (code(world(n, seed)) @ mixed for n, seed in ((400, 0), (200, 1)))
+    found = dci(x, train, test_x, test)
+    for factors in (train, test):
+        factors["scale"] = 360 * factors["scale"]
+    degrees = dci(x, train, test_x, test)
+    assert degrees.disentanglement == pytest.approx(found.disentanglement, abs=1e-3)
+    assert degrees.informativeness == pytest.approx(found.informativeness, abs=1e-3)
+
+
 def test_classes_and_useless_dimensions_are_counted_rightly(device):
     """Four dimensions of one class: disentangled, but not complete. Noise dimensions weigh nothing."""
     train, test = world(1500, 0), world(800, 1)
@@ -132,7 +144,7 @@ def test_intervals_of_dci_leave_out_groups_of_training_samples(monkeypatch):
     x, test_x = code(train) + noise[:203], code(test) + noise[203:]
     found = dci(x, factors, test_x, test_factors)
     z = ((x - x.mean(0)) / x.std(0, correction=0)).double().numpy()
-    columns = [values.double().numpy() for values in factors.values()]
+    columns = [(values / values.std(correction=0)).double().numpy() for values in factors.values()]
     penalties = [0.05 * abs(z.T @ (y - y.mean()) / len(z)).max() for y in columns]
 
     def disentanglement(kept):

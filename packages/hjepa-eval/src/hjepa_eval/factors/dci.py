@@ -29,7 +29,7 @@ class DCI:
             than the mean.
         intervals: Of "disentanglement" and "mean_completeness" by a jackknife over the training samples, which they are
             of, with the penalties of the whole; of "mean_informativeness" by bootstrap over the test samples.
-        importance: |weights| of standardised dimensions for each factor [D, K].
+        importance: |weights| of standardised dimensions for each standardised factor [D, K].
         n_train: Training samples.
         n_test: Test samples.
     """
@@ -57,7 +57,8 @@ def dci(
 
     R [D, K] = |weights|,   D_i = 1 - H_K(R_i. / sum),   C_j = 1 - H_D(R_.j / sum),   D = sum_i rho_i D_i with
     rho_i = sum_j R_ij / sum R; H_K has the base K. The penalty of each factor is chosen on a fifth of the training
-    samples. A factor of integers is a class: one column for each of its classes, whose weights are added.
+    samples. A factor of floats is divided by its deviation over them, so that its unit does not matter; one of integers
+    is a class: one column for each of its classes, whose weights are added.
 
     Args:
         train: Codes.
@@ -206,7 +207,9 @@ def _largest(x: Tensor, y: Tensor) -> Tensor:
 def _columns(values: Tensor, test_values: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     values, test_values = values.to(device), test_values.to(device)
     if values.is_floating_point():
-        return values.double()[:, None], test_values.double()[:, None]
+        scale = values.double().std(correction=0)
+        scale = torch.where(scale > 0, scale, 1.0)
+        return values.double()[:, None] / scale, test_values.double()[:, None] / scale
     values, test_values = values.long(), test_values.long()
     classes = int(torch.maximum(values.max(), test_values.max())) + 1
     return F.one_hot(values, classes).double(), F.one_hot(test_values, classes).double()
