@@ -14,6 +14,7 @@ from hjepa_eval import (
     average_precision,
     bottleneck_sweep,
     cka_interval,
+    correspondence_accuracy,
     dci,
     factor_probe,
     few_shot,
@@ -105,6 +106,39 @@ def test_masks_are_one_an_image_and_images_of_which_nothing_is_known_do_not_coun
     for measure in (whole.confusion, whole.mean_iou):
         with pytest.raises(ValueError, match=r"masks \(1, 4, 4\) for 40 images"):
             measure(tokens, masks[:1])
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """What measures test samples, by name."""
+    segmentation = SegmentationProbe(QUICK).fit(patches(X), MASKS, (2, 2))
+    linear = LinearProbe(QUICK).fit({"a": X}, Y)
+    attentive = AttentiveProbe(AttentiveProbeConfig(training=QUICK)).fit(patches(X), Y)
+    return {
+        "logistic": LogisticProbe().fit(X, Y).accuracy,
+        "linear": lambda x, y: linear.accuracy({"a": x}, y),
+        "attentive": lambda x, y: attentive.accuracy(patches(x), y),
+        "confusion": lambda x, y: segmentation.confusion(patches(x), MASKS[: len(y)]),
+        "mean_iou": lambda x, y: segmentation.mean_iou(patches(x), MASKS[: len(y)]),
+        "correspondence": lambda x, y: correspondence_accuracy(
+            patches(x), patches(x), torch.zeros(len(y), 4).long(), (2, 2)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["logistic", "linear", "attentive", "confusion", "mean_iou", "correspondence"])
+@pytest.mark.parametrize("labels", [0, 5])
+def test_no_sample_or_not_one_label_each_is_one_line(fitted, name, labels):
+    with pytest.raises(ValueError, match=r"none|at least one|one for each") as raised:
+        fitted[name](TEST_X[: 2 * labels], TEST_Y[:labels])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["linear", "attentive", "segmentation"])
+def test_heads_are_trained_where_gradients_are_off(name):
+    with torch.no_grad():
+        found = PROBES[name](X, TEST_X)
+    assert torch.equal(found, PROBES[name](X, TEST_X))
 
 
 def test_the_heads_that_are_chosen_by_themselves_divide_every_width():

@@ -82,8 +82,7 @@ def factor_probe(
             check_varies(labels, test_labels, name)
             right = LogisticProbe(probe).fit(train, labels).predict(test) == test_labels
             commonest = labels.bincount().argmax()
-            classes = int(torch.maximum(labels.max(), test_labels.max())) + 1
-            chance = top1(commonest.expand(len(test_labels)), test_labels, classes)
+            chance = top1(commonest.expand(len(test_labels)), test_labels)
             interval = bootstrap(right, seed=seed)
             scores.append(FactorScore(factor=name, kind="accuracy", interval=interval, chance=chance))
     return scores

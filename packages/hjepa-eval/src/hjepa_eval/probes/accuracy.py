@@ -5,25 +5,27 @@ from jaxtyping import Int
 from torch import Tensor
 
 
-def top1(predicted: Int[Tensor, " m"], labels: Int[Tensor, " m"], num_classes: int) -> float:
+def top1(predicted: Int[Tensor, " m"], labels: Int[Tensor, " m"]) -> float:
     """Share of equal entries, in [0, 1].
 
     Args:
         predicted: Predicted classes.
         labels: True classes.
-        num_classes: Number of classes.
 
     Returns:
         The accuracy over samples (not averaged over classes), of this process.
 
     Raises:
-        ValueError: Where there is no label, or one is unknown.
+        ValueError: Where there is no label, not one a prediction, or one is unknown.
     """
     check_known(labels)
+    if predicted.shape != labels.shape:
+        raise ValueError(f"labels {tuple(labels.shape)}: give one for each of the {len(predicted)} samples")
     # torchmetrics brings torchvision and scipy along: seconds that only a measurement has to wait for.
     from torchmetrics.functional.classification import multiclass_accuracy
 
-    return float(multiclass_accuracy(predicted, labels, num_classes=max(2, num_classes), average="micro"))
+    classes = int(torch.maximum(predicted.max(), labels.max())) + 1
+    return float(multiclass_accuracy(predicted, labels, num_classes=max(2, classes), average="micro"))
 
 
 def check_known(labels: Int[Tensor, " n"], name: str = "labels") -> None:

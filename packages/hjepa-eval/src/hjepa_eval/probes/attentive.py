@@ -160,7 +160,7 @@ class AttentiveProbe:
         for head, (rate, decay) in zip(heads, grid, strict=True):
             self._head = head
             logits = self._logits(tokens, held)
-            score = top1(logits.argmax(dim=1), labels[held], classes) if bool(logits.isfinite().all()) else -torch.inf
+            score = top1(logits.argmax(dim=1), labels[held]) if bool(logits.isfinite().all()) else -torch.inf
             self.candidates.append(Candidate(features="tokens", learning_rate=rate, weight_decay=decay, held_out=score))
         best = best_candidate(self.candidates, training)
         self.chosen, self._head = self.candidates[best], heads[best]
@@ -196,8 +196,7 @@ class AttentiveProbe:
         Returns:
             Top-1 accuracy. A class that ``fit`` never saw counts as an error.
         """
-        predicted = self.predict(tokens)
-        return top1(predicted, labels.cpu(), int(torch.maximum(predicted.max(), labels.max().cpu())) + 1)
+        return top1(self.predict(tokens), labels.cpu())
 
     def _train(
         self, tokens: Tensor, labels: Tensor, classes: int, grid: list[tuple[float, float]], samples: Tensor

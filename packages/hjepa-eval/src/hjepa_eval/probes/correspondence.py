@@ -64,10 +64,10 @@ def correspondence_accuracy(
     Raises:
         ValueError: Where shapes disagree or tokens are not finite.
     """
-    if first.ndim != 3 or first.shape != second.shape or matches.shape != first.shape[:2]:
+    if first.ndim != 3 or not len(first) or first.shape != second.shape or matches.shape != first.shape[:2]:
         raise ValueError(
             f"first {tuple(first.shape)}, second {tuple(second.shape)}, matches {tuple(matches.shape)}: tokens must be "
-            "[n, N, D] of one shape and matches [n, N]"
+            "[n, N, D] of one shape and matches [n, N], of at least one image"
         )
     if grid[0] * grid[1] != first.shape[1]:
         raise ValueError(f"grid={grid}: {grid[0] * grid[1]} patches, but there are {first.shape[1]} tokens an image")

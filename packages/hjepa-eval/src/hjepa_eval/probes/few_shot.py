@@ -111,7 +111,7 @@ def few_shot(
             ((weight, bias),) = fit_logistic(x[chosen], train_labels[chosen], classes, [config.l2])
             with full_precision(x.device.type):
                 logits = test_x @ weight.T + bias
-            accuracies.append(top1(logits.argmax(dim=1), test_labels, classes))
+            accuracies.append(top1(logits.argmax(dim=1), test_labels))
         scores.append(
             FewShotScore(
                 labels=name, n_train=sum(sizes), draws=tuple(accuracies), interval=interval_of_mean(accuracies, "draws")

@@ -105,6 +105,7 @@ def best_candidate(candidates: Sequence[Candidate], config: HeadTraining) -> int
     return best
 
 
+@torch.enable_grad()
 def train_heads(
     heads: Sequence[nn.Module],
     settings: Sequence[tuple[float, float]],

@@ -101,11 +101,8 @@ def knn_accuracy(
     if test_labels.shape != test.shape[:1]:
         raise ValueError(f"test_labels of shape {tuple(test_labels.shape)} for {len(test)} rows: give one label a row")
     check_known(test_labels, "test_labels")
-    classes = int(torch.maximum(train_labels.max(), test_labels.max())) + 1 if len(train) else 1
-    predicted = knn_predict(
-        train, train_labels, test, ks=ks, temperature=temperature, memory=memory, num_classes=max(2, classes)
-    )
-    return {k: top1(p, test_labels, max(2, classes)) for k, p in predicted.items()}
+    predicted = knn_predict(train, train_labels, test, ks=ks, temperature=temperature, memory=memory)
+    return {k: top1(p, test_labels) for k, p in predicted.items()}
 
 
 def nearest(

@@ -63,7 +63,7 @@ class LinearProbe:
             x = self._standardise(name, features[name][held])
             for (rate, decay), head in zip(grid, heads[s * len(grid) : (s + 1) * len(grid)], strict=True):
                 logits = head(x)
-                accuracy = top1(logits.argmax(dim=1), labels[held], self._classes)
+                accuracy = top1(logits.argmax(dim=1), labels[held])
                 finite = bool(logits.isfinite().all())
                 self.candidates.append(
                     Candidate(
@@ -116,7 +116,7 @@ class LinearProbe:
         Returns:
             Top-1 accuracy. A class that ``fit`` never saw counts as an error.
         """
-        return top1(self.predict(features), labels, max(self._classes, int(labels.max()) + 1))
+        return top1(self.predict(features), labels)
 
     def _train(
         self,

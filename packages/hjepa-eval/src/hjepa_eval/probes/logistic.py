@@ -93,7 +93,7 @@ class LogisticProbe:
             kept, held = (part.to(x.device) for part in split(len(x), config.held_out, config.seed))
             path = fit_logistic(x[kept], labels[kept], classes, penalties, config.max_iterations, config.tolerance)
             with full_precision(x.device.type):
-                scores = [top1((x[held] @ w.T + b).argmax(1), labels[held], classes) for w, b in path]
+                scores = [top1((x[held] @ w.T + b).argmax(1), labels[held]) for w, b in path]
             self.held_out_accuracy = dict(zip(penalties, scores, strict=True))
             best = scores.index(max(scores))  # the strongest penalty among equals
         # The penalties above the chosen one are the warm start of the fit with it.
@@ -133,7 +133,7 @@ class LogisticProbe:
         Returns:
             Top-1 accuracy. A class that ``fit`` never saw counts as an error.
         """
-        return top1(self.predict(features), labels, max(len(self.bias), int(labels.max()) + 1))
+        return top1(self.predict(features), labels)
 
     def _standardise(self, features: Tensor) -> Tensor:
         return (features.detach().float() - self._mean) / self._scale

@@ -204,8 +204,10 @@ def _known(masks: Tensor) -> Tensor:
 
 
 def _of_images(masks: Tensor, tokens: Tensor) -> Tensor:
-    if masks.ndim != 3 or len(masks) != len(tokens):
-        raise ValueError(f"masks {tuple(masks.shape)} for {len(tokens)} images: they must be [m, H, W], one an image")
+    if masks.ndim != 3 or len(masks) != len(tokens) or not len(masks):
+        raise ValueError(
+            f"masks {tuple(masks.shape)} for {len(tokens)} images: they must be [m, H, W], one an image, at least one"
+        )
     return _known(masks)
 
 
