@@ -80,11 +80,24 @@ def test_mce_of_another_suite_is_noted():
     assert _notes([runs[0], runs[2]], []) == []
 
 
+@pytest.mark.parametrize(
+    ("images", "seconds", "told"),
+    [(1000, 300.0, False), (300, 100.0, False), (300, 30.0, True), (300, None, True), (None, 30.0, True)],
+)
+def test_another_budget_is_noted_unless_images_or_time_are_equal(images, seconds, told):
+    runs = [candidate(name, [True]) for name in "ab"]
+    for run, costs in zip(runs, ((1050, 105.0), (images, seconds)), strict=True):
+        run.results.about.update(zip(("images_seen", "training_seconds"), costs, strict=True))
+    notes = [note for note in _notes(runs, []) if note.startswith("b: trained neither")]
+    assert len(notes) == told
+    assert not any("budget" in note for note in _notes([runs[0], runs[0]], []))
+
+
 def test_runs_without_labels_are_grouped_too():
     runs = [candidate(f"{seed}", [True], **{"run.seed": seed}) for seed in range(3)]
     for run in runs:
         run.results.measurements[:] = [Measurement(metric="rankme", name=NAME, value=5.0, n=9)]
-    assert _groups(runs, _metrics(runs)) == (
+    assert _groups(group_by_settings(runs), _metrics(runs)) == (
         ["settings", "seeds", "level", "RankMe"],
         [["all", "3", "encoder", "5.000 [5.000, 5.000]"]],
     )
@@ -297,7 +310,7 @@ def test_json_has_no_number_that_is_none_and_a_page_leaves_its_neighbours_alone(
     run = candidate("a", [True, False])
     run.results.measurements.append(Measurement(metric="mce", name=NAME, value=math.nan, n=2))
     (tmp_path / "page.tmp").write_text("mine")
-    show([run, candidate("b", [True, True])], grouped=False, page_file=tmp_path / "page.html", output=tmp_path / "j")
+    show([run, candidate("b", [True, True])], groups={}, page_file=tmp_path / "page.html", output=tmp_path / "j")
     assert "NaN" not in (tmp_path / "j").read_text()
     assert (tmp_path / "page.tmp").read_text() == "mine"
     assert "<h2>Results</h2>" in (tmp_path / "page.html").read_text()

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from hjepa_pretrain.report.page import Section, code, page
 from hjepa_pretrain.results import PIXELS, TRAINED, UNTRAINED
 
 Table = tuple[list[str], list[list[str]]]
+Groups = Mapping[str, Sequence[Candidate]]
 
 
 def compare_runs(folders: Sequence[Path], *, suite: str = "quick", page: Path | None, output: Path | None) -> None:
@@ -51,15 +52,17 @@ def compare_runs(folders: Sequence[Path], *, suite: str = "quick", page: Path | 
         raise ValueError(f"RUN_DIR={', '.join(map(str, folders))}: a comparison needs two runs and more")
     measure_missing(folders, suite)
     runs = read_candidates(folders)
-    show(runs, grouped=_several_seeds(runs), page_file=page, output=output)
+    groups = group_by_settings(runs)
+    several = any(len({run.settings.get(SEED) for run in group}) > 1 for group in groups.values())
+    show(runs, groups=groups if several else {}, page_file=page, output=output)
 
 
-def show(runs: list[Candidate], *, grouped: bool, page_file: Path | None, output: Path | None) -> None:
+def show(runs: list[Candidate], *, groups: Groups, page_file: Path | None, output: Path | None) -> None:
     """Print a comparison as Markdown, and write its page and its JSON.
 
     Args:
         runs: the candidates.
-        grouped: put runs that differ in the seed alone together.
+        groups: runs whose means over seeds are shown too, by what they have in common; none: no means.
         page_file: the page, or None.
         output: the JSON, or None.
     """
@@ -67,8 +70,8 @@ def show(runs: list[Candidate], *, grouped: bool, page_file: Path | None, output
     accuracies = [metric for metric in metrics if metric.startswith("knn_") or metric in ("linear", "attentive_1")]
     differences = paired_differences(runs, accuracies)
     tables: dict[str, Table] = {}
-    if grouped:
-        tables["Over seeds"] = _groups(runs, metrics)
+    if groups:
+        tables["Over seeds"] = _groups(groups, metrics)
     tables |= {
         "Results": _results(runs, metrics),
         f"Difference to {runs[0].name}, same samples": _differences(differences),
@@ -84,8 +87,8 @@ def show(runs: list[Candidate], *, grouped: bool, page_file: Path | None, output
         _write_page(page_file, runs, tables, notes)
         print(f"\npage: {page_file}")
     if output is not None:
-        groups = _group_numbers(runs, metrics) if grouped else []
-        output.write_text(json.dumps({**_content(runs, differences, metrics), "groups": groups}, indent=1) + "\n")
+        content = {**_content(runs, differences, metrics), "groups": _group_numbers(groups, metrics)}
+        output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def measure_missing(folders: Sequence[Path], suite: str) -> None:
@@ -140,27 +143,22 @@ def _cells(run: Candidate, subject: str, level: str, metrics: Sequence[str]) -> 
     return [cell(find(run.results.measurements, metric, subject=subject, level=level)) for metric in metrics]
 
 
-def _several_seeds(runs: Sequence[Candidate]) -> bool:
-    groups = group_by_settings(runs).values()
-    return any(len({run.settings.get(SEED) for run in group}) > 1 for group in groups)
-
-
 def _group_levels(group: Sequence[Candidate]) -> list[str]:
     return list(
         dict.fromkeys(one.name.level for run in group for one in run.trained() if one.metric in ("linear", "rankme"))
     )
 
 
-def _groups(runs: Sequence[Candidate], metrics: Sequence[str]) -> Table:
+def _groups(groups: Groups, metrics: Sequence[str]) -> Table:
     rows = []
-    for label, group in group_by_settings(runs).items():
+    for label, group in groups.items():
         for level in _group_levels(group):
             cells = [cell(group_interval(group, metric, level)) for metric in metrics]
             rows.append([label, str(len(group)), level, *cells])
     return ["settings", "seeds", "level", *map(title_of, metrics)], rows
 
 
-def _group_numbers(runs: Sequence[Candidate], metrics: Sequence[str]) -> list[dict[str, Any]]:
+def _group_numbers(groups: Groups, metrics: Sequence[str]) -> list[dict[str, Any]]:
     """The same for JSON: a mean over seeds with its interval, or the only run's number with its own."""
     return [
         {
@@ -173,7 +171,7 @@ def _group_numbers(runs: Sequence[Candidate], metrics: Sequence[str]) -> list[di
                 if (one := group_interval(group, metric, level)) is not None
             ],
         }
-        for label, group in group_by_settings(runs).items()
+        for label, group in groups.items()
     ]
 
 
@@ -203,6 +201,12 @@ def _notes(runs: Sequence[Candidate], differences: Sequence[Difference]) -> list
         if others:
             less = "; no paired difference" if not found.intersection(others) else ""
             notes.append(f"{', '.join(others)}: {of} than {runs[0].name}{less}. Do not compare the numbers.")
+    others = [run.name for run in runs[1:] if _other_budget(run, runs[0])]
+    if others:
+        notes.append(
+            f"{', '.join(others)}: trained neither on as many images nor for as long as {runs[0].name}, see the costs: "
+            "a difference may be that of the budget."
+        )
     changes = {run.name: _changes_of_mce(run) for run in runs}
     others = [name for name, change in changes.items() if change and change != changes[runs[0].name]]
     if others and changes[runs[0].name]:
@@ -213,6 +217,13 @@ def _notes(runs: Sequence[Candidate], differences: Sequence[Difference]) -> list
     if len({(run.settings.get("model"), run.settings.get(SEED)) for run in runs}) > 1:
         notes.append("mCE is over the untrained encoder of each run, which another model or seed makes another one.")
     return notes
+
+
+def _other_budget(run: Candidate, first: Candidate) -> bool:
+    """Whether images seen and seconds of training both differ by more than a tenth: runs may be equal in either."""
+    costs = [(run.results.about.get(key), first.results.about.get(key)) for key in ("images_seen", "training_seconds")]
+    known = [(float(own), float(other)) for own, other in costs if own is not None and other is not None]
+    return bool(known) and all(abs(own - other) > 0.1 * max(own, other) for own, other in known)
 
 
 def _changes_of_mce(run: Candidate) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from hjepa_benchmark.comparison.compare import read_candidates
+from hjepa_benchmark.comparison.compare import group_by_settings, read_candidates
 from hjepa_benchmark.comparison.run import measure_missing, show
 from hjepa_pretrain import settings
 from hjepa_pretrain.multirun import check, ended_runs, multirun
@@ -56,7 +56,8 @@ def sweep(words: Sequence[str], *, suite: str = "quick", page: Path | None, outp
             "hjepa-benchmark compare RUN_DIR ..."
         )
     measure_missing(folders, suite)
-    show(read_candidates(folders), grouped=True, page_file=page, output=output)
+    runs = read_candidates(folders)
+    show(runs, groups=group_by_settings(runs), page_file=page, output=output)
 
 
 def combinations(words: Sequence[str]) -> Iterator[list[str]]:
