@@ -39,8 +39,13 @@ def test_probes_take_as_many_images_as_they_are_told(run, tmp_path, capsys):
     assert main(["probes", str(run), *few]) == 0
     rows = [one for one in read_results(tmp_path / "rows.json").measurements if one.metric == "linear"]
     assert {(one.n_train, one.n) for one in rows} == {(30, 7)}
-    assert main(["probes", str(run), "--train-samples", "1"]) == 2
-    assert "eval.train_samples=1: one image has no spread" in capsys.readouterr().err
+    capsys.readouterr()
+    for words, told in (
+        ("--train-samples=19", "too few where 20 neighbours vote; allowed: 20"),
+        ("--eval-samples=0", "too"),
+    ):
+        assert main(["probes", str(run), words]) == 2
+        assert capsys.readouterr().err.startswith(f"hjepa-benchmark: {words}: {told}")
 
 
 def test_probes_of_a_timm_model(shards, tmp_path, capsys):

@@ -83,7 +83,10 @@ def _right(bank: FeatureSet, test: FeatureSet, k: int) -> Tensor:
     """Which of the labelled held-out images kNN classifies rightly."""
     bank, test = bank.labelled(), test.labelled()
     if len(bank) < k:
-        raise ValueError(f"eval.k={k}: more than the {len(bank)} labelled training images; give more with --train")
+        raise ValueError(
+            f"{k} neighbours cannot vote: {len(bank)} training images have a label; give more with --train or "
+            "--train-samples"
+        )
     if not len(test):
         raise ValueError("no held-out image has a label; give some that have with --eval")
     return knn_predict(bank.values, bank.labels, test.values, ks=(k,))[k] == test.labels

@@ -39,6 +39,14 @@ class Measured:
         Raises:
             ValueError: for too few.
         """
+        least = max(2, config.k)
+        if self.train_samples is not None and self.train_samples < least:
+            raise ValueError(
+                f"--train-samples={self.train_samples}: too few where {config.k} neighbours vote; allowed: {least} and "
+                "more"
+            )
+        if self.eval_samples is not None and self.eval_samples < 1:
+            raise ValueError(f"--eval-samples={self.eval_samples}: too few; allowed: 1 and more")
         return replace(
             config,
             train_samples=config.train_samples if self.train_samples is None else self.train_samples,
