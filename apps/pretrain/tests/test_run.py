@@ -171,7 +171,7 @@ def test_a_demo_of_a_user_without_a_home_is_one_line(tmp_path, capsys, monkeypat
 def test_images_that_find_themselves_are_named(words, tmp_path, caplog):
     same = words[0].removeprefix("data.train=")
     assert main([f"run.dir={tmp_path}/run", *words, f"data.eval={same}"]) == 0
-    assert f"data.eval={same}: the images of data.train find themselves" in caplog.text
+    assert f"data.eval={same}: images of data.train find themselves" in caplog.text
     assert "data.eval: not given" not in caplog.text
 
 

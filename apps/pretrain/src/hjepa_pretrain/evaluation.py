@@ -105,16 +105,21 @@ def open_pair(train: str, held_out: str | None, weights: Sequence[float] | None 
     Raises:
         DataError: they are not there, or number classes differently.
     """
-    both = {os.path.realpath(name) for name in _names(train)} & {os.path.realpath(name) for name in _names(held_out)}
-    if both:
-        logger.warning("data.eval=%s: the images of data.train find themselves, and accuracies say nothing", held_out)
-    trained, measured = ([open_source(name) for name in _names(names)] for names in (train, held_out))
+    opened = [[(name, open_source(name)) for name in _names(names)] for names in (train, held_out)]
+    if set.intersection(*map(_places, opened)):
+        logger.warning("data.eval=%s: images of data.train find themselves, and accuracies say nothing", held_out)
+    trained, measured = ([source for _, source in one] for one in opened)
     _check_classes([*trained, *measured])
     return _joined(trained, weights), _joined(measured) if measured else None
 
 
 def _names(sources: str | None) -> list[str]:
     return [] if sources is None else [name.strip() for name in sources.split(_AND)]
+
+
+def _places(opened: Sequence[tuple[str, Source]]) -> set[str]:
+    """Where images lie, however it is written: a shard may be under several patterns."""
+    return {os.path.realpath(place) for name, source in opened for place in (name, *getattr(source, "shards", ()))}
 
 
 def _joined(sources: Sequence[Source], weights: Sequence[float] | None = None) -> Source:
