@@ -77,6 +77,19 @@ def test_an_output_without_the_prefix_keeps_all_its_tokens(device):
     torch.testing.assert_close(output, tower(x).mean(1))
 
 
+def test_a_prefix_that_nobody_names_is_not_averaged_with_the_patches():
+    class Silent(Stripped):
+        num_prefix_tokens = None
+
+    tower, x = Silent(), torch.randn(2, 5, 4)
+    with pytest.raises(ValueError, match=r"block2: 5 tokens, of which the module returns 4; give num_prefix_tokens=1"):
+        BlockFeatures(tower, blocks=(-1,))(x)
+    found = {n: BlockFeatures(tower, blocks=(-1, "output"), norm=True, num_prefix_tokens=n)(x) for n in (0, 1)}
+    block, output = found[1].values()
+    torch.testing.assert_close(block, output)
+    assert not torch.allclose(*found[0].values())
+
+
 def test_a_wrapper_says_what_its_module_says(device):
     tower, x = Tower().to(device), torch.randn(2, 5, 4, device=device)
     wrapped = nn.Module()

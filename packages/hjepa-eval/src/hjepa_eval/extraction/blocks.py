@@ -81,8 +81,9 @@ class BlockFeatures:
             module returns.
         poolings: How tokens become vectors. What is a vector already stays as it is, under the pooling "none".
         num_prefix_tokens: Class and register tokens ahead of the patches; None: what the module says by an attribute of
-            that name, as timm's do, else 0. An output that has as many tokens less than the blocks lost them already;
-            one that has as many tokens as ``patch_embed.num_patches`` has none.
+            that name, as timm's do, else 0, and blocks with some tokens more than the output are refused. An output
+            that has as many tokens less than the blocks lost them already; one that has as many tokens as
+            ``patch_embed.num_patches`` has none.
         norm: Apply the final norm (the ``norm`` beside the list of blocks) to the tokens of numbered blocks, as linear
             probes of vision transformers do; the last block with it is the encoder's own output.
         channels_last: Maps of blocks are [B, H, W, D]; None: what the module says by ``output_fmt``, as timm's do, else
@@ -110,8 +111,9 @@ class BlockFeatures:
         self.poolings = tuple(poolings)
         # DistributedDataParallel shows nothing of what it wraps.
         said_by = getattr(module, "module", module)
-        found = getattr(said_by, "num_prefix_tokens", 0) if num_prefix_tokens is None else num_prefix_tokens
-        self.num_prefix_tokens = int(found)
+        found = getattr(said_by, "num_prefix_tokens", None) if num_prefix_tokens is None else num_prefix_tokens
+        self._prefix_is_known = found is not None
+        self.num_prefix_tokens = int(found or 0)
         counted = getattr(getattr(said_by, "patch_embed", None), "num_patches", None)
         self._num_patches = counted if num_prefix_tokens is None else None
         said = getattr(said_by, "output_fmt", None) == "NHWC"
@@ -151,6 +153,8 @@ class BlockFeatures:
         missing = [label for label in self._hooked if label not in caught]
         if missing:
             raise ValueError(f"blocks={missing}: the forward pass does not run them; name others")
+        if not self._prefix_is_known:
+            self._check_counts(caught, output)
         pooled = {}
         for label in self._order:
             tokens = self._norm(caught[label]) if label in self._numbered else caught[label]
@@ -163,6 +167,17 @@ class BlockFeatures:
                 name = FeatureName(level=label, pooling=str(pooling))
                 pooled[name] = pool_tokens(tokens, pooling, self._prefix_of(label, caught))
         return pooled
+
+    def _check_counts(self, caught: Mapping[str, Tensor], output: object) -> None:
+        """Refuse blocks with some tokens more than the output: registers would be averaged with the patches."""
+        left = output.shape[1] if isinstance(output, Tensor) and output.ndim == 3 else 0
+        for label, part in caught.items():
+            more = part.shape[1] - left
+            if part.ndim == 3 and 0 < more < left:  # stages with fewer tokens have half of them at most
+                raise ValueError(
+                    f"blocks={label}: {part.shape[1]} tokens, of which the module returns {left}; give "
+                    f"num_prefix_tokens={more} if class or register tokens stand ahead of the patches, else 0"
+                )
 
     def _prefix_of(self, label: str, caught: Mapping[str, Tensor]) -> int:
         # CaiT and XCiT join the class token behind their blocks.
