@@ -91,6 +91,14 @@ FeatureCache({str(tmp_path)!r}).write(
     assert FeatureCache(tmp_path).read(KEY) is None
 
 
+def test_features_of_another_version_or_of_a_function_without_a_name_are_not_taken(tmp_path, monkeypatch):
+    FeatureCache(tmp_path).write(KEY, sets())
+    monkeypatch.setattr("hjepa_eval.extraction.cache.version", lambda name: f"{name} of tomorrow")
+    assert FeatureCache(tmp_path).read(KEY) is None
+    with pytest.raises(TypeError, match="features"):
+        CacheKey(weights="a", data="b", transform="c")
+
+
 def test_sets_of_other_samples_are_refused(tmp_path):
     mixed = sets()
     mixed["1"].labels = torch.tensor([1, 1, 1])

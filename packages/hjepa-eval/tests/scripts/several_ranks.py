@@ -75,7 +75,8 @@ def main(rank, world, store, folder):
     lonely = extract(both(encoder), part(rank, world, count=1, numbered=True), gather=True)
     assert lonely["b/mean"].name == FeatureName(level="b", pooling="mean")
     found["lonely"] = lonely["b/mean"].values
-    cache, key = FeatureCache(Path(folder) / "cache"), CacheKey(weights=f"w{world}", data="d", transform="t")
+    cache = FeatureCache(Path(folder) / "cache")
+    key = CacheKey(weights=f"w{world}", data="d", transform="t", features="f")
     calls = []
     for _ in range(2):
         cached = cache.get(

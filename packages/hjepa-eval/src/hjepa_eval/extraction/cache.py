@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -36,11 +37,12 @@ class CacheKey:
     weights: str
     data: str
     transform: str
-    features: str = "all"
+    features: str
 
     def digest(self) -> str:
-        """SHA-256 of the four words."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the four words and of the version of this package, whose pooling may change."""
+        words = {**asdict(self), "version": version("hjepa-eval")}
+        return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
 
 
 def weights_hash(module: nn.Module) -> str:
