@@ -56,7 +56,8 @@ def test_differences_are_paired():
         "c: tested on other images than a; no paired difference. Do not compare the numbers."
     ]
     assert "another seed" in _notes([first, better], [one])[0]
-    assert "mCE is over the untrained encoder" in _notes([first, candidate("d", [True], **{"run.seed": 1})], [])[-1]
+    for setting in ("run.seed", "model", "hjepa.encoder.depth"):
+        assert "mCE is over the untrained encoder" in _notes([first, candidate("d", [True], **{setting: 1})], [])[-1]
 
 
 def test_levels_match_whatever_an_earlier_version_called_their_pooling():

@@ -214,8 +214,8 @@ def _notes(runs: Sequence[Candidate], differences: Sequence[Difference]) -> list
             f"{', '.join(others)}: mCE is over other corruptions, severities or images than that of {runs[0].name}; "
             "--suite full measures all alike."
         )
-    if len({(run.settings.get("model"), run.settings.get(SEED)) for run in runs}) > 1:
-        notes.append("mCE is over the untrained encoder of each run, which another model or seed makes another one.")
+    if any(key in ("model", SEED) or key.startswith("hjepa.encoder.") for key in differing_settings(runs)):
+        notes.append("mCE is over the untrained encoder of each run, which another encoder or seed makes another one.")
     return notes
 
 
