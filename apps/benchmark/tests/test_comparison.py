@@ -309,9 +309,17 @@ def test_names_of_runs_are_shown_as_they_are(monkeypatch):
 
 def test_json_has_no_number_that_is_none_and_a_page_leaves_its_neighbours_alone(tmp_path, capsys):
     run = candidate("a", [True, False])
-    run.results.measurements.append(Measurement(metric="mce", name=NAME, value=math.nan, n=2))
+    details = {"corruptions": 5, "severities": 3, "undefined": "for a reason"}
+    run.results.measurements.append(Measurement(metric="mce", name=NAME, value=math.nan, n=2, details=details))
+    attentive = Measurement(metric="attentive_1", name=NAME, value=0.5, n=2, n_train=7)
+    run.results.measurements.append(attentive)
     (tmp_path / "page.tmp").write_text("mine")
     show([run, candidate("b", [True, True])], groups={}, page_file=tmp_path / "page.html", output=tmp_path / "j")
     assert "NaN" not in (tmp_path / "j").read_text()
     assert (tmp_path / "page.tmp").read_text() == "mine"
-    assert "<h2>Results</h2>" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "<h2>Results</h2>" in page
+    # The attentive probe learns from fewer images than the linear one beside it.
+    for shown in (page, capsys.readouterr().out):
+        assert "attentive of 7 training images" in shown
+        assert "over those of the untrained encoder, 2 images" in shown

@@ -102,8 +102,8 @@ def evaluate(
         ks: Numbers of neighbours; a k above the number of labelled training samples is left out.
         temperature: T of the kNN votes.
         probe: How the linear probe is fitted; None: its defaults.
-        rank_samples: Training samples of RankMe, effective rank and spread, at most, evenly spaced (the cost grows with
-            n * D^2, eleven times for the intervals); 0: without them.
+        rank_samples: Training samples of RankMe, effective rank and spread, at most, drawn by a fixed seed (the cost
+            grows with n * D^2, eleven times for the intervals); 0: without them.
         device: Where the measures are computed.
 
     Returns:

@@ -26,7 +26,7 @@ from hjepa_benchmark.runs import finished_steps, open_data, read_config
 from hjepa_benchmark.suite.findings import find
 from hjepa_benchmark.suite.report import changed, copyable, error_panels, numbers_table
 from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE, run_suite, weights_id
-from hjepa_benchmark.suite.summary import TITLES, cell, markdown, title_of
+from hjepa_benchmark.suite.summary import TITLES, cell, markdown, summarize, title_of
 from hjepa_eval import Measurement, read_results
 from hjepa_pretrain.model import load_run
 from hjepa_pretrain.report.page import Section, code, page
@@ -78,7 +78,7 @@ def show(runs: list[Candidate], *, groups: Groups, page_file: Path | None, outpu
         "Settings that differ": _settings(runs),
         "Cost": _cost(runs),
     }
-    notes = _notes(runs, differences)
+    notes = [f"Frozen features. Of {runs[0].name}: {summarize(runs[0].results).note}.", *_notes(runs, differences)]
     for title, (header, rows) in tables.items():
         if rows:
             print(f"\n{title}\n\n{markdown(header, rows, _names(title))}")
@@ -265,7 +265,7 @@ def _write_page(path: Path, runs: Sequence[Candidate], tables: dict[str, Table],
         note = ""
         if title == "Results":
             body += charts.row(_figures(runs))
-            note = " ".join(["Frozen features; 95 % intervals in brackets.", *notes])
+            note = " ".join(notes)
         sections.append(Section(title=title, note=note, body=body))
     commands = "\n".join(f"{run.name}: {run.results.about.get('command')}" for run in runs)
     sections.append(Section(title="Commands", body=code(commands)))

@@ -124,7 +124,7 @@ def judge_levels(
     Args:
         sets: Features by level.
         config: The bounds.
-        samples: How many of the samples are taken, at most, evenly spaced.
+        samples: How many of the samples are taken, at most, drawn by a fixed seed.
 
     Returns:
         The verdicts by level.

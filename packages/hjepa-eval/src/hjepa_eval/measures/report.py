@@ -35,7 +35,7 @@ def measure_unlabelled(
 
     Args:
         features: Features of images; labels are not used.
-        samples: How many of them are taken, at most, evenly spaced. 25,600 is what the RankMe paper takes.
+        samples: How many of them are taken, at most, drawn by a fixed seed. 25,600 is what the RankMe paper takes.
         groups: Groups of the jackknife; every number is computed once more for each.
         collapse: Bounds of the verdict, which stands in the details of `effective_rank`.
         device: Where the numbers are computed.
