@@ -140,7 +140,7 @@ def install_lowest(session: nox.Session, package: str) -> None:
 
 @nox.session
 def oldest_torch(session: nox.Session) -> None:
-    """Compile every kind of step with the oldest torch, in one process and in two: what it can trace, and how, differs."""
+    """Compile every kind of step with the oldest torch, in one process and in two: what it traces, and how, differs."""
     install_lowest(session, "hjepa-models")
     tests = MEMBERS["hjepa-models"].folder / "tests"
     run_suite(session, "cpu", "--dist", "load", str(tests / "test_compile.py"), str(tests / "test_distributed.py"))
