@@ -84,10 +84,11 @@ def test_the_contract(device, name, targets, tmp_path):
     again = config_of(name, targets, activation_checkpointing=True).build(seed=3, device=device)
     assert all(torch.equal(gradient, exact[key]) for key, gradient in gradients(again, inputs).items())
     del again
-    torch._dynamo.reset()
-    model.compile_step(backend="aot_eager")
-    for key, gradient in gradients(model, inputs).items():
-        torch.testing.assert_close(gradient, exact[key], atol=1e-5, rtol=1e-3)
+    if "nano" in name:  # the graph is that of every width
+        torch._dynamo.reset()
+        model.compile_step(backend="aot_eager")
+        for key, gradient in gradients(model, inputs).items():
+            torch.testing.assert_close(gradient, exact[key], atol=1e-5, rtol=1e-3)
 
     # Every level has the shape that its grid says, and a saved model is the same model.
     model.eval()

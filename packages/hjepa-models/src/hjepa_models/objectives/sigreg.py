@@ -120,7 +120,7 @@ def sigreg(
         normal = (-0.5 * t.square()).exp()
         step = t_max / (knots - 1)
         quadrature = torch.full_like(t, 2 * step)
-        quadrature[0] = quadrature[-1] = step
+        quadrature[:: knots - 1].fill_(step)  # both ends; to assign a number would copy it to a GPU in torch 2.11
         both: Tensor = _CharacteristicFunction.apply((z @ directions) * step, knots)
         real, imaginary = all_reduce_mean(both)
         error = (real - normal.unsqueeze(-1)).square() + imaginary.square()
