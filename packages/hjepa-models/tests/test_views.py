@@ -210,6 +210,17 @@ def test_crops_that_share_nothing_have_no_loss(device):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("by_level", [False, True])
+def test_vicreg_leaves_out_images_whose_crops_share_nothing(device, by_level):
+    model = small_config(vicreg_weight=0.1, vicreg_levels=by_level).build(device=device)
+    views, crops = batch(device)
+    for crop, left in zip(crops, (0.0, 0.5), strict=True):
+        crop[0] = torch.tensor([left, 0.0, 0.5, 1.0, 0.0])
+    term = model(views, None, None, 0, crops).level_losses["vicreg"]
+    others = model([view[1:] for view in views], None, None, 0, [crop[1:] for crop in crops]).level_losses["vicreg"]
+    torch.testing.assert_close(term, others)
+
+
 def test_prediction_at_every_other_step_needs_no_crops_between(device):
     model = small_config(predict_every=2).build(device=device)
     views, crops = batch(device)

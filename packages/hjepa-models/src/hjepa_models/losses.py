@@ -74,12 +74,14 @@ class PredictionLosses(nn.Module):
             known: 1 for the tokens that are scored, 0 for others; None means all.
         """
         config, terms = self.config, {}
+        # An image of which nothing is known has no mean token: a row of 0 would count as one.
+        seen = None if known is None else (known.sum(1) > 0).to(known.dtype)
         if config.vicreg_weight and config.vicreg_levels:
-            each = torch.stack([self._spread(mean_token(level.values, level.weight)) for level in levels])
+            each = torch.stack([self._spread(mean_token(level.values, level.weight), seen) for level in levels])
             terms["vicreg"] = (config.vicreg_weight, (weights * each).sum())
         elif config.vicreg_weight:
             mean = mean_token(predicted, known)
-            term = self._spread(mean)
+            term = self._spread(mean, seen)
             if config.vicreg_invariance:
                 difference = torch.nn.functional.mse_loss(mean.to(wanted.dtype), mean_token(wanted, known))
                 term = term + config.vicreg_invariance * difference
@@ -105,8 +107,8 @@ class PredictionLosses(nn.Module):
             others = [self.aggregate(whole)]
         return {"instance": (self.config.instance_weight, info_nce(one, others[0], self.config.temperature))}
 
-    def _spread(self, mean_tokens: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-        terms = vicreg_terms(mean_tokens)
+    def _spread(self, mean_tokens: Float[Tensor, "B D"], seen: Float[Tensor, " B"] | None) -> Float[Tensor, ""]:
+        terms = vicreg_terms(mean_tokens, weight=seen)
         return self.config.vicreg_variance * terms.variance + self.config.vicreg_covariance * terms.covariance
 
 
