@@ -24,6 +24,7 @@ from hjepa_models import (
 from hjepa_models.layers.attention_pool import AttentionPool
 from hjepa_models.layers.norm import normalize
 from hjepa_models.objectives import DISTANCES
+from hjepa_models.state import StateConfig
 
 GRID = (4, 6)
 
@@ -117,6 +118,33 @@ def test_predictions_equal_to_targets_give_zero_at_each_level(device, targets, f
         assert float(loss) == pytest.approx(0, abs=1e-6)
         moved = dataclasses.replace(prediction, values=prediction.values.roll(1, -1))
         assert float(model.level_loss(moved, target, index if level == 0 else None)) > 0.01
+
+
+@pytest.mark.parametrize(
+    "predictor", [{"mode": "per_block"}, {"mode": "isolated"}, {"state": StateConfig(num_groups=4)}]
+)
+def test_a_place_in_several_blocks_is_scored_in_each(device, predictor):
+    config = small_config(
+        encoder={"init_std": 0.4},  # with small weights all blocks predict much the same
+        pyramid={"levels": 2, "level_dims": (16, 8)},
+        objective="l2",
+        level_weights=LevelWeightsConfig(weights=(1.0, 1.0)),
+    )
+    config.predictor = dataclasses.replace(config.predictor, **predictor)
+    model = config.build(device=device)
+    views, context, target = batch(device)
+    target[:, 1:, :2] = target[:, :1, :2]  # two places are in every block
+    seen = []
+    model.predictor.register_forward_hook(lambda module, inputs, predicted: seen.append(predicted))
+    loss = model(views, context, target, step=0).level_losses["0"]
+    wanted = normalize(model.target_encoder(views[0]))
+    blocks = []
+    for predicted, index in zip(seen[0].unbind(1), target.unbind(1), strict=True):
+        guess = model.pyramid(scatter_to_canvas(predicted, index, GRID))[0].values
+        wish = model.target_pyramid(dense_canvas(wanted, GRID))[0].values
+        blocks.append(torch.stack([(g[i] - w[i]).square() for g, w, i in zip(guess, wish, index, strict=True)]).mean())
+    assert float(seen[0][:, :, :2].detach().std(1).mean()) > 0.1  # where blocks do differ
+    torch.testing.assert_close(loss, torch.stack(blocks).mean().detach())
 
 
 @pytest.mark.parametrize("targets", list(Targets))

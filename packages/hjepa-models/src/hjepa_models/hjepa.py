@@ -25,7 +25,7 @@ from hjepa_models.layers.patch import PixelProjection
 from hjepa_models.layers.upsampler import children_index, sample_children, upsampling_ratio
 from hjepa_models.losses import PredictionLosses
 from hjepa_models.objectives import LevelAverages, LevelWeighting, adaptive_weights, mean_token, sigreg
-from hjepa_models.predictor import Predictor
+from hjepa_models.predictor import Predictor, PredictorMode
 from hjepa_models.pretrained import PretrainedMixin
 from hjepa_models.pyramid import Pyramid
 
@@ -296,8 +296,21 @@ class HJEPA(nn.Module, PretrainedMixin):
             seen = full if whole is None or full is not None else whole.chunk(config.masked_views)
             assert seen is not None
             terms["sigreg"] = (config.sigreg_weight, self._sigreg(seen, step))
-        self._add_levels(predictions, targets, index, weights, step, plan, output)
+        self._add_levels(predictions, targets, index, weights, step, plan, output, self._single_tokens(predicted))
         self._add_terms(terms, output)
+
+    def _single_tokens(self, predicted: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"] | None:
+        """Return the finest level of predictions that differ by block where a place is in several, else None.
+
+        On a canvas such predictions are averaged, which spares them what they differ by. A level that looks at its
+        neighbours, or is upsampled, needs the canvas.
+        """
+        config, pyramid = self.config, self.pyramid
+        alike = config.predictor.mode is PredictorMode.joint and config.predictor.state is None
+        if alike or config.encoder.output_patch_size or pyramid.looks_around:
+            return None
+        tokens: Tensor = pyramid.finest(predicted.to(torch.promote_types(predicted.dtype, torch.float32)))
+        return tokens
 
     def _view_term(
         self,
@@ -415,12 +428,14 @@ class HJEPA(nn.Module, PretrainedMixin):
         step: Tensor,
         plan: StepPlan,
         output: HJEPAOutput,
+        tokens: Tensor | None = None,
     ) -> None:
         losses = torch.zeros_like(weights)
         for level, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
             output.embeddings[str(level)] = mean_token(target.values, target.weight).detach()
             if plan.active[level]:
-                loss = self.level_loss(prediction, target, index if level == 0 else None)
+                single = (index, tokens) if level == 0 else ()
+                loss = self.level_loss(prediction, target, *single)
                 output.level_losses[str(level)] = losses[level] = loss.detach()
                 output.loss = output.loss + weights[level] * loss
         if self.level_averages is not None and self.training:
@@ -443,10 +458,14 @@ class HJEPA(nn.Module, PretrainedMixin):
         return index if self.config.encoder.output_patch_size else None
 
     def level_loss(
-        self, prediction: Canvas, target: Canvas, index: Int[Tensor, "B K"] | None = None
+        self,
+        prediction: Canvas,
+        target: Canvas,
+        index: Int[Tensor, "B K"] | None = None,
+        tokens: Float[Tensor, "B K D"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the loss of one level: on the weighted canvas, or on the tokens at `index` where one is given."""
-        return self.losses.level(prediction, target, index)
+        """Return the loss of one level, as `PredictionLosses.level` does."""
+        return self.losses.level(prediction, target, index, tokens)
 
     def _global_term(self, scales: list[tuple[Tensor, ...]], whole: int, step: Tensor, output: HJEPAOutput) -> None:
         assert self.global_level is not None

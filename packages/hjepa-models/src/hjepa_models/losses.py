@@ -38,8 +38,21 @@ class PredictionLosses(nn.Module):
             if head is not None:
                 head.init_weights(generator)
 
-    def level(self, prediction: Canvas, target: Canvas, index: Int[Tensor, "B K"] | None = None) -> Float[Tensor, ""]:
-        """Return the loss of one level: on the weighted canvas, or on the tokens at `index` where one is given."""
+    def level(
+        self,
+        prediction: Canvas,
+        target: Canvas,
+        index: Int[Tensor, "B K"] | None = None,
+        tokens: Float[Tensor, "B K D"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """Return the loss of one level: on the weighted canvas, or on the tokens at `index` where one is given.
+
+        Args:
+            prediction: predicted tokens of the level; predictions of one place are averaged on it.
+            target: wanted tokens.
+            index: places that are scored, each as often as it is named; `patch_discrimination` scores each once.
+            tokens: what is predicted at `index`, where predictions of one place differ; None means those on the canvas.
+        """
         config = self.config
         contrast = config.objective is Objective.patch_discrimination
         if contrast and not config.encoder.output_patch_size:
@@ -47,7 +60,8 @@ class PredictionLosses(nn.Module):
             index = None
         guess, wanted, weight = prediction.values, target.values, target.weight if index is None else None
         if index is not None:
-            guess, wanted = gather_tokens(guess, index), gather_tokens(wanted, index)
+            guess = gather_tokens(guess, index) if tokens is None else tokens
+            wanted = gather_tokens(wanted, index)
         if contrast:
             # On an output grid, which is never compared as a whole, a place stands where it is named first.
             weight = first_named(index) if index is not None else weight

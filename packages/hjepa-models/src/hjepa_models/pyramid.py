@@ -159,9 +159,8 @@ class Pyramid(nn.Module):
                 (no top-down path, no attention) its learned maps then run on those places only, and the others are 0.
         """
         levels = [self._pool(canvas, level) for level in range(self.config.levels)]
-        if index is not None and not len(self.top_down) and not len(self.attention):
-            known = Canvas(gather_tokens(canvas.values, index), torch.ones_like(index), canvas.grid)
-            finest = self._finish(self._narrow(known, 0), 0).values
+        if index is not None and not self.looks_around:
+            finest = self.finest(gather_tokens(canvas.values, index))
             coarse = [self._finish(self._narrow(one, i), i) for i, one in enumerate(levels[1:], start=1)]
             return [scatter_to_canvas(finest, index, levels[0].grid), *coarse]
         levels = [self._narrow(one, level) for level, one in enumerate(levels)]
@@ -172,6 +171,16 @@ class Pyramid(nn.Module):
             if len(self.attention):
                 levels[level] = self.attention[level](levels[level], levels[level + 1], level, scale)
         return [self._finish(pooled, level) for level, pooled in enumerate(levels)]
+
+    @property
+    def looks_around(self) -> bool:
+        """Whether a token of the finest level depends on its neighbours: by a top-down path or attention."""
+        return len(self.top_down) + len(self.attention) > 0
+
+    def finest(self, tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
+        """Return what `forward` makes of tokens of the finest level one by one, where it looks at no neighbours."""
+        alone = Canvas(tokens, tokens.new_ones(tokens.shape[:2]), self.grid)
+        return self._finish(self._narrow(alone, 0), 0).values
 
     def pool(self, canvas: Canvas) -> list[Canvas]:
         """Return the levels of the same grids by plain averages, without any learned part, finest first."""

@@ -162,11 +162,12 @@ def test_one_encoder_needs_its_entry_only(naive, images, branch):
 
 def test_training_goes_on_with_the_loss_of_the_released_code(naive, images, context_index):
     model = from_ijepa(naive.checkpoint(), **KNOWN)
-    apart = torch.tensor([[[1, 3], [5, 0], [7, 6]], [[0, 2], [8, 5], [4, 7]]], device=images.device)
-    predicted = naive.predictor(naive.encoder(images, context_index), context_index, apart)
+    # Places 3, 5 and 0 are in two blocks, whose predictions of them differ.
+    hidden = torch.tensor([[[1, 3], [5, 3], [7, 5]], [[0, 2], [8, 0], [4, 5]]], device=images.device)
+    predicted = naive.predictor(naive.encoder(images, context_index), context_index, hidden)
     wanted = functional.layer_norm(naive.target_encoder(images), (32,))
-    wanted = torch.stack([row[blocks] for row, blocks in zip(wanted, apart, strict=True)])
-    loss = model([images], context_index, apart, 0).loss
+    wanted = torch.stack([row[blocks] for row, blocks in zip(wanted, hidden, strict=True)])
+    loss = model([images], context_index, hidden, 0).loss
     torch.testing.assert_close(loss, functional.smooth_l1_loss(predicted, wanted), atol=1e-6, rtol=1e-6)
     loss.backward()
     fixed = {name for name, parameter in model.named_parameters() if parameter.grad is None}

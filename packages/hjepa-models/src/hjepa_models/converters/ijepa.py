@@ -50,11 +50,10 @@ def from_ijepa(
         model = from_ijepa(checkpoint).eval()
         features = model.features(images)  # of the target encoder, the one that the paper evaluates
 
-    The model has one level and predicts each target block on its own; a token in several blocks is scored on the mean
-    of its predictions, where the released code scores each. Position tables come from the checkpoint, whatever the
-    order of their axes, and stay fixed as they were: `requires_grad` is off (no file keeps that: a model that was saved
-    and loaded has it on). Left out is the state of the run: `opt`,
-    `scaler`, `epoch`, `loss`, `batch_size`, `world_size`, `lr`.
+    The model has one level and predicts each target block on its own; a token in several blocks is scored in each.
+    Position tables come from the checkpoint, whatever the order of their axes, and stay fixed as they were:
+    `requires_grad` is off (no file keeps that: a model that was saved and loaded has it on). Left out is the state of
+    the run: `opt`, `scaler`, `epoch`, `loss`, `batch_size`, `world_size`, `lr`.
 
     Args:
         checkpoint: has `encoder`, `target_encoder` and `predictor`; prefixes of data parallelism are taken off.
