@@ -13,9 +13,6 @@ import time
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from hjepa_data.masks import (
@@ -62,6 +59,11 @@ def marginals(config: MaskConfig) -> tuple[Tensor, Tensor]:
 
 def draw(output: Path) -> None:
     """Write the heat maps as a PNG."""
+    # Times are also taken where there is nothing to draw with.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(2 * len(LAWS), 6.6), dpi=84, layout="constrained")
     axes = figure.subplots(3, len(LAWS))
     for column, (name, config) in enumerate(LAWS.items()):
