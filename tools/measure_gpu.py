@@ -3,12 +3,14 @@
 `python tools/measure_gpu.py OUT.jsonl --photos 'photos/*.tar'` runs the commands of that page one after the other, each
 in a process of its own and the most telling first, and writes a line of JSON after each: the command, its exit code,
 its seconds, the end of what it printed, and its numbers. At the end it prints them as a Markdown table. What does not
-fit into `--minutes` is left out and named. `--only steps,masks` measures some groups; `--list` prints the commands.
+fit into `--minutes` is left out and named; what takes longer than `--each` is ended, and says where it was.
+`--only steps,masks` measures some groups; `--list` prints the commands.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -18,9 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 _GRAPHS = "trainer.compile_mode=reduce_overhead"
@@ -28,6 +34,7 @@ _BASE = ("recipe=hjepa", "model=vit_base_patch16", "data.batch_size=256", "masks
 _LARGE = ("recipe=hjepa", "model=vit_large_patch16", "hjepa.predictor.depth=12", "data.batch_size=128")
 _FLAT = ("hjepa.pyramid.levels=1", "hjepa.level_weights.weights=[1.0]", "hjepa.pyramid.fpn=none")
 _SMALL = ("preset=small_images", "data.train=synthetic", "data.batch_size=256")
+_FAREWELL = 5.0  # seconds
 _QUIET = ("eval.at_end=false", "eval.every_steps=null")
 
 
@@ -38,7 +45,8 @@ class Row:
     Attributes:
         group: what `--only` chooses by.
         program: a program of the workspace, or a script of this repository.
-        words: its arguments; `{photos}`, `{json}` and `{run}` stand for the shards and for places of this row alone.
+        words: its arguments; `{photos}`, `{json}` and `{run}` stand for the shards and for places of this row alone,
+            `{noise}` for a batch of images that are made for it.
         reach: the goal, in words.
         cold: nothing is in the compiler's cache.
     """
@@ -50,9 +58,9 @@ class Row:
     cold: bool = False
 
 
-def _step(*words: str, reach: str = "", reference: bool = False, group: str = "steps") -> Row:
-    options = ("--steps", "30", "--json", "{json}", *(("--reference",) if reference else ()))
-    return Row(group=group, program="hjepa-benchmark", words=("throughput", *options, *words), reach=reach)
+def _step(*words: str, reach: str = "", options: tuple[str, ...] = ("--no-parts",), group: str = "steps") -> Row:
+    words = ("throughput", "--steps", "30", "--json", "{json}", *options, *words)
+    return Row(group=group, program="hjepa-benchmark", words=words, reach=reach)
 
 
 def _run(*words: str, reach: str = "", group: str = "program", cold: bool = False) -> Row:
@@ -60,9 +68,9 @@ def _run(*words: str, reach: str = "", group: str = "program", cold: bool = Fals
 
 
 ROWS = (
-    _step(*_BASE, _GRAPHS, reach="4,200 images/s, 12 GiB; pyramid and losses 5 %"),
+    _step(*_BASE, _GRAPHS, reach="4,200 images/s, 12 GiB; pyramid and losses 5 %", options=()),
     _step(*_LARGE, _GRAPHS, reach="1,600 images/s, 50 % of the peak"),
-    _step(*_BASE, *_FLAT, _GRAPHS, reach="4,500 images/s", reference=True),
+    _step(*_BASE, *_FLAT, _GRAPHS, reach="4,500 images/s", options=("--no-parts", "--reference")),
     _run(
         *_BASE, _GRAPHS, *_QUIET, "trainer.compile=true", "data.train={photos}", "data.workers=14", "run.steps=150",
         "trainer.log_every=10", reach="95 % of the first row",
@@ -81,7 +89,7 @@ ROWS = (
         reach="6,500 images/s on 16 cores, 12,000 with nvJPEG",
     ),
     _run(
-        *_BASE, _GRAPHS, *_QUIET, "data.train=synthetic", "trainer.compile=true", "run.steps=2",
+        *_BASE, _GRAPHS, *_QUIET, "data.train={noise}", "trainer.compile=true", "run.steps=2",
         group="start", cold=True, reach="60 s until the first step",
     ),
     _step(*_BASE, _GRAPHS, "trainer.fp8=true", group="fp8"),
@@ -114,12 +122,15 @@ def measure(row: Row, photos: str, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         places = {"photos": photos, "json": str(folder / "row.json"), "run": str(folder / "run")}
+        if any("{noise}" in word for word in row.words):
+            places["noise"] = str(_write_noise(folder / "noise"))
         words = [_fill(word, places) for word in row.words]
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")} if row.cold else {}
         began = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, *program, *words],
-            env={**os.environ, **cache},
+            # A program that has to be killed shows what it has printed, and where it is.
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **cache},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -129,6 +140,10 @@ def measure(row: Row, photos: str, seconds: float) -> dict[str, Any]:
         try:
             printed, _ = process.communicate(timeout=seconds)
         except BaseException as error:
+            if isinstance(error, subprocess.TimeoutExpired):
+                process.send_signal(signal.SIGABRT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_FAREWELL)
             # Its workers too, which would hold the pipe and the GPU.
             os.killpg(process.pid, signal.SIGKILL)
             printed, _ = process.communicate()
@@ -141,8 +156,22 @@ def measure(row: Row, photos: str, seconds: float) -> dict[str, Any]:
             "exit": process.returncode,
             "seconds": round(time.monotonic() - began, 1),
             **_numbers(folder),
-            "printed": printed[-3000:],
+            "printed": printed[-8000:],
         }
+
+
+def _write_noise(folder: Path) -> Path:
+    """Write coarse noise as a shard of JPEGs and return where it lies."""
+    # Torch takes seconds, and --list should not.
+    from hjepa_data.shards.write import ShardWriter
+
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 8, 8, 3), dtype=np.uint8)
+    with ShardWriter(folder) as writer:
+        for one in pixels:
+            jpeg = io.BytesIO()
+            Image.fromarray(one).resize((256, 256)).save(jpeg, format="JPEG")
+            writer.write(jpeg.getvalue())
+    return writer.shards[0]
 
 
 def _shown(row: Row) -> str:
@@ -186,6 +215,7 @@ def main() -> None:
     parser.add_argument("--photos", help="shards of 5,000 JPEGs or more; without, rows that read some are left out")
     parser.add_argument("--only", help=f"groups, with commas between: {', '.join(groups)}")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing after these, and end what runs then")
+    parser.add_argument("--each", type=float, default=4.0, help="end a command after these minutes (default 4)")
     parser.add_argument("--list", action="store_true", help="print the commands and do nothing")
     options = parser.parse_args()
     asked = options.only.split(",") if options.only else groups
@@ -209,7 +239,7 @@ def main() -> None:
             left.append(f"{_shown(row)}: {'no --photos' if remaining > 0 else 'no time left'}")
             continue
         try:
-            results.append(measure(row, options.photos or "", remaining))
+            results.append(measure(row, options.photos or "", min(remaining, 60 * options.each)))
         except KeyboardInterrupt:
             end = 0.0
             left.append(f"{_shown(row)}: interrupted")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,23 @@ def test_every_row_can_be_run(row: measure_gpu.Row, tmp_path: Path) -> None:
         assert config.model.startswith("vit_")
 
 
+def test_a_run_until_its_first_step_has_images() -> None:
+    start = next(row for row in measure_gpu.ROWS if row.cold)
+    small = ("depth=1", "embed_dim=64", "num_heads=2")
+    sizes = [f"hjepa.{part}.{size}" for part in ("encoder", "predictor") for size in small]
+    more = (*sizes, "data.batch_size=4", "trainer.compile=false", "run.threads=1")
+    found = measure_gpu.measure(replace(start, words=(*start.words, *more)), "", 300)
+    assert found["exit"] == 0, found["printed"]
+    assert found["images_per_second"] > 0
+
+
 def test_numbers_of_a_step_and_of_a_run_are_found() -> None:
-    step = measure_gpu._step(*TINY, reach="soon", reference=True)
+    step = measure_gpu._step(*TINY, reach="soon", options=("--no-parts", "--reference"))
     found = measure_gpu.measure(step, "", 300)
     assert found["exit"] == 0, found["printed"]
     assert found["images_per_second"] > 0
     assert found["reference"]["speedup"] > 0
+    assert found["parts"] == {}
     run = measure_gpu.measure(measure_gpu._run(*TINY, *measure_gpu._QUIET, "run.steps=2"), "", 300)
     assert run["exit"] == 0, run["printed"]
     lines = measure_gpu.table([found, run]).splitlines()
@@ -49,6 +61,7 @@ def test_what_takes_too_long_is_ended_with_its_workers() -> None:
     began = time.monotonic()
     found = measure_gpu.measure(long, "", 8)
     assert found["exit"] != 0
+    assert "most recent call first" in found["printed"]
     assert 8 <= time.monotonic() - began < 60
     assert measure_gpu.table([found]).endswith(f"exit {found['exit']} |")
 
@@ -87,6 +100,17 @@ def test_an_interruption_ends_what_is_measured_and_keeps_what_was(tmp_path: Path
     assert printed.count("left out: ") == 2
     assert "interrupted" in printed
     assert len(done.read_text().splitlines()) == 1
+
+
+def test_masks_are_timed_where_nothing_can_be_drawn() -> None:
+    script = (
+        "import sys; sys.modules['matplotlib'] = None; sys.argv = ['draw_masks.py', '--time']; import draw_masks; "
+        "draw_masks.TIMED = draw_masks.WARM = 1; draw_masks.main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" ms") == 8
 
 
 def test_half_a_line_of_a_run_that_was_ended_is_no_number(tmp_path: Path) -> None:

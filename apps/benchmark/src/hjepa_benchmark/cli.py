@@ -130,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     throughput = commands.add_parser("throughput", help="training steps a second on synthetic images on the device")
     throughput.add_argument("--steps", type=int, default=30, help="timed steps (default 30)")
     throughput.add_argument("--reference", action="store_true", help="also a plain I-JEPA step, in turn with ours")
+    throughput.add_argument(
+        "--no-parts", dest="parts", action="store_false", help="the whole step alone: less to compile, a GPU's time"
+    )
     throughput.add_argument("--json", type=Path, help="also write the numbers to this file")
     throughput.add_argument("settings", nargs="*", metavar="key=value", help="any setting of hjepa-pretrain")
     throughput.set_defaults(run=_throughput)
@@ -216,7 +219,9 @@ def _quantize(options: argparse.Namespace) -> None:
 def _throughput(options: argparse.Namespace) -> None:
     from hjepa_benchmark.throughput.measure import print_throughput
 
-    print_throughput(options.settings, steps=options.steps, reference=options.reference, output=options.json)
+    print_throughput(
+        options.settings, steps=options.steps, reference=options.reference, parts=options.parts, output=options.json
+    )
 
 
 def _loader(options: argparse.Namespace) -> None:

@@ -59,7 +59,7 @@ class Throughput:
         images_per_second: images (not views) of one process.
         milliseconds: median length of a step, over groups with one masked step each.
         steps: how many were timed: those asked for, or what fills the last group.
-        parts: milliseconds of each part, timed apart from the whole and from one another.
+        parts: milliseconds of each part, timed apart from the whole and from one another; none where they are left out.
         operations: floating-point operations of the matrix products of a step, forward and backward.
         matmul_peak: operations a second that large matrix products reach here, in the step's precision.
         utilisation: operations a second of the step over that peak.
@@ -86,13 +86,16 @@ class Throughput:
     reference: Reference | None = None
 
 
-def measure_throughput(config: PretrainConfig, *, steps: int, reference: bool = False) -> Throughput:
+def measure_throughput(
+    config: PretrainConfig, *, steps: int, reference: bool = False, parts: bool = True
+) -> Throughput:
     """Times whole steps, then their parts; with a reference, step by step in turn.
 
     Args:
         config: of the run to be measured.
         steps: timed steps, after a few that are not.
         reference: also time a plain I-JEPA step at the same numbers of tokens.
+        parts: also time the parts, each of which is compiled by itself.
     """
     cuda = config.run.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -140,7 +143,7 @@ def measure_throughput(config: PretrainConfig, *, steps: int, reference: bool = 
         images_per_second=1e3 * len(step.batch) / length,
         milliseconds=length,
         steps=timed,
-        parts=step.parts(repeats=max(3, steps // step.every // 2), warmup=2),
+        parts=step.parts(repeats=max(3, steps // step.every // 2), warmup=2) if parts else {},
         operations=counted,
         matmul_peak=flops_peak,
         utilisation=counted / (length / 1e3) / flops_peak,
@@ -153,7 +156,9 @@ def measure_throughput(config: PretrainConfig, *, steps: int, reference: bool = 
     )
 
 
-def print_throughput(words: Sequence[str], *, steps: int, reference: bool, output: Path | None) -> None:
+def print_throughput(
+    words: Sequence[str], *, steps: int, reference: bool, output: Path | None, parts: bool = True
+) -> None:
     """Measures the run that these settings describe and prints a table.
 
     Without `data.train` and `model` it is the demo; with a `model` it is that model on synthetic images of the
@@ -164,6 +169,7 @@ def print_throughput(words: Sequence[str], *, steps: int, reference: bool, outpu
         steps: timed steps.
         reference: also time a plain I-JEPA step.
         output: also write the numbers to this JSON file.
+        parts: also time the parts.
 
     Raises:
         ValueError: a setting is wrong, or there is no step to time.
@@ -188,7 +194,7 @@ def print_throughput(words: Sequence[str], *, steps: int, reference: bool, outpu
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads or threads)
     try:
-        found = measure_throughput(config, steps=steps, reference=reference)
+        found = measure_throughput(config, steps=steps, reference=reference, parts=parts)
     finally:
         torch.set_num_threads(threads)
     Console(soft_wrap=True).print(_table(found, config))
@@ -266,10 +272,9 @@ def _table(found: Throughput, config: PretrainConfig) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    table.caption, table.caption_justify = (
-        f"median of {found.steps} steps; parts are timed in {sum(found.parts.values()):.1f} ms steps of their own",
-        "left",
-    )
+    together = sum(found.parts.values())
+    alone = f"; parts are timed in {together:.1f} ms steps of their own" if found.parts else ""
+    table.caption, table.caption_justify = f"median of {found.steps} steps{alone}", "left"
     table.add_column("what")
     table.add_column("step", justify="right")
     if found.reference is not None:
@@ -286,7 +291,6 @@ def _table(found: Throughput, config: PretrainConfig) -> Table:
     )
     row("length", f"{found.milliseconds:.1f} ms a step", "" if other is None else f"{other.milliseconds:.1f} ms a step")
     # Shares of their own sum: they are timed in rounds of their own, when the machine may be faster or slower.
-    together = sum(found.parts.values())
     for name, value in found.parts.items():
         row(f"  {name}", f"{value:.2f} ms ({100 * value / together:.0f} %)")
     row(
