@@ -144,8 +144,9 @@ def measure(row: Row, photos: str, seconds: float) -> dict[str, Any]:
                 process.send_signal(signal.SIGABRT)
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_FAREWELL)
-            # Its workers too, which would hold the pipe and the GPU.
-            os.killpg(process.pid, signal.SIGKILL)
+            # Its workers too, where it has any, which would hold the pipe and the GPU.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             printed, _ = process.communicate()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
@@ -156,7 +157,7 @@ def measure(row: Row, photos: str, seconds: float) -> dict[str, Any]:
             "exit": process.returncode,
             "seconds": round(time.monotonic() - began, 1),
             **_numbers(folder),
-            "printed": printed[-8000:],
+            "printed": printed[-20000:],
         }
 
 

@@ -56,8 +56,9 @@ def test_numbers_of_a_step_and_of_a_run_are_found() -> None:
     assert f"|  | {run['images_per_second']:,.0f} |  |  |" in lines[3]
 
 
-def test_what_takes_too_long_is_ended_with_its_workers() -> None:
-    long = measure_gpu._run(*TINY, *measure_gpu._QUIET, "run.steps=100000", "data.workers=1")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_takes_too_long_is_ended_with_its_workers(workers: int) -> None:
+    long = measure_gpu._run(*TINY, *measure_gpu._QUIET, "run.steps=100000", f"data.workers={workers}")
     began = time.monotonic()
     found = measure_gpu.measure(long, "", 8)
     assert found["exit"] != 0
