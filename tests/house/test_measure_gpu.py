@@ -22,7 +22,7 @@ TINY = ("preset=demo", "recipe=ijepa", "data.batch_size=4", "run.threads=1")
 
 @pytest.mark.parametrize("row", measure_gpu.ROWS, ids=range(len(measure_gpu.ROWS)))
 def test_every_row_can_be_run(row: measure_gpu.Row, tmp_path: Path) -> None:
-    places = {"photos": "photos/*.tar", "run": str(tmp_path / "run"), "json": "row.json"}
+    places = {"photos": "photos/*.tar", "noise": "noise.tar", "run": str(tmp_path / "run"), "json": "row.json"}
     words = [measure_gpu._fill(word, places) for word in row.words]
     if row.program.startswith("tools/"):
         assert (ROOT / row.program).exists()
