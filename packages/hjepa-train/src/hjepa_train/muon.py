@@ -87,7 +87,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         mean = before.lerp(gradient, 1 - self._momentum)
         update = orthogonalize(gradient.lerp(mean, self._momentum).flatten(2))
         scale = rate * 0.2 * max(update.shape[1:]) ** 0.5
-        update = update.view(gradient.shape)
+        # In the type of the matrices, or a GPU adds to each in a kernel of its own.
+        update = update.view(gradient.shape).to(gradient.dtype)
         keep: float | Tensor = 1 - rate * weight_decay
         if bad is not None:
             mean, update = torch.where(bad, before, mean), torch.where(bad, 0.0, update)
