@@ -6,38 +6,22 @@ import signal
 
 import pytest
 
-RESUMABLE = ("checkpoint.every_steps=1", "run.steps=12", "eval.at_end=false")
-
-
-@pytest.fixture(scope="module", params=[0, 2], ids=["0 workers", "2 workers"])
-def workers(request: pytest.FixtureRequest) -> str:
-    return f"data.workers={request.param}"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(pretrain, tmp_path_factory, workers):
-    return _run_whole(pretrain, tmp_path_factory.mktemp("whole") / "run", workers)
-
-
-def _run_whole(pretrain, run_dir, workers):
-    done = pretrain(f"run.dir={run_dir}", *pretrain.data, *pretrain.tiny, *RESUMABLE, workers)
-    assert done.code == 0, done.err
-    return run_dir
-
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed_at", [1, 4, 9])
-def test_killed_run_has_the_losses_of_an_undisturbed_one(
-    pretrain, undisturbed, workers, killed_at, tmp_path, read_losses
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_is_killed_three_times_has_the_losses_of_an_undisturbed_one(
+    pretrain, workers, tmp_path, tiny, read_losses
 ):
-    run_dir = tmp_path / "run"
-    pretrain.kill_after(run_dir, killed_at, *pretrain.data, *pretrain.tiny, *RESUMABLE, workers)
-    before = len(read_losses(run_dir))
-    assert before < 12
-    done = pretrain(f"run.dir={run_dir}")
-    assert done.code == 0, done.err
-    assert read_losses(run_dir) == read_losses(undisturbed)
-    assert (run_dir / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    words = (*tiny, "checkpoint.every_steps=1", "run.steps=12", "eval.at_end=false", f"data.workers={workers}")
+    for rows in (1, 4, 9):
+        pretrain.kill_after(run_dir, rows, *words)
+        assert rows <= len(read_losses(run_dir)) < 12
+    for folder, told in ((run_dir, ()), (whole, words)):
+        done = pretrain(f"run.dir={folder}", *told)
+        assert done.code == 0, done.err
+    assert read_losses(run_dir) == read_losses(whole)
+    assert (run_dir / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 def test_time_limit_preempts_and_the_run_goes_on(pretrain, tmp_path, tiny, read_losses):
