@@ -114,10 +114,10 @@ def test_predictions_equal_to_targets_give_zero_at_each_level(device, targets, f
     canvas = scatter_to_canvas(tokens, index, GRID)
     targets_of_levels, predictions = model.target_levels(canvas), model.pyramid(canvas)
     for level, (prediction, target) in enumerate(zip(predictions, targets_of_levels, strict=True)):
-        loss = model.level_loss(prediction, target, index if level == 0 else None)
+        loss = model.losses.level(prediction, target, index if level == 0 else None)
         assert float(loss) == pytest.approx(0, abs=1e-6)
         moved = dataclasses.replace(prediction, values=prediction.values.roll(1, -1))
-        assert float(model.level_loss(moved, target, index if level == 0 else None)) > 0.01
+        assert float(model.losses.level(moved, target, index if level == 0 else None)) > 0.01
 
 
 @pytest.mark.parametrize(

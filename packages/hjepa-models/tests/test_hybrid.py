@@ -159,7 +159,7 @@ def test_patches_are_told_apart_on_the_hidden_places_alone(device, scope):
     index = torch.randint(384, (4, 40), device=device)
     index[:, :5] = index[:, 5:10]
     guess, wanted = (scatter_to_canvas(torch.randn(4, 40, 32, device=device), index, (16, 24)) for _ in range(2))
-    loss = model.level_loss(guess, wanted, index)
+    loss = model.losses.level(guess, wanted, index)
     torch.testing.assert_close(loss, patch_discrimination(guess.values, wanted.values, 0.1, scope, wanted.weight))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda x: x):

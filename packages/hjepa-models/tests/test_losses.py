@@ -228,12 +228,12 @@ def test_symlog_and_contrast_reach_the_levels(device):
     )
     one, other = (dense_canvas(3 * torch.randn(2, 24, 32, device=device), (4, 6)) for _ in range(2))
     expected = smooth_l1(symlog(one.values), symlog(other.values))
-    torch.testing.assert_close(model.level_loss(one, other), expected)
+    torch.testing.assert_close(model.losses.level(one, other), expected)
     model.config.objective = Objective.patch_discrimination
     for scope in ("image", "batch"):
         model.config.contrast = scope
         expected = patch_discrimination(one.values, other.values, 0.1, scope)
-        torch.testing.assert_close(model.level_loss(one, other), expected)
+        torch.testing.assert_close(model.losses.level(one, other), expected)
 
 
 def test_a_level_of_one_token_is_told_from_those_of_other_images_alone(device):

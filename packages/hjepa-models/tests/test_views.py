@@ -133,7 +133,7 @@ def test_loss_is_that_of_both_directions_one_by_one(device, objective, targets, 
                 strict=True,
             )
             for level, (prediction, wish) in enumerate(levels):
-                found[level] += float(model.level_loss(prediction, wish)) / 12
+                found[level] += float(model.losses.level(prediction, wish)) / 12
         assert 0 < len(inside) < 6 * 24
     for level, loss in found.items():
         assert float(output.level_losses[str(level)]) == pytest.approx(loss, rel=1e-4)

@@ -435,7 +435,7 @@ class HJEPA(nn.Module, PretrainedMixin):
             output.embeddings[str(level)] = mean_token(target.values, target.weight).detach()
             if plan.active[level]:
                 single = (index, tokens) if level == 0 else ()
-                loss = self.level_loss(prediction, target, *single)
+                loss = self.losses.level(prediction, target, *single)
                 output.level_losses[str(level)] = losses[level] = loss.detach()
                 output.loss = output.loss + weights[level] * loss
         if self.level_averages is not None and self.training:
@@ -456,16 +456,6 @@ class HJEPA(nn.Module, PretrainedMixin):
     def _few_known(self, index: Int[Tensor, "B K"]) -> Int[Tensor, "B K"] | None:
         """Return the places of tokens where they are few among many: on an output grid finer than the patches."""
         return index if self.config.encoder.output_patch_size else None
-
-    def level_loss(
-        self,
-        prediction: Canvas,
-        target: Canvas,
-        index: Int[Tensor, "B K"] | None = None,
-        tokens: Float[Tensor, "B K D"] | None = None,
-    ) -> Float[Tensor, ""]:
-        """Return the loss of one level, as `PredictionLosses.level` does."""
-        return self.losses.level(prediction, target, index, tokens)
 
     def _global_term(self, scales: list[tuple[Tensor, ...]], whole: int, step: Tensor, output: HJEPAOutput) -> None:
         assert self.global_level is not None

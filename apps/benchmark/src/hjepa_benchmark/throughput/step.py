@@ -190,7 +190,7 @@ class TrainingStep:
             predictions = model.pyramid(canvases[1])
             # The finest level is scored on its tokens, the others on their canvas.
             places = [index, *[None] * (len(weights) - 1)]
-            losses = map(model.level_loss, predictions, targets, places)
+            losses = map(model.losses.level, predictions, targets, places)
             terms = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
             return torch.stack(terms).sum()
 
