@@ -59,6 +59,17 @@ def test_the_command_prints_and_keeps_everything(tiny, tmp_path, capsys):
     assert found["reference"]["speedup"] > 0
 
 
+def test_parts_can_be_left_out(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(TrainingStep, "parts")
+    words = ["recipe=hjepa", "--steps", "1", "--no-parts", "--json", str(tmp_path / "t.json"), *tiny]
+    assert main(["throughput", *words]) == 0
+    assert json.loads((tmp_path / "t.json").read_text())["parts"] == {}
+    printed = capsys.readouterr().out
+    assert "median of 1 steps" in printed
+    assert "parts are timed" not in printed
+    assert PREDICTOR not in printed
+
+
 @pytest.mark.parametrize(
     ("device", "every", "asked", "timed"), [("cpu", 1, 9, 9), ("cpu", 2, 3, 4), ("cuda", 1, 9, 10), ("cuda", 4, 9, 16)]
 )
