@@ -2,9 +2,13 @@
 
 import os
 import shlex
+import shutil
 import signal
 
 import pytest
+
+from hjepa_pretrain.demo import compose_demo
+from hjepa_pretrain.demo.shards import write_demo_shards
 
 
 @pytest.mark.slow
@@ -66,6 +70,22 @@ def test_a_signal_to_the_whole_group_leaves_workers_alone(pretrain, tmp_path, ti
         assert done.code == 0, done.err
     assert read_losses(run_dir) == read_losses(whole)
     assert (run_dir / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_shards_may_move_and_others_are_refused(pretrain, shards, tmp_path, tiny, capsys, read_losses):
+    run_dir, moved = tmp_path / "run", shutil.copytree(shards, tmp_path / "moved")
+    words = (f"run.dir={run_dir}", "eval.at_end=false")
+    assert pretrain.here(capsys, *words, *tiny, "run.steps=2").code == 0
+    again = pretrain.here(capsys, *words, f"data.train={moved}/train-*.tar", "run.steps=3")
+    assert again.code == 0, again.err
+    assert [step for step, _ in read_losses(run_dir)] == [1, 2, 3]
+    before = (run_dir / "config.yaml").read_text()
+    assert f"train: {moved}" in before
+    write_demo_shards(compose_demo("train", 300, seed=8), tmp_path / "other", "train", samples_per_shard=60)
+    others = pretrain.here(capsys, *words, f"data.train={tmp_path}/other/train-*.tar", "run.steps=4")
+    assert others.code == 2
+    assert "had other samples than these 300" in others.message
+    assert (run_dir / "config.yaml").read_text() == before
 
 
 def test_a_finished_run_is_not_run_again(pretrain, tmp_path, tiny, capsys, read_losses):

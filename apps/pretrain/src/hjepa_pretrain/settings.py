@@ -36,11 +36,12 @@ from hjepa_train.checkpoint.files import replace_text
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
-# What a run may change when it goes on; everything else would make it another run.
+# What a run may change when it goes on; everything else would make it another run. Data may lie elsewhere: the stream
+# refuses other samples.
 CHANGEABLE = (
-    "run.dir", "run.steps", "run.train_time", "run.time_limit", "run.device", "run.threads", "parallel", "data.eval",
-    "data.workers", "data.cache_mib", "data.decode", "data.max_skipped_fraction", "data.unreadable", "checkpoint.",
-    "eval.", "monitor.", "profile", "profiler.", "trainer.log_every",
+    "run.dir", "run.steps", "run.train_time", "run.time_limit", "run.device", "run.threads", "parallel", "data.train",
+    "data.eval", "data.cache", "data.workers", "data.decode", "data.max_skipped_fraction", "data.unreadable",
+    "checkpoint.", "eval.", "monitor.", "profile", "profiler.", "trainer.log_every",
     "trainer.learning_rate.", "trainer.weight_decay.", "trainer.precision", "trainer.guard.", "trainer.check_every",
     "trainer.accumulate", "trainer.recompute", "trainer.compile", "trainer.fp8", "trainer.parallel.fsdp.",
     "loggers", "logger.", "early_stop", "plan.",

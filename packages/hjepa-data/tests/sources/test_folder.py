@@ -9,8 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from hjepa_data import DataError, EvalConfig, FolderSource, ShardSource, StreamConfig, ViewGroup, WorkerConfig
+from hjepa_data import (
+    DataError,
+    EvalConfig,
+    FolderSource,
+    MixtureSource,
+    ShardSource,
+    StreamConfig,
+    ViewGroup,
+    WorkerConfig,
+)
 from hjepa_data.shards.cli import main
+from hjepa_data.sources.base import contents_of
 from hjepa_data.transforms.decode import SkipImageError, open_image
 
 
@@ -172,6 +182,18 @@ def test_copies_and_workers_read_the_same(pets, tmp_path, jpeg):
     alone = StreamConfig(global_batch_size=8, views=(ViewGroup(size=(8, 8)),)).build(source, seed=0)
     assert all(torch.equal(next(stream).views[0], next(alone).views[0]) for _ in range(6))
     stream.close()
+
+
+def test_contents_are_known_wherever_they_lie(pets, tmp_path, jpeg):
+    known = contents_of(FolderSource(pets))
+    moved = tmp_path / "moved"
+    shutil.copytree(pets, moved)
+    assert contents_of(FolderSource(moved)) == known
+    pair = contents_of(MixtureSource([FolderSource(pets), FolderSource(moved)]))
+    first = next(path for path in sorted(moved.rglob("*")) if path.is_file())
+    first.rename(first.with_stem(f"{first.stem} renamed"))
+    assert contents_of(FolderSource(moved)) != known
+    assert contents_of(MixtureSource([FolderSource(pets), FolderSource(moved)])) != pair
 
 
 def test_names_that_are_no_unicode(tmp_path, jpeg):

@@ -1,4 +1,5 @@
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -141,6 +142,22 @@ def test_a_state_of_other_data_is_refused(source, shards):
     other = config().build(source, seed=SEED + 1)
     with pytest.raises(DataError, match="another order"):
         stream.load_state_dict(other.state_dict())
+
+
+def test_moved_data_are_known_again_and_others_refused(source, shards, jpeg, tmp_path):
+    stream = config().build(source, seed=SEED)
+    take(stream, 3)
+    state = stream.state_dict()
+    moved = config().build(ShardSource(shutil.copytree(shards, tmp_path / "moved")), seed=SEED)
+    moved.load_state_dict(state)
+    assert same(next(moved), next(stream))
+    # As many in shards of the same sizes, and one image is another.
+    write_shards([(jpeg(n + 100 * (n == 52)), n % 7) for n in range(TOTAL)], tmp_path / "other", samples_per_shard=10)
+    other = config().build(ShardSource(tmp_path / "other"), seed=SEED)
+    with pytest.raises(DataError, match="had other samples than these 53, as many in the same groups"):
+        other.load_state_dict(state)
+    # A state from before streams said what they hold.
+    other.load_state_dict({name: value for name, value in state.items() if name != "contents"})
 
 
 def test_the_global_generator_is_left_alone(source):

@@ -96,6 +96,11 @@ class ShardSource:
         """Class number of each sample, -1 if unknown, [len]."""
         return self._rows["labels"]
 
+    @property
+    def identity(self) -> Int64Array:
+        """Bytes of each image, [len]."""
+        return self._rows["sizes"]
+
     def read(self, index: int) -> RawSample:
         """Read one sample.
 

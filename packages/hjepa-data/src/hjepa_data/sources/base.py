@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Iterable
 from typing import Protocol
@@ -16,13 +17,14 @@ from hjepa_data.shards.source import RawSample
 from hjepa_data.shards.write import image_extension
 from hjepa_data.transforms.decode import open_image
 
-__all__ = ["Source", "group_sizes_of", "raw_image"]
+__all__ = ["Source", "contents_of", "group_sizes_of", "raw_image"]
 
 
 class Source(Protocol):
     """Numbered samples in groups: group g holds ``group_sizes[g]`` consecutive ones, which are read together.
 
-    Worker processes get a copy, forked or pickled.
+    Worker processes get a copy, forked or pickled. A source may have an ``identity``, an array that tells its samples
+    from others of the same labels wherever they lie, such as the sizes of their files; ``contents_of`` reads it.
     """
 
     @property
@@ -72,6 +74,22 @@ class LabelledSource:
         """Raise an IndexError for a number that no sample has."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+
+
+def contents_of(source: Source) -> int:
+    """Hash what samples a source holds, so that they are known again at another place.
+
+    Args:
+        source: the samples; of one without an ``identity`` the labels and groups alone count.
+
+    Returns:
+        63 bits: of the sizes of its groups, its labels and its ``identity``.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for column in (source.group_sizes, source.labels, getattr(source, "identity", None)):
+        if column is not None:
+            digest.update(np.ascontiguousarray(column).data)
+    return int.from_bytes(digest.digest()) >> 1
 
 
 def group_sizes_of(total: int, group_size: int | None) -> Int64Array:

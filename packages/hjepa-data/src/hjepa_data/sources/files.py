@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hjepa_data.errors import DataError
 from hjepa_data.shards.columns import SharedArrays
@@ -47,6 +48,11 @@ class FileSource:
     def labels(self) -> Int64Array:
         """Class number of each file, -1 if unknown, [len]."""
         return self._files["labels"]
+
+    @property
+    def identity(self) -> NDArray[np.uint8]:
+        """The names of the files below their folder."""
+        return self._files["names"]
 
     def read(self, index: int) -> RawSample:
         """Read one file.

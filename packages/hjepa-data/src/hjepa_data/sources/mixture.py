@@ -12,7 +12,7 @@ from hjepa_data.errors import refuse
 from hjepa_data.shards.columns import SharedArrays
 from hjepa_data.shards.index import Int64Array
 from hjepa_data.shards.source import RawSample
-from hjepa_data.sources.base import Source
+from hjepa_data.sources.base import Source, contents_of
 
 __all__ = ["MixtureSource", "shares_of"]
 
@@ -52,6 +52,11 @@ class MixtureSource:
     def labels(self) -> Int64Array:
         """Class number of each sample in its own source, -1 if unknown, [len]."""
         return self._rows["labels"]
+
+    @property
+    def identity(self) -> Int64Array:
+        """What each source holds."""
+        return np.array([contents_of(source) for source in self.sources], dtype=np.int64)
 
     def source_of(self, samples: Int64Array) -> Int64Array:
         """Tell which sources samples come from.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 
 import torch
 
 from hjepa_data.errors import DataError, choice, refuse
-from hjepa_data.sources.base import Source
+from hjepa_data.sources.base import Source, contents_of
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.gpu_decode import Decode, check_decoder, decode_views
 from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
@@ -176,6 +177,10 @@ class TrainStream(Iterator[Batch]):
         """Number of samples of the source."""
         return self._order.num_samples
 
+    @cached_property
+    def _contents(self) -> int:
+        return contents_of(self.source)
+
     @property
     def skipped(self) -> dict[str, int]:
         """Images left out by this rank since the stream was built, by reason."""
@@ -225,8 +230,8 @@ class TrainStream(Iterator[Batch]):
         """Say where the stream stands after the batches that were handed out, not those prepared ahead.
 
         Returns:
-            epoch and position in it (the same on every rank), the number of samples, and a hash of the order. An epoch
-            of a mixture with weights is as many positions as it has samples.
+            epoch and position in it (the same on every rank), the number of samples, a hash of the order, and one of
+            what the source holds. An epoch of a mixture with weights is as many positions as it has samples.
         """
         epoch, position = divmod(self._position, self.samples_per_epoch)
         return {
@@ -234,6 +239,7 @@ class TrainStream(Iterator[Batch]):
             "position": position,
             "samples": self.samples_per_epoch,
             "order": self._order.fingerprint,
+            "contents": self._contents,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -244,8 +250,10 @@ class TrainStream(Iterator[Batch]):
 
         Raises:
             DataError: this is no state of a stream, or that of another seed, ``window_shards`` or weights, or of a
-                source of other sizes.
+                source that holds other samples, wherever they lie.
         """
+        # Streams did not always say what their source holds.
+        state = {"contents": self._contents, **state}
         missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
             raise DataError(f"the saved state lacks {', '.join(missing)}: it is not that of a stream; start anew")
@@ -258,6 +266,11 @@ class TrainStream(Iterator[Batch]):
             raise DataError(
                 "the saved stream had another order; give the same source, seed, window_shards and weights, or start "
                 "anew"
+            )
+        if int(state["contents"]) != self._contents:
+            raise DataError(
+                f"the saved stream had other samples than these {self.samples_per_epoch}, as many in the same groups; "
+                "give the same source, wherever it lies now, or start anew"
             )
         self.close()
         self._position = int(state["epoch"]) * self.samples_per_epoch + int(state["position"])
