@@ -68,10 +68,12 @@ def test_results_name_level_branch_and_pooling(run_dir):
         poolings = {"pixels": "flatten", "pooled": "none", "all": "none", "global": "none"}
         assert one.name.pooling == poolings.get(one.name.level, "mean")
         assert one.low <= one.value <= one.high
-        accuracy = one.metric in ("knn_20", "linear")
+        accuracy = one.metric in ("knn_20", "white_knn_20", "linear")
         assert (one.method, one.n, one.n_train) == (("bootstrap", 120, 300) if accuracy else ("jackknife", 300, None))
         assert 0 <= one.value <= 1 if accuracy else one.value > 0
-    assert {one.metric for one in results.measurements} == {"knn_20", "linear", "rankme", "effective_rank", "spread"}
+    assert {one.metric for one in results.measurements} == {
+        "knn_20", "white_knn_20", "linear", "rankme", "effective_rank", "spread"
+    }  # fmt: skip
 
 
 def test_results_of_runs_merge(run_dir, tmp_path, capsys):
@@ -79,7 +81,9 @@ def test_results_of_runs_merge(run_dir, tmp_path, capsys):
     other.write_text((run_dir / "results.json").read_text().replace('"model": "run"', '"model": "other"'))
     assert merge([str(run_dir / "results.json"), str(other), "--markdown"]) == 0
     header, _, *rows = capsys.readouterr().out.splitlines()
-    assert header.startswith("| model | data | branch | level | pooling | knn_20 (n 300/120) | linear (n 300/120) |")
+    assert header.startswith(
+        "| model | data | branch | level | pooling | knn_20 (n 300/120) | white_knn_20 (n 300/120) |"
+    )
     assert len(rows) == 26
     assert rows[0].startswith("| run | ")
     assert "| online | encoder | mean | 0." in rows[0]

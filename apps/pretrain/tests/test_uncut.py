@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from hjepa_eval import FeatureName, Measurement, Results
@@ -26,24 +27,30 @@ def results(measured):
 
 def test_a_narrow_terminal_cuts_no_cell():
     shown = io.StringIO()
-    Console(file=shown, width=30, soft_wrap=True).print(results_table(results(ACCURACIES + RANKS)))
+    Console(file=shown, width=30, soft_wrap=True).print(results_table(results(ACCURACIES + RANKS), 30))
     assert "untrained online encoder mean 1024 0.123±.011 0.456±.045 17.8±1.3" in " ".join(shown.getvalue().split())
 
 
-def test_a_terminal_of_80_columns_holds_the_table():
+@pytest.mark.parametrize("width", [80, 106])
+def test_the_table_fits_a_terminal_and_a_wide_one_has_all_columns(width):
     widest = [replace(one, name=replace(NAME, pooling="flatten")) for one in (*ACCURACIES, *RANKS)]
+    measured = [*widest[:2], replace(widest[0], metric="white_knn_20"), replace(widest[2], value=1017.8), widest[3]]
     shown = io.StringIO()
-    Console(file=shown, width=200, soft_wrap=True).print(
-        results_table(results([*widest[:2], replace(RANKS[0], value=1017.8)]))
-    )
-    assert max(len(line.rstrip()) for line in shown.getvalue().splitlines()[:5]) <= 80
+    Console(file=shown, width=200, soft_wrap=True).print(results_table(results(measured), width))
+    lines = [line.rstrip() for line in shown.getvalue().splitlines()]
+    assert max(map(len, lines[:5])) <= width
+    assert ("whitened kNN" in shown.getvalue()) == (width > 80)
+    assert ("nearly the same variance" in shown.getvalue()) == (width > 80)
 
 
-def test_the_page_has_the_effective_rank_too_and_says_what_was_not_measured():
-    assert result_rows(results(ACCURACIES + RANKS))[0][-2:] == ["17.8±1.3", "19.7"]
+def test_the_page_has_more_columns_and_says_what_was_not_measured():
+    white = replace(ACCURACIES[0], metric="white_knn_20", value=0.234, low=0.224, high=0.244)
+    assert result_rows(results([*ACCURACIES, white, *RANKS]))[0][-5:] == [
+        "0.123±.011", "0.456±.045", "17.8±1.3", "19.7", "0.234±.010"
+    ]  # fmt: skip
     pixels = [replace(one, name=FeatureName(branch="-", level="pixels", pooling="flatten")) for one in ACCURACIES]
     assert result_rows(results(pixels)) == [
-        ["pixels", "-", "pixels", "flatten", "1024", "0.123±.011", "0.456±.045", "-", "-"]
+        ["pixels", "-", "pixels", "flatten", "1024", "0.123±.011", "0.456±.045", "-", "-", "-"]
     ]
 
 

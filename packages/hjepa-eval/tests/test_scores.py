@@ -10,6 +10,7 @@ from hjepa_eval import (
     FeatureSet,
     LogisticProbeConfig,
     Results,
+    Whitening,
     evaluate,
     format_table,
     knn_accuracy,
@@ -33,7 +34,13 @@ def test_scores_hold_the_numbers_of_the_parts_and_their_counts(device):
     assert (scores.n_train, scores.n_test, scores.n_rank, scores.width) == (200, 100, 150, 6)
     expected = knn_accuracy(train.values, train.labels, test.values, test.labels, ks=(5, 20))
     assert scores.knn == pytest.approx(expected, abs=1e-6)
-    _, knn, linear, *ranks = scores.measurements()
+    white = Whitening.fit(train.values)
+    expected = knn_accuracy(white(train.values), train.labels, white(test.values), test.labels, ks=(5, 20))
+    _, knn, *whitened, linear, rank, effective, spread = scores.measurements()
+    assert {one.metric: one.value for one in whitened} == pytest.approx(
+        {f"white_knn_{k}": expected[k] for k in (5, 20)}, abs=1e-6
+    )
+    ranks = (rank, effective, spread)
     assert (knn.metric, knn.value, knn.n, knn.n_train) == ("knn_20", scores.knn[20], 100, 200)
     assert knn.low < knn.value < knn.high
     assert (linear.metric, linear.method) == ("linear", "bootstrap")
@@ -55,9 +62,9 @@ def test_ranks_of_few_samples_have_no_interval_and_none_are_measured_where_none_
     interval = few.intervals["rankme"]
     assert (interval.method, math.isnan(interval.low), interval.n) == ("none", True, 19)
     assert (none.rankme, none.effective_rank, none.n_rank) == (None, None, 0)
-    assert [one.metric for one in none.measurements()] == ["knn_20", "linear"]
+    assert [one.metric for one in none.measurements()] == ["knn_20", "white_knn_20", "linear"]
     assert format_table([none]).splitlines()[-1].endswith("| - | - | 60/30/0 |")
-    assert to_json(Results(model="m", data="d", measurements=few.measurements()))["measurements"][2]["low"] is None
+    assert to_json(Results(model="m", data="d", measurements=few.measurements()))["measurements"][3]["low"] is None
 
 
 def test_votes_have_the_temperature_that_is_asked_for(device):
@@ -95,8 +102,9 @@ def test_a_k_larger_than_the_bank_is_left_out(device):
 def test_table_names_branch_level_pooling_and_counts():
     full = evaluate(blobs(60, 0), blobs(30, 1))
     table = format_table([full, evaluate(blobs(60, 0, labelled=False), blobs(30, 1))]).splitlines()
-    assert table[0] == ("| branch | level | pooling | D | kNN k=20 | linear | RankMe | eff. rank | n train/test/rank |")
-    assert re.match(r"\| target \| 1 \| mean \| 6 \|( \d\.\d{3}±\.\d{3} \|){4} 60/30/60 \|$", table[2])
+    header = "branch | level | pooling | D | kNN k=20 | whitened k=20 | linear | RankMe | eff. rank | n train/test/rank"
+    assert table[0] == f"| {header} |"
+    assert re.match(r"\| target \| 1 \| mean \| 6 \|( \d\.\d{3}±\.\d{3} \|){5} 60/30/60 \|$", table[2])
     assert "| - | - |" in table[3]
 
 

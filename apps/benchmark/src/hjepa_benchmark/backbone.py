@@ -56,6 +56,7 @@ def probe_backbone(name: str, measured: Measured, *, pretrained: bool, output: P
     scores = evaluate(bank, test, ks=(asked.k,), rank_samples=RANK_SAMPLES, device=device)
     about = {"pretrained": pretrained, "side": said["input_size"][-1], "weights": weights_hash(model)[:32]}
     results = Results(model=name, data=measured.held_out, measurements=scores.measurements(), about=about)
-    Console(soft_wrap=True).print(results_table(results))
+    console = Console(soft_wrap=True)
+    console.print(results_table(results, console.width))
     if output is not None:
         write_results(results, output)

@@ -25,6 +25,7 @@ def probe_run(run_dir: Path, measured: Measured, *, output: Path | None) -> None
     run = open_run(run_dir, measured)
     found = measure(load_run(run_dir, run.config), run.config, run.train, run.test, run.device)
     results = results_of(found, run.steps, run_dir, run.config)
-    Console(soft_wrap=True).print(results_table(results))
+    console = Console(soft_wrap=True)
+    console.print(results_table(results, console.width))
     if output is not None:
         write_results(results, output)

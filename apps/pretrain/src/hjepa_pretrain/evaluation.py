@@ -15,6 +15,7 @@ from hjepa_data import DataError, EvalConfig, MixtureSource, ShardSource, Source
 from hjepa_data.shards.show import read_classes
 from hjepa_eval import FeatureName, FeatureSet, Measurement, evaluate, extract, knn_accuracy, rankme
 from hjepa_eval import level_features as every_level
+from hjepa_eval.probes.whitening import FLOOR
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.demo import CLASS_NAMES
 from hjepa_pretrain.demo.shards import demo_shards
@@ -184,10 +185,10 @@ def measure(
             level_features(one.to(device), images, config, device, subject=subject) for images in (train, test)
         )
         for level in bank:
-            found += _measured(bank[level], held_out[level], config, device, RANK_SAMPLES)
+            found += _measured(bank[level], held_out[level], config, device)
     bank, held_out = (extract(_pixels, images.batches(config.data.mean, config.data.std), branch="-", level=PIXELS,
                               pooling="flatten") for images in (train, test))  # fmt: skip
-    return found + _measured(bank[PIXELS], held_out[PIXELS], config, device, 0)
+    return found + _measured(bank[PIXELS], held_out[PIXELS], config, device, pixels=True)
 
 
 def level_features(
@@ -225,9 +226,12 @@ def feature_function(model: Model, *, subject: str = TRAINED) -> Callable[[Tenso
 
 
 def _measured(
-    train: FeatureSet, test: FeatureSet, config: PretrainConfig, device: torch.device, rank_samples: int
+    train: FeatureSet, test: FeatureSet, config: PretrainConfig, device: torch.device, *, pixels: bool = False
 ) -> list[Measurement]:
-    return evaluate(train, test, ks=(config.eval.k,), rank_samples=rank_samples, device=device).measurements()
+    # To whiten so many dimensions as pixels takes longer than all else of the table.
+    ranks, whitening = (0, None) if pixels else (RANK_SAMPLES, FLOOR)
+    scores = evaluate(train, test, ks=(config.eval.k,), whitening=whitening, rank_samples=ranks, device=device)
+    return scores.measurements()
 
 
 def _finite(features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

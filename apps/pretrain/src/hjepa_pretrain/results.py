@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"
-COLUMNS = ("features", "branch", "level", "pooling", "D", "kNN", "linear", "RankMe", "eff.rank")
-# Narrow enough for 80 columns; the page has them all.
-_TERMINAL = COLUMNS[:-1]
+WHITENED = "white_knn_"
+COLUMNS = ("features", "branch", "level", "pooling", "D", "kNN", "linear", "RankMe", "eff.rank", "whitened kNN")
+# Those of a terminal of 80 columns; a wider one has them all, as the page.
+_NARROW, _WIDE = COLUMNS[:-2], 106
 _NAMES = 4
 
 
@@ -80,15 +81,18 @@ def result_rows(results: Results) -> list[list[str]]:
     for name, found in _by_name(results).items():
         subject = subject_of(name.branch)
         width = next((str(one.details["width"]) for one in found.values() if "width" in one.details), "-")
-        knn = next((one for metric, one in found.items() if metric.startswith("knn_")), None)
-        numbers = [knn, *(found.get(metric) for metric in ("linear", "rankme", "effective_rank"))]
+        knn, white = (
+            next((one for metric, one in found.items() if metric.startswith(start)), None)
+            for start in ("knn_", WHITENED)
+        )
+        numbers = [knn, *(found.get(metric) for metric in ("linear", "rankme", "effective_rank")), white]
         branch = name.branch.removeprefix(branch_of(subject, ""))
         rows.append([subject, branch, name.level, name.pooling, width, *map(plus_minus, numbers)])
     return rows
 
 
-def results_caption(results: Results) -> str:
-    """Say what the numbers of a table were measured on."""
+def results_caption(results: Results, *, whitened: bool = False) -> str:
+    """Say what the numbers of a table were measured on; and what whitened kNN is, where that is shown."""
     measured = {one.metric: one for one in results.measurements}
     said = [f"step {results.about['steps']}"] if "steps" in results.about else []
     if "linear" in measured:
@@ -98,6 +102,8 @@ def results_caption(results: Results) -> str:
             f"kNN: k={k}, cosine, top-1",
             f"linear: logistic regression, top-1; {one.n_train} labelled training and {one.n} held-out images",
         ]
+        if whitened and any(metric.startswith(WHITENED) for metric in measured):
+            said.append("whitened kNN: of features all of whose directions have nearly the same variance")
     else:
         said.append("without labels no accuracies")
     if "rankme" in measured:
@@ -105,13 +111,14 @@ def results_caption(results: Results) -> str:
     return "; ".join([*said, "after ± half the width of the 95 % interval"])
 
 
-def results_table(results: Results) -> Table:
-    """Return the results as a table for the terminal."""
+def results_table(results: Results, width: int) -> Table:
+    """Return the results as a table for a terminal of so many columns."""
+    columns = COLUMNS if width >= _WIDE else _NARROW
     table = Table(title="What was learned", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.caption, table.caption_justify = results_caption(results), "left"
-    for number, column in enumerate(_TERMINAL):
+    table.caption, table.caption_justify = results_caption(results, whitened=columns is COLUMNS), "left"
+    for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < _NAMES else "right", no_wrap=True)
-    rows = [row[: len(_TERMINAL)] for row in result_rows(results)]
+    rows = [row[: len(columns)] for row in result_rows(results)]
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         ends = following is None or following[0] != row[0]
         table.add_row(*row, style="bold" if row[0] == TRAINED else None, end_section=ends)

@@ -418,7 +418,7 @@ def _finish(config: PretrainConfig, trainer: Trainer, sources: Sources, folder: 
         # The last file: a run that has it is finished.
         write_results(results, folder / RESULTS_FILE)
     if results.measurements:
-        console.print(results_table(results))
+        console.print(results_table(results, console.width))
     console.print(f"report: {folder / 'report.html'}", highlight=False)
 
 

@@ -11,13 +11,14 @@ from hjepa_eval.extraction.features import FeatureName, FeatureSet
 from hjepa_eval.measures.report import MEASURES
 from hjepa_eval.probes.knn import knn_predict
 from hjepa_eval.probes.logistic import LogisticProbe, LogisticProbeConfig
+from hjepa_eval.probes.whitening import FLOOR, Whitening
 from hjepa_eval.results.interval import Interval, bootstrap, jackknife
 from hjepa_eval.results.measurement import Measurement
 from hjepa_eval.results.table import plus_minus
 
 RANK_SAMPLES = 25_600  # what the RankMe paper takes
 GROUPS = 10  # of the jackknife
-_KNN, _RANKS = "knn_", ("rankme", "effective_rank", "spread")
+_KNN, _WHITE, _RANKS = "knn_", "white_knn_", ("rankme", "effective_rank", "spread")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -31,9 +32,10 @@ class Scores:
         n_test: Labelled test samples.
         n_rank: Training samples of RankMe, effective rank and spread.
         linear_l2: The penalty chosen on the held-out part of the training samples; None where there are no labels.
-        intervals: The numbers with their 95 % intervals by metric: "knn_20", "linear" (top-1 accuracies, bootstrap over
-            the test samples; not there where there are no labels), "rankme" (uncentred), "effective_rank" (centred) and
-            "spread" (mean standard deviation of a dimension), jackknife over training samples, none of fewer than 20.
+        intervals: The numbers with their 95 % intervals by metric: "knn_20", "white_knn_20" (the same of whitened
+            features), "linear" (top-1 accuracies, bootstrap over the test samples; not there where there are no
+            labels), "rankme" (uncentred), "effective_rank" (centred) and "spread" (mean standard deviation of a
+            dimension), jackknife over training samples, none of fewer than 20.
     """
 
     name: FeatureName
@@ -88,6 +90,7 @@ def evaluate(
     *,
     ks: Sequence[int] = (20,),
     temperature: float = 0.07,
+    whitening: float | None = FLOOR,
     probe: LogisticProbeConfig | None = None,
     rank_samples: int = RANK_SAMPLES,
     device: torch.device | str = "cpu",
@@ -101,6 +104,8 @@ def evaluate(
         test: Test features of the same name and width.
         ks: Numbers of neighbours; a k above the number of labelled training samples is left out.
         temperature: T of the kNN votes.
+        whitening: Floor of the `Whitening`, fitted to the labelled training samples, after which the kNN is measured
+            once more; None: not measured (the time grows with D^3: some seconds at a width of 3,000).
         probe: How the linear probe is fitted; None: its defaults.
         rank_samples: Training samples of RankMe, effective rank and spread, at most, drawn by a fixed seed (the cost
             grows with n * D^2, eleven times for the intervals); 0: without them.
@@ -125,9 +130,13 @@ def evaluate(
         x, y = known_train.values.to(device), known_train.labels.to(device)
         test_x, test_y = known_test.values.to(device), known_test.labels.to(device)
         possible = [k for k in ks if k <= len(known_train)]
-        if possible:
-            for k, predicted in knn_predict(x, y, test_x, ks=possible, temperature=temperature).items():
-                intervals[f"knn_{k}"] = bootstrap(predicted == test_y)
+        spaces = {_KNN: (x, test_x)}
+        if possible and whitening is not None:
+            white = Whitening.fit(x, floor=whitening)
+            spaces[_WHITE] = (white(x), white(test_x))
+        for metric, (bank, rows) in spaces.items() if possible else ():
+            for k, predicted in knn_predict(bank, y, rows, ks=possible, temperature=temperature).items():
+                intervals[f"{metric}{k}"] = bootstrap(predicted == test_y)
         linear = LogisticProbe(probe).fit(x, y)
         intervals["linear"] = bootstrap(linear.predict(test_x) == test_y)
     return Scores(
@@ -163,11 +172,14 @@ def format_table(rows: Sequence[Scores]) -> str:
         The table, without a newline at its end.
     """
     ks = sorted({k for row in rows for k in row.knn})
-    header = ["branch", "level", "pooling", "D", *(f"kNN k={k}" for k in ks), "linear", "RankMe", "eff. rank"]
+    whitened = [k for k in ks if any(f"{_WHITE}{k}" in row.intervals for row in rows)]
+    header = ["branch", "level", "pooling", "D", *(f"kNN k={k}" for k in ks), *(f"whitened k={k}" for k in whitened)]
+    header += ["linear", "RankMe", "eff. rank"]
     header += ["n train/test/rank"]
     lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
     for row in rows:
-        metrics = [*(f"{_KNN}{k}" for k in ks), "linear", "rankme", "effective_rank"]
+        metrics = [*(f"{_KNN}{k}" for k in ks), *(f"{_WHITE}{k}" for k in whitened)]
+        metrics += ["linear", "rankme", "effective_rank"]
         lines.append(
             [
                 row.name.branch,

@@ -67,7 +67,7 @@ def show(runs: list[Candidate], *, groups: Groups, page_file: Path | None, outpu
         output: the JSON, or None.
     """
     metrics = _metrics(runs)
-    accuracies = [metric for metric in metrics if metric.startswith("knn_") or metric in ("linear", "attentive_1")]
+    accuracies = [metric for metric in metrics if "knn_" in metric or metric in ("linear", "attentive_1")]
     differences = paired_differences(runs, accuracies)
     tables: dict[str, Table] = {}
     if groups:
@@ -123,7 +123,7 @@ def _missing(folder: Path, suite: str) -> str | None:
 
 def _metrics(runs: Sequence[Candidate]) -> list[str]:
     seen = dict.fromkeys(one.metric for run in runs for one in run.trained())
-    own = {f"knn_{run.settings.get('eval.k')}" for run in runs}
+    own = {f"{start}{run.settings.get('eval.k')}" for run in runs for start in ("knn_", "white_knn_")}
     return [*(metric for metric in seen if metric in own), *(metric for metric in TITLES if metric in seen)]
 
 

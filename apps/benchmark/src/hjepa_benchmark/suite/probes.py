@@ -16,6 +16,7 @@ from hjepa_eval import (
     FeatureName,
     FeatureSet,
     LogisticProbe,
+    Whitening,
     alignment,
     average_precision,
     bootstrap,
@@ -57,8 +58,13 @@ def probe_levels(
         wanted = sorted({run.config.eval.k, *plan.ks})
         ks = [k for k in wanted if k <= len(x)]
         if ks:
-            for k, predicted in knn_predict(values, labels, probe_x, ks=ks).items():
-                findings.accuracy(f"knn_{k}", bank.name, predicted == truth, n_train=len(x))
+            spaces = {"knn": (values, probe_x)}
+            if subject.model is not None:
+                white = Whitening.fit(values)
+                spaces["white_knn"] = (white(values), white(probe_x))
+            for metric, (space, rows) in spaces.items():
+                for k, predicted in knn_predict(space, labels, rows, ks=ks).items():
+                    findings.accuracy(f"{metric}_{k}", bank.name, predicted == truth, n_train=len(x))
         probes[level] = LogisticProbe().fit(values, labels)
         predicted = probes[level].predict(probe_x)
         findings.predicted[subject.name, level] = predicted.cpu()

@@ -126,7 +126,12 @@ def _accuracies(measured: list[Measurement], k: object) -> Section | None:
     levels = list(dict.fromkeys(one.name.level for one in measured if one.metric == "linear"))
     there = {one.metric for one in measured}
     drawn = []
-    for metric, title in ((f"knn_{k}", f"kNN accuracy, k={k}"), ("linear", "linear accuracy")):
+    charted = (
+        (f"knn_{k}", f"kNN accuracy, k={k}"),
+        (f"white_knn_{k}", f"kNN accuracy of whitened features, k={k}"),
+        ("linear", "linear accuracy"),
+    )
+    for metric, title in charted:
         if metric in there:
             series = {
                 name: [find(measured, metric, subject=name, level=level) for level in levels] for name in SUBJECTS

@@ -50,7 +50,10 @@ class Summary:
 
 def title_of(metric: str) -> str:
     """What a metric is called in tables."""
-    return f"kNN k={metric.removeprefix('knn_')}" if metric.startswith("knn_") else TITLES.get(metric, metric)
+    for start, title in (("knn_", "kNN k="), ("white_knn_", "whitened k=")):
+        if metric.startswith(start):
+            return title + metric.removeprefix(start)
+    return TITLES.get(metric, metric)
 
 
 def cell(one: Measurement | None) -> str:
@@ -76,7 +79,8 @@ def summarize(
     """
     measured = list(results.measurements)
     there = {one.metric for one in measured}.difference(without)
-    wanted = (f"knn_{results.about.get('k')}", *TITLES)
+    k = results.about.get("k")
+    wanted = (f"knn_{k}", f"white_knn_{k}", *TITLES)
     columns = [(metric, title_of(metric)) for metric in wanted if metric in there]
     names = [one.name for one in measured if one.metric in ("linear", "rankme")]
     poolings = {(subject_of(name.branch), name.level): name.pooling for name in names}
@@ -116,7 +120,8 @@ def summarize(
 
 def summary_table(results: Results) -> Table:
     """The summary for a terminal, intervals as half their width."""
-    summary = summarize(results, plus_minus, without=("attentive_1", "map", "miou"))
+    white = f"white_knn_{results.about.get('k')}"
+    summary = summarize(results, plus_minus, without=(white, "attentive_1", "map", "miou"))
     table = Table(
         title=escape(f"{results.model} ({results.about.get('recipe', '-')}) on {results.data}"),
         title_justify="left",

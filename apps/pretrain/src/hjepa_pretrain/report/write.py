@@ -83,7 +83,8 @@ def _learned(results: Results) -> Section:
         return Section(title="What was learned", note=note)
     rows = result_rows(results)
     body = table(COLUMNS, rows, own=[row[0] == TRAINED for row in rows])
-    note = f"Frozen features, {results_caption(results)}. The same encoder untrained and raw pixels are what to beat."
+    note = f"Frozen features, {results_caption(results, whitened=True)}. "
+    note += "The same encoder untrained and raw pixels are what to beat."
     return Section(title="What was learned", note=note, body=body)
 
 
