@@ -301,3 +301,12 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, jpeg, sizes):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.__context__ is None
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_that_are_no_utf8_stay_apart(tmp_path, jpeg, kind):
+    names = [os.fsdecode(name) for name in (b"caf\xe8.jpg", b"caf\xe9.jpg", b"x" * 120 + b"\xe8.jpg", b"\xe9.jpg")]
+    members = [(name, jpeg(number)) for number, name in enumerate(names)]
+    path = tar_of(tmp_path / "latin.tar", members, format=kind, encoding="utf-8", errors="surrogateescape")
+    source = ShardSource(path)
+    assert [source.read(number).image for number in range(len(source))] == [data for _, data in members]

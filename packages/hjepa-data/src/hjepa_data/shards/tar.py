@@ -66,7 +66,7 @@ def scan_tar(file: int) -> tuple[list[Member], str | None, int]:
         if kind == b"x":
             override |= _pax(os.pread(file, size, content))
         elif kind == b"L":
-            override["path"] = os.pread(file, size, content).rstrip(b"\0").decode("utf-8", "replace")
+            override["path"] = os.pread(file, size, content).rstrip(b"\0").decode("utf-8", "backslashreplace")
         elif kind in {b"0", b"\0", b"7"}:
             members.append(Member(name=override.get("path") or _name(header), offset=content, size=size))
             override = {}
@@ -90,7 +90,7 @@ def _name(header: bytes) -> str:
     if header[257:262] == b"ustar" and header[262:263] == b"\0":
         prefix = header[345:500].partition(b"\0")[0]
         name = prefix + b"/" + name if prefix else name
-    return name.decode("utf-8", "replace")
+    return name.decode("utf-8", "backslashreplace")
 
 
 def _pax(content: bytes) -> dict[str, str]:
@@ -100,6 +100,6 @@ def _pax(content: bytes) -> dict[str, str]:
         if not length.isdigit() or len(length) > _MAX_LENGTH_DIGITS or int(length) == 0:
             break
         record, content = content[: int(length)], content[int(length) :]
-        key, _, value = record[len(length) + 1 : -1].decode("utf-8", "replace").partition("=")
+        key, _, value = record[len(length) + 1 : -1].decode("utf-8", "backslashreplace").partition("=")
         found[key] = value
     return found
