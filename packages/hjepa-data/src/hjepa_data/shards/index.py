@@ -353,7 +353,8 @@ def group_members(file: int, members: list[Member]) -> dict[str, Sample]:
         if not dot or not stem:
             continue
         sample = samples.setdefault(folder + slash + stem, Sample())
-        _, part, kind = extension.lower().rpartition(".")
+        extension = extension.lower()
+        _, part, kind = extension.rpartition(".")
         if kind in IMAGE_EXTENSIONS and (sample.offset < 0 or (sample.parted and not part)):
             sample.offset, sample.size, sample.name, sample.parted = member.offset, member.size, member.name, bool(part)
         elif extension == "cls" and sample.label < 0 and member.size <= MAX_LABEL_BYTES:
