@@ -84,10 +84,12 @@ def test_damaged_header(shard):
 
 def test_tar_behind_a_tar(shard):
     index_path(shard).unlink()
-    shard.write_bytes(shard.read_bytes() * 2)
-    report = check(shard)
-    assert found(report) == [("", "tar")]
-    assert "behind the end mark" in str(report.damage[0])
+    data = shard.read_bytes()
+    for behind, what in ((data, f"another tar at byte {len(data)}"), (b"signed", "content behind the end mark")):
+        shard.write_bytes(data + behind)
+        report = check(shard)
+        assert found(report) == [("", "tar")]
+        assert what in str(report.damage[0])
 
 
 def test_flipped_byte_of_a_jpeg_is_found_by_its_checksum(shard):

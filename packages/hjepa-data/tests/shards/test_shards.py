@@ -207,7 +207,7 @@ def tar_of(path, members, **options):
 
 
 def test_the_first_image_and_the_first_label_of_a_key_belong_together(tmp_path, jpeg):
-    members = [("a.jpg", jpeg(1)), ("a.cls", b"1"), ("b.jpg", jpeg(2)), ("a.jpg", jpeg(3)), ("a.cls", b"2")]
+    members = [("a.jpg", jpeg(1)), ("a.CLS", b"1"), ("b.jpg", jpeg(2)), ("a.jpg", jpeg(3)), ("a.cls", b"2")]
     source = ShardSource(tar_of(tmp_path / "repeated.tar", members))
     assert source.read(0).image == jpeg(1)
     assert source.labels.tolist() == [1, -1]
@@ -310,3 +310,16 @@ def test_names_that_are_no_utf8_stay_apart(tmp_path, jpeg, kind):
     path = tar_of(tmp_path / "latin.tar", members, format=kind, encoding="utf-8", errors="surrogateescape")
     source = ShardSource(path)
     assert [source.read(number).image for number in range(len(source))] == [data for _, data in members]
+
+
+def test_tars_that_were_joined_are_refused(tmp_path, jpeg):
+    parts = [tar_of(tmp_path / f"{name}.tar", [(f"{name}.jpg", jpeg(1))]) for name in "ab"]
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    begin = parts[0].stat().st_size
+    with pytest.raises(DataError, match=rf"another tar at byte {begin}; 1 complete samples precede it"):
+        ShardSource(joined)
+    assert len(ShardSource(joined, allow_truncated=True)) == 1
+    # What is behind the mark without being a tar hides no sample.
+    joined.write_bytes(parts[0].read_bytes() + b"\0" * 100_000 + b"signed by me" * 100)
+    assert len(ShardSource(joined)) == 1

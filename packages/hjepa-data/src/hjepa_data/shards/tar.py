@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 __all__ = ["BLOCK", "Member", "scan_tar"]
@@ -10,6 +11,7 @@ __all__ = ["BLOCK", "Member", "scan_tar"]
 BLOCK = 512
 
 _ZEROS = bytes(BLOCK)
+_CHUNK = 1 << 16
 _MAX_LENGTH_DIGITS = 20
 
 
@@ -46,7 +48,7 @@ def scan_tar(file: int) -> tuple[list[Member], str | None, int]:
         if len(header) < BLOCK:
             return members, f"is truncated at byte {end}: the end mark of the tar is missing", position
         if header == _ZEROS:
-            return members, None, position
+            return members, _joined(file, position), position
         try:
             fits = _checksum_fits(header)
             size = int(override["size"]) if "size" in override else _number(header[124:136])
@@ -73,6 +75,20 @@ def scan_tar(file: int) -> tuple[list[Member], str | None, int]:
         elif kind not in {b"g", b"K"}:
             override = {}
         position = content + (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+def _joined(file: int, position: int) -> str | None:
+    """Look for another tar behind the end mark: ``cat`` joins tars so that readers see the first one only."""
+    while chunk := os.pread(file, _CHUNK, position):
+        content = chunk.lstrip(b"\0")
+        position += len(chunk) - len(content)
+        if content:
+            header = os.pread(file, BLOCK, position)
+            with suppress(ValueError):
+                if len(header) == BLOCK and _checksum_fits(header):
+                    return f"goes on behind its end mark, with another tar at byte {position}"
+            return None
+    return None
 
 
 def _checksum_fits(header: bytes) -> bool:
