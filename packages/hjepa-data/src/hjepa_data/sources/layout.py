@@ -33,7 +33,7 @@ class Layout:
         labels: class number of each, -1 without classes, [n].
         classes: names of the classes by number; empty without labels.
         by_split: whether the first folder of each name is a split, such as ``train``, and no class.
-        left_out: other files, by reason.
+        left_out: other files, by reason, and folders that were not read.
     """
 
     names: list[str]
@@ -90,7 +90,7 @@ def find_images(folder: str, left_out: Counter[str]) -> Iterator[str]:
 
     Args:
         folder: where; links are followed, each folder is read once.
-        left_out: other files are counted here, by reason.
+        left_out: other files are counted here, by reason, and folders that are not read.
 
     Yields:
         Their paths relative to the folder, with slashes: files before folders, each sorted.
@@ -107,13 +107,14 @@ def find_images(folder: str, left_out: Counter[str]) -> Iterator[str]:
         try:
             stat = os.stat(os.path.join(folder, prefix))
             if (stat.st_dev, stat.st_ino) in seen:
-                # A link leads back to a folder that was read already.
+                # A link leads back to it.
+                left_out["folder read already"] += 1
                 continue
             seen.add((stat.st_dev, stat.st_ino))
             with os.scandir(os.path.join(folder, prefix)) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
-                    if entry.is_dir():
-                        folders += [] if entry.name.startswith(".") else [entry.name]
+                    if entry.is_dir() and not entry.name.startswith("."):
+                        folders.append(entry.name)
                     elif reason := _reason(entry):
                         left_out[reason] += 1
                     else:
