@@ -54,6 +54,14 @@ def test_restore_at_every_step(shards, device):
         assert same(next(stream), reference[step])
 
 
+def test_a_state_that_is_refused_loses_no_batch(shards, device):
+    reference, stream = take(build(shards), 3), DevicePrefetcher(build(shards), device)
+    next(stream)
+    with pytest.raises(DataError, match="the saved state lacks"):
+        stream.load_state_dict({})
+    assert all(same(*pair) for pair in zip(take(stream, 2), reference[1:], strict=True))
+
+
 def test_an_error_comes_after_the_batches_before_it(shards, device):
     stream = build(shards)
     reference = take(build(shards), 4)

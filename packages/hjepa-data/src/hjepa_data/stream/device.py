@@ -80,8 +80,8 @@ class DevicePrefetcher(Iterator[Batch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go where another stream stood; the batch ahead is dropped."""
-        self._ahead = self._state = None
         self.stream.load_state_dict(state)
+        self._ahead = self._state = None
 
     def close(self) -> None:
         """End the workers; the batch ahead is kept for the next that is asked for."""
