@@ -90,6 +90,12 @@ def test_what_is_not_there_is_asked_for_once(served, cache):
     assert served.requests == {"gone.tar": 1, "gone.tar.index.json": 1}
 
 
+@pytest.mark.parametrize("name", ["pets/caf\u00e9.tar", "my pets/a.tar"])
+def test_a_url_that_is_not_encoded_is_named(served, cache, name):
+    with pytest.raises(DataError, match=rf"{name}.* cannot be fetched: .*\(1 attempt\)"):
+        ShardSource(f"{served.url}/{name}", cache=cache)
+
+
 def test_nobody_listens(served, cache):
     served.close()
     with pytest.raises(DataError, match=r"ConnectionRefusedError.*\(3 attempts\)"):

@@ -168,7 +168,8 @@ def open_remote(url: str, *, timeout: float) -> Iterator[Body]:
         DataError: the package for this scheme is not installed.
     """
     if url.partition("://")[0] in _HTTP:
-        with _reasons(OSError, http.client.HTTPException):
+        # A ValueError for what is no ASCII.
+        with _reasons(OSError, http.client.HTTPException, ValueError):
             response = _opener().open(urllib.request.Request(url), timeout=timeout)
         with response:
             length = response.headers.get("Content-Length", "")
@@ -307,7 +308,7 @@ def _reasons(*failures: type[Exception]) -> Iterator[None]:
         reason = "no access" if isinstance(error, PermissionError) else "no such file"
         raise RemoteError(reason, missing=True) from None
     except failures as error:
-        cause = getattr(error, "reason", error)
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
         said = f"{type(cause).__name__}: {cause}".removesuffix(": ") if isinstance(cause, Exception) else cause
         wrong = (ssl.SSLCertVerificationError, http.client.InvalidURL, ValueError, TypeError)
         raise RemoteError(said, passing=not isinstance(cause, wrong)) from None
