@@ -3,10 +3,12 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 
 from hjepa_data import (
     DataError,
+    FileSource,
     FolderSource,
     HuggingFaceSource,
     ShardSource,
@@ -15,6 +17,7 @@ from hjepa_data import (
     write_shards,
 )
 from hjepa_data.shards.cli import main
+from hjepa_data.shards.make import MakeConfig, make_shards, plan_sources
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -104,7 +107,6 @@ def test_split_by_hash_and_any_number_of_workers(saved, jpeg):
 
 
 def test_shards_of_pixels(tmp_path, pets):
-    import numpy as np
     from PIL import Image
 
     raw = tmp_path / "MNIST" / "raw"
@@ -125,6 +127,13 @@ def test_shards_of_pixels(tmp_path, pets):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample.image))), pixels[sample.label])
     assert main(["make", f"torchvision:ImageFolder:{pets}", str(out), "--labels", "none", "--workers", "1"]) == 0
     assert set(ShardSource(out / "train-000000.tar").labels.tolist()) == {-1}
+
+
+def test_a_sample_that_cannot_be_read_is_left_out_whatever_is_measured(tmp_path, jpeg):
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    source = FileSource(["a.jpg", "gone.jpg"], np.array([-1, -1]), root=str(tmp_path))
+    result = make_shards(plan_sources({"train": source}, [], MakeConfig()), tmp_path / "out", MakeConfig())
+    assert (result.images, result.left_out) == ({"train": 1}, {"unreadable": 1})
 
 
 def test_damaged_rows_are_left_out_and_counted(rows, tmp_path, capsys):

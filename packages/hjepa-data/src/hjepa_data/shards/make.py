@@ -226,7 +226,7 @@ def _mean_size(source: Source, config: MakeConfig) -> int:
     for place in range(min(_MEASURED, len(source))):
         try:
             sizes.append(len(_encoded(source.read(place * len(source) // min(_MEASURED, len(source))).image, config)))
-        except SkipImageError:
+        except (SkipImageError, DataError):
             continue
     return sum(sizes) // max(1, len(sizes))
 
