@@ -165,6 +165,15 @@ def test_every_mode_becomes_rgb(mode):
     assert np.abs(view.astype(int) - (200 if mode != "1" else view.astype(int))).max() < 20
 
 
+def test_transparency_of_a_palette_is_dropped_without_a_warning():
+    image = Image.new("P", (20, 20), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", transparency=bytes([255, 7]))
+    (view,) = views(buffer.getvalue(), ViewGroup(size=(8, 8)))
+    assert view[:, 3, 3].tolist() == [200, 100, 50]
+
+
 def test_16_bit_grey_is_scaled_not_clipped():
     grey = Image.fromarray(np.full((20, 20), 100 * 256, dtype=np.uint16))
     (view,) = views(encoded(grey), ViewGroup(size=(8, 8)))

@@ -226,4 +226,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey: Pillow would clip it to white instead of scaling it.
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if isinstance(image.info.get("transparency"), bytes):
+        # A palette with transparency, which is dropped as any other is; without this step Pillow warns of it.
+        image = image.convert("RGBA")
     return image.convert("RGB")
