@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -22,8 +23,64 @@ print(next(results), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
+INTERRUPTED = """
+import time
+from pathlib import Path
+from hjepa_data.shards.pool import map_in_order
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script cannot be imported by processes that are spawned")
+def work(task):
+    part = Path(f"{task}.part")
+    part.touch()
+    try:
+        time.sleep(0 if task == 0 else 600)
+    finally:
+        time.sleep(0.2)
+        part.unlink()
+
+try:
+    list(map_in_order(work, range(40), workers=2))
+except KeyboardInterrupt:
+    print("interrupted", [path.name for path in Path().glob("*.part")])
+"""
+
+
+forks = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="the script cannot be imported by processes that are spawned"
+)
+
+
+@forks
+@pytest.mark.parametrize(("told", "times"), [("program", 1), ("all", 1), ("all", 2)])
+def test_tasks_of_a_pool_tidy_up_when_they_are_interrupted(tmp_path, told, times):
+    """Those that are queued do not begin, and nothing waits for ever where somebody is impatient."""
+    script = tmp_path / "pool.py"
+    script.write_text(INTERRUPTED)
+    with subprocess.Popen(
+        [sys.executable, script],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "1.part").exists() or not (tmp_path / "2.part").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            for _ in range(times):
+                (os.kill if told == "program" else os.killpg)(process.pid, signal.SIGINT)
+                time.sleep(0.1)
+            said, wrong = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert not [*tmp_path.glob("*.part")]
+    if times == 1:
+        assert (said, wrong, process.returncode) == ("interrupted []\n", "", 0)
+
+
+@forks
 def test_a_pool_ends_with_its_program(tmp_path):
     script = tmp_path / "pool.py"
     script.write_text(SCRIPT)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from hjepa_data.errors import DataError
@@ -44,6 +47,7 @@ def map_in_order(
     # Forked at the first task, before anyone here has started a thread.
     method = "fork" if sys.platform == "linux" else "spawn"
     context = multiprocessing.get_context(method)
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (method, function)) as pool:
         waiting: deque[Future[R]] = deque()
         try:
@@ -62,18 +66,48 @@ def map_in_order(
         except BrokenProcessPool:
             raise DataError("a worker process was killed, perhaps for want of memory; try fewer workers") from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # A terminal has told them already, and a second time does nothing.
+            for process in set(multiprocessing.active_children()) - others:
+                assert process.pid is not None
+                with suppress(OSError):
+                    os.kill(process.pid, signal.SIGINT)
+            pool.shutdown(cancel_futures=True)
             raise
 
 
-# What a process of the pool calls: a function may hold a large source, so it does not travel with each task.
-_held: list[Callable[[Any], Any]] = []
+class _Worker:
+    """What a process of the pool does: a function may hold a large source, so it does not travel with each task."""
+
+    def __init__(self) -> None:
+        self.function: Callable[[Any], Any] | None = None
+        self.working = self.ended = False
+
+    def call(self, task: Any) -> Any:  # noqa: ANN401
+        """Do a task, unless they were interrupted."""
+        assert self.function is not None
+        self.working = True
+        try:
+            if self.ended:
+                raise KeyboardInterrupt
+            return self.function(task)
+        finally:
+            self.working = False
+
+    def interrupt(self, *_: object) -> None:
+        """Stop the task at hand, once, so that it tidies up; between tasks the lock of a queue may be held."""
+        first, self.ended = not self.ended, True
+        if first and self.working:
+            raise KeyboardInterrupt
+
+
+_worker = _Worker()
 
 
 def _start(method: str, function: Callable[[Any], Any]) -> None:
     end_with_program(method)
-    _held[:] = [function]
+    _worker.function = function
+    signal.signal(signal.SIGINT, _worker.interrupt)
 
 
 def _call(task: Any) -> Any:  # noqa: ANN401
-    return _held[0](task)
+    return _worker.call(task)
