@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import zlib
 
 import pytest
@@ -132,3 +133,15 @@ def test_processes_that_index_the_same_shard_do_not_share_a_file(shard, monkeypa
     monkeypatch.setattr(os, "replace", slow)
     write_index(shard)
     assert len(load_index(shard).index) == 6
+
+
+def test_a_full_disk_leaves_no_half_index(shard):
+    index_path(shard).unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_index(shard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(shard.parent.iterdir()) == [shard]

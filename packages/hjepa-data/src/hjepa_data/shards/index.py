@@ -288,8 +288,11 @@ def write_index(shard: Path) -> ShardIndex:
     path = index_path(shard)
     # Two processes may index the same shard.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return index
 
 
