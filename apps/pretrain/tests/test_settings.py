@@ -44,6 +44,8 @@ def test_a_word_that_names_no_data_leaves_the_demo(words):
         (["data.local_views=2", "data.local_size=[7,7]"], "data.local_size=(7, 7)"),
         (["trainer.learning_rate.horizon=0.1"], "learning_rate.horizon=0.1"),
         (["trainer.optimizer.betas=[0.9]"], "two numbers"),
+        (["run={stepps: 9}"], "run.stepps is no setting; did you mean run.steps?"),
+        (["hjepa={encoder: {dept: 3}}"], "hjepa.encoder.dept is no setting; did you mean hjepa.encoder.depth?"),
         (["eval.train_samples=1", "eval.k=1"], "eval.train_samples=1"),
         (["eval.k=2000"], "eval.k=2000: more neighbours than eval.online_samples=1500"),
         (["recipe=simclr", "data.views=1"], "data.views=1"),

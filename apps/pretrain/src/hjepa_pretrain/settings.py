@@ -453,11 +453,12 @@ def one_line(error: BaseException) -> str:
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     text = "\n".join(str(link) for link in chain)
-    unknown = re.search(r"Could not override '([^'=]+)", text) or (
-        re.search(r"full_key: (\S+)", text) if re.search(r"Key '\S+' (is )?not in", text) else None
-    )
-    if unknown:
-        return _unknown(unknown[1], plain_keys())
+    named = re.findall(r"Could not override '([^'=]+)", text)
+    if re.search(r"Key '\S+' (is )?not in", text):
+        named += re.findall(r"full_key: (\S+)", text)
+    if named:
+        # The longest: inside a part that was given whole, or as the user wrote it.
+        return _unknown(max(named, key=len), plain_keys())
     choice = re.search(r"Could not find '([\w-]+)/([^']*)'", text)
     if choice:
         names = re.search(r"Available options in '[^']+':\n((?:\t\S+\n)+)", text)
