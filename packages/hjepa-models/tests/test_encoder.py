@@ -92,6 +92,7 @@ def test_image_size_is_accepted_exactly_when_the_patch_divides_it(size, patch):
         ({"image_size": (30, 32)}, "axis 0 has 30 pixels.*nearest 28 or 32"),
         ({"image_size": (32,)}, "1 axes where patch_size"),
         ({"num_heads": 5}, "does not divide embed_dim=32; allowed: 1, 2, 4"),
+        ({"embed_dim": 10**15 + 37, "num_heads": 2}, "allowed: 1; change"),
         ({"mlp": "swigglu"}, "did you mean 'swiglu'"),
         ({"drop_path": 1.0}, "allowed: 0 to below 1"),
         ({"depth": 0}, "depth=0"),

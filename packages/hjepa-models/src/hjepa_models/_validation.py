@@ -8,6 +8,8 @@ from typing import TypeVar
 E = TypeVar("E", bound=StrEnum)
 T = TypeVar("T")
 
+_MOST_HEADS = 1024  # that are proposed
+
 
 def coerce_choice(enum: type[E], field: str, value: str) -> E:
     """Return the member of `enum` named by `value`, or refuse with the allowed names."""
@@ -67,7 +69,8 @@ def check_axes(field: str, sizes: Iterable[int]) -> tuple[int, ...]:
 def check_heads(owner: str, embed_dim: int, num_heads: int, name: str = "num_heads") -> None:
     """Refuse a width that the heads do not divide evenly."""
     if embed_dim % num_heads:
-        allowed = [1, *(heads for heads in range(2, embed_dim // 8 + 1) if embed_dim % heads == 0)]
+        most = min(embed_dim // 8, _MOST_HEADS)
+        allowed = [1, *(heads for heads in range(2, most + 1) if embed_dim % heads == 0)]
         raise ValueError(
             f"{owner}.{name}={num_heads}: does not divide embed_dim={embed_dim}; "
             f"allowed: {', '.join(map(str, allowed[:16]))}; change {name} or embed_dim"
