@@ -46,6 +46,7 @@ def test_a_word_that_names_no_data_leaves_the_demo(words):
         (["trainer.optimizer.betas=[0.9]"], "two numbers"),
         (["run={stepps: 9}"], "run.stepps is no setting; did you mean run.steps?"),
         (["hjepa={encoder: {dept: 3}}"], "hjepa.encoder.dept is no setting; did you mean hjepa.encoder.depth?"),
+        (["hjepa.predictor.mlp_ratio=inf"], "hjepa.predictor.mlp_ratio=inf"),
         (["eval.train_samples=1", "eval.k=1"], "eval.train_samples=1"),
         (["eval.k=2000"], "eval.k=2000: more neighbours than eval.online_samples=1500"),
         (["recipe=simclr", "data.views=1"], "data.views=1"),

@@ -93,6 +93,7 @@ def test_image_size_is_accepted_exactly_when_the_patch_divides_it(size, patch):
         ({"image_size": (32,)}, "1 axes where patch_size"),
         ({"num_heads": 5}, "does not divide embed_dim=32; allowed: 1, 2, 4"),
         ({"embed_dim": 10**15 + 37, "num_heads": 2}, "allowed: 1; change"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio=inf: must be above 0; allowed: > 0 and finite"),
         ({"mlp": "swigglu"}, "did you mean 'swiglu'"),
         ({"drop_path": 1.0}, "allowed: 0 to below 1"),
         ({"depth": 0}, "depth=0"),

@@ -1,6 +1,7 @@
 """Small helpers with which configs check themselves and speak in one line."""
 
 import difflib
+import math
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import TypeVar
@@ -30,10 +31,10 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
 
 
 def check_positive(**fields: float) -> None:
-    """Refuse the first field that is not above 0."""
+    """Refuse the first field that is not above 0, or infinite."""
     for field, value in fields.items():
-        if not value > 0:  # so that what is no number is refused too
-            raise ValueError(f"{field}={value}: must be above 0; allowed: > 0; give a positive number")
+        if not 0 < value < math.inf:  # so that what is no number is refused too
+            raise ValueError(f"{field}={value}: must be above 0; allowed: > 0 and finite; give a positive number")
 
 
 def check_not_negative(**fields: float) -> None:
