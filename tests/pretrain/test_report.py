@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from hjepa_pretrain import evaluation, settings
 from hjepa_pretrain.dry_run import step_cost_of
 from hjepa_pretrain.evaluation import Images, level_features, load_pair, open_sources
 from hjepa_pretrain.model import build_model
+from hjepa_pretrain.report import figures
 from hjepa_pretrain.report.write import loss_section, rank_section
 
 
@@ -46,6 +48,18 @@ def test_only_levels_are_called_levels():
         == drawn + 2
     )
     assert len(loss_section([{"step": 1, "train/loss": 3.0, "train/loss_level_contrast": 3.0}]).pictures) == 1
+
+
+def test_lines_of_many_levels_are_told_apart(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "svg", drawn.append)
+    levels = ("encoder", "0", "1", "map0", "pooled", "all", "global")
+    rows = [{"step": step, **{f"eval/{level}/knn_20": 0.1 for level in levels}} for step in range(3)]
+    for smooth in (1, 2):
+        figures.curves(rows, list(rows[0])[1:], "", smooth=smooth)
+        lines = [line for line in drawn[-1].axes[0].get_lines() if not line.get_label().startswith("_")]
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(levels)
+        plt.close(drawn[-1])
 
 
 def test_the_page_counts_the_steps_that_were_done(pretrain, tiny, tmp_path, capsys):

@@ -52,17 +52,18 @@ def curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], title: str,
     if not lines:
         return None
     figure, axes = plt.subplots(figsize=(5.2, 3.0))
-    for color, (key, points) in zip(COLORS * 4, lines.items(), strict=False):
+    for number, (key, points) in enumerate(lines.items()):
+        color, style = COLORS[number % len(COLORS)], "-" if number < len(COLORS) else "--"
         steps, values = np.asarray(points, dtype=float).T
         label = key.split("/", 1)[-1]
         window = min(smooth, len(values))
         if window > 1:
             axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
             mean = np.convolve(values, np.ones(window) / window, mode="valid")
-            axes.plot(steps[window - 1 :], mean, color=color, linewidth=1.6, label=label)
+            axes.plot(steps[window - 1 :], mean, style, color=color, linewidth=1.6, label=label)
         else:
             marker = "o" if len(values) < 20 else None
-            axes.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=3, label=label)
+            axes.plot(steps, values, style, color=color, linewidth=1.6, marker=marker, markersize=3, label=label)
     axes.set(title=title, xlabel="step")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
