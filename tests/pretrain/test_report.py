@@ -3,6 +3,7 @@
 import json
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,12 @@ def test_lines_of_many_levels_are_told_apart(monkeypatch):
         lines = [line for line in drawn[-1].axes[0].get_lines() if not line.get_label().startswith("_")]
         assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(levels)
         plt.close(drawn[-1])
+
+
+def test_names_of_classes_are_no_mathematics():
+    image = np.zeros((1, 4, 4, 3), np.uint8)
+    names = ["from_$5_to_$10"]
+    assert figures.neighbours(image, image[None], names, [names]).startswith(b"\x89PNG")
 
 
 def test_the_page_counts_the_steps_that_were_done(pretrain, tiny, tmp_path, capsys):

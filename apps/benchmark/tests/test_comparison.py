@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -305,6 +306,11 @@ def test_names_of_runs_are_shown_as_they_are(monkeypatch):
         shown = [text.get_text() for text in legend.get_texts()]
         assert [text.strip().replace("\\$", "$") for text in shown] == names
         plt.close(figure)
+
+
+def test_names_of_classes_are_no_mathematics():
+    names = ["from_$5_to_$10", "b"]
+    assert "<img" in charts.matrix(np.eye(2), names, names, "")
 
 
 def test_json_has_no_number_that_is_none_and_a_page_leaves_its_neighbours_alone(tmp_path, capsys):

@@ -173,8 +173,9 @@ def matrix(values: Array, rows: Sequence[str], columns: Sequence[str], title: st
             text = f"{100 * value:.0f}" if percent else f"{value:.2f}"
             color = "white" if value > middle else "#1f2328"
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=35, ha="right", fontsize=8)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=8)
+    across, down = (list(map(figures.literal, names)) for names in (columns, rows))
+    axes.set_xticks(np.arange(len(columns)) + 0.5, across, rotation=35, ha="right", fontsize=8)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, down, fontsize=8)
     axes.tick_params(length=0)
     axes.set_title(title, fontsize=10)
     axes.spines[:].set_visible(False)
@@ -204,8 +205,8 @@ def attention(images: Array, maps: Array) -> bytes:
 
 
 def _label(name: str) -> str:
-    """A name as matplotlib shows it: none of it is mathematics, and none is hidden for its first letter."""
-    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+    """The name of a line as matplotlib shows it, and not hidden for its first letter."""
+    return (" " if name.startswith("_") else "") + figures.literal(name)
 
 
 def _errors(known: Sequence[Measurement]) -> tuple[list[float], list[float]]:

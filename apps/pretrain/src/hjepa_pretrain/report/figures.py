@@ -38,6 +38,11 @@ def legend(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
+def literal(name: str) -> str:
+    """Returns a name as matplotlib shows it: none of it is mathematics."""
+    return name.replace("$", r"\$")
+
+
 def curves(rows: Sequence[Mapping[str, float]], keys: Sequence[str], title: str, *, smooth: int = 1) -> bytes | None:
     """Draws one line a key over the steps; None if no row has any of the keys.
 
@@ -182,12 +187,12 @@ def neighbours(
     for row in range(count):
         axes[row, 0].imshow(queries[row])
         if labels is not None:
-            axes[row, 0].set_ylabel(labels[row], fontsize=7)
+            axes[row, 0].set_ylabel(literal(labels[row]), fontsize=7)
         for column in range(k):
             axis = axes[row, column + 1]
             axis.imshow(found[row, column])
             if labels is not None and found_labels is not None:
-                axis.set_xlabel(found_labels[row][column], fontsize=6, labelpad=1)
+                axis.set_xlabel(literal(found_labels[row][column]), fontsize=6, labelpad=1)
                 color = "#0f7b6c" if found_labels[row][column] == labels[row] else "#c4554d"
                 for spine in axis.spines.values():
                     spine.set(color=color, linewidth=2)
