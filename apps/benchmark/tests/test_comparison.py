@@ -166,6 +166,18 @@ def test_runs_of_several_seeds_are_put_together_wherever_they_were_trained(seeds
     assert one["low"] == pytest.approx(0.6 - 12.706 * 0.1, abs=1e-3)
 
 
+def test_a_copy_is_no_other_seed():
+    runs = [
+        candidate(name, [True] * good + [False] * (10 - good), **{"run.seed": seed})
+        for name, good, seed in (("a", 5, 0), ("copy of a", 5, 0), ("b", 7, 1))
+    ]
+    one = group_interval(runs, "linear", "encoder")
+    assert (one.value, one.n) == (pytest.approx(0.6), 2)
+    assert one.low == pytest.approx(0.6 - 12.706 * 0.1, abs=1e-3)
+    assert group_interval(runs[:2], "linear", "encoder").method == "none"
+    assert [row[:2] for row in _groups({"all": runs}, ["linear"])[1]] == [["all", "2"]]
+
+
 @pytest.mark.parametrize("command", ["hjepa-pretrain", "hjepa-pretrain trainer.learning_rate.warmup_steps=1,2"])
 def test_seeds_of_equal_time_are_one_group_whatever_their_steps(command):
     runs = [

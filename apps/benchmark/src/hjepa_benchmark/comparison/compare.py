@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -145,11 +146,22 @@ def group_by_settings(runs: Sequence[Candidate]) -> dict[str, list[Candidate]]:
 
 
 def group_interval(group: Sequence[Candidate], metric: str, level: str) -> Measurement | None:
-    """Mean of a metric over the seeds of a group with its interval; of a single run its own measurement."""
-    found = [one for run in group for one in run.trained() if one.metric == metric and one.name.level == level]
-    if len(found) < 2:
-        return found[0] if found else None
-    return Measurement.of(metric, found[0].name, interval_of_mean([one.value for one in found], "seeds"))
+    """Mean of a metric over the seeds of a group with its interval; of a single seed its (first) own measurement.
+
+    Runs of one seed, such as a copy, count as one.
+    """
+    found = [(run, one) for run in group for one in run.trained() if one.metric == metric and one.name.level == level]
+    values: dict[Any, list[float]] = {}
+    for run, one in found:
+        values.setdefault(run.settings.get(SEED), []).append(one.value)
+    if len(values) < 2:
+        return found[0][1] if found else None
+    return Measurement.of(metric, found[0][1].name, interval_of_mean([*map(fmean, values.values())], "seeds"))
+
+
+def seeds_of(group: Sequence[Candidate]) -> list[Any]:
+    """The seeds of a group, each once."""
+    return list(dict.fromkeys(run.settings.get(SEED) for run in group))
 
 
 def curve(run: Candidate, key: str, *, seconds: bool) -> list[tuple[float, float]]:

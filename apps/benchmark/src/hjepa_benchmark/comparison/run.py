@@ -21,6 +21,7 @@ from hjepa_benchmark.comparison.compare import (
     group_interval,
     paired_differences,
     read_candidates,
+    seeds_of,
 )
 from hjepa_benchmark.runs import finished_steps, open_data, read_config
 from hjepa_benchmark.suite.findings import find
@@ -53,7 +54,7 @@ def compare_runs(folders: Sequence[Path], *, suite: str = "quick", page: Path | 
     measure_missing(folders, suite)
     runs = read_candidates(folders)
     groups = group_by_settings(runs)
-    several = any(len({run.settings.get(SEED) for run in group}) > 1 for group in groups.values())
+    several = any(len(seeds_of(group)) > 1 for group in groups.values())
     show(runs, groups=groups if several else {}, page_file=page, output=output)
 
 
@@ -154,7 +155,7 @@ def _groups(groups: Groups, metrics: Sequence[str]) -> Table:
     for label, group in groups.items():
         for level in _group_levels(group):
             cells = [cell(group_interval(group, metric, level)) for metric in metrics]
-            rows.append([label, str(len(group)), level, *cells])
+            rows.append([label, str(len(seeds_of(group))), level, *cells])
     return ["settings", "seeds", "level", *map(title_of, metrics)], rows
 
 
@@ -163,7 +164,7 @@ def _group_numbers(groups: Groups, metrics: Sequence[str]) -> list[dict[str, Any
     return [
         {
             "settings": label,
-            "seeds": [run.settings.get(SEED) for run in group],
+            "seeds": seeds_of(group),
             "results": [
                 {"metric": metric, "level": level, **_numbers(one)}
                 for level in _group_levels(group)
