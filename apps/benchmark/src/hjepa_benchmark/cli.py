@@ -19,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 2 wrong input, 3 a model that has diverged, 1 a file that cannot be written or read or a loader's process
     that is gone, 130 interrupted.
+
+    Raises:
+        SystemExit: 75, where a signal stopped a run that `sweep` trains, which is saved.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0].startswith("suite="):
