@@ -24,9 +24,12 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 INTERRUPTED = """
-import time
+import signal, time
 from pathlib import Path
 from hjepa_data.shards.pool import map_in_order
+
+# Ignored where a shell runs the tests in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def work(task):
     part = Path(f"{task}.part")

@@ -106,7 +106,9 @@ _worker = _Worker()
 def _start(method: str, function: Callable[[Any], Any]) -> None:
     end_with_program(method)
     _worker.function = function
-    signal.signal(signal.SIGINT, _worker.interrupt)
+    # Ignored in what a shell runs in the background.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _worker.interrupt)
 
 
 def _call(task: Any) -> Any:  # noqa: ANN401
