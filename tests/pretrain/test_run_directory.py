@@ -87,7 +87,7 @@ def test_results_of_runs_merge(run_dir, tmp_path, capsys):
     assert len(rows) == 26
     assert rows[0].startswith("| run | ")
     assert "| online | encoder | mean | 0." in rows[0]
-    assert rows[0].count("[") == 5
+    assert rows[0].count("[") == 6
 
 
 def test_the_page_shows_pictures_and_opens_offline(run_dir):
