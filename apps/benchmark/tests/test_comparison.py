@@ -26,6 +26,7 @@ from hjepa_benchmark.comparison.compare import (
 from hjepa_benchmark.comparison.run import _groups, _metrics, _missing, _notes, show
 from hjepa_benchmark.comparison.sweep import combinations
 from hjepa_benchmark.suite.report import error_panels
+from hjepa_benchmark.suite.summary import title_of
 from hjepa_eval import FeatureName, Measurement, Results
 from hjepa_pretrain.cli import main as pretrain
 
@@ -108,8 +109,10 @@ def test_runs_without_labels_are_grouped_too():
 def test_every_run_shows_its_own_number_of_neighbours():
     runs = [candidate(f"k{k}", [True], **{"eval.k": k}) for k in (3, 20)]
     for run, k in zip(runs, (3, 20), strict=True):
-        run.results.measurements.append(Measurement(metric=f"knn_{k}", name=NAME, value=0.5, n=9))
-    assert _metrics(runs) == ["knn_3", "knn_20", "linear"]
+        for metric in (f"knn_{k}", f"white_knn_{k}"):
+            run.results.measurements.append(Measurement(metric=metric, name=NAME, value=0.5, n=9))
+    assert _metrics(runs) == ["knn_3", "white_knn_3", "knn_20", "white_knn_20", "linear"]
+    assert [title_of(metric) for metric in _metrics(runs)[:2]] == ["kNN k=3", "whitened k=3"]
 
 
 def test_a_run_has_one_colour_in_all_pictures_and_corruptions_come_first(monkeypatch):
