@@ -33,12 +33,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def work(task):
     part = Path(f"{task}.part")
-    part.touch()
     try:
+        part.touch()
         time.sleep(0 if task == 0 else 600)
     finally:
         time.sleep(0.2)
-        part.unlink()
+        part.unlink(missing_ok=True)
 
 try:
     list(map_in_order(work, range(40), workers=2))
