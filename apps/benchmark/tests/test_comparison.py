@@ -282,6 +282,13 @@ def test_sweep_trains_measures_and_groups(shards, tiny, tmp_path, capsys):
     assert len(json.loads((tmp_path / "s.json").read_text())["runs"]) == 1
 
 
+@pytest.mark.parametrize(("ended", "code"), [(1, 2), (2, 2), (3, 3)])
+def test_a_sweep_of_which_a_run_diverged_ends_as_that_run(tmp_path, monkeypatch, capsys, ended, code):
+    monkeypatch.setattr(sweeping, "multirun", lambda words: ended)
+    assert main(["sweep", "run.seed=0,1", f"hydra.sweep.dir={tmp_path}"]) == code
+    assert f"a run below {tmp_path} ended with exit code {ended}" in capsys.readouterr().err
+
+
 def test_jobs_of_slurm_leave_runs_of_an_earlier_sweep_alone(tmp_path, monkeypatch):
     """They end in processes of their own, so that only their numbers tell them apart."""
     compared = []

@@ -15,6 +15,7 @@ from hjepa_benchmark.comparison.run import measure_missing, show
 from hjepa_pretrain import settings
 from hjepa_pretrain.multirun import check, ended_runs, multirun
 from hjepa_pretrain.results import RESULTS_FILE
+from hjepa_train import EXIT_UNSTABLE, UnstableError
 
 _DIR = "hydra.sweep.dir="
 
@@ -30,6 +31,7 @@ def sweep(words: Sequence[str], *, suite: str = "quick", page: Path | None, outp
 
     Raises:
         ValueError: a setting is wrong, which is said before anything is trained, or a run did not end.
+        UnstableError: a run has diverged or collapsed.
     """
     given = [word.removeprefix(_DIR) for word in words if word.startswith(_DIR)]
     folder = Path(given[0] if given else f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -43,7 +45,7 @@ def sweep(words: Sequence[str], *, suite: str = "quick", page: Path | None, outp
     finally:
         sys.argv = command
     if code:
-        raise ValueError(
+        raise (UnstableError if code == EXIT_UNSTABLE else ValueError)(
             f"a run below {folder} ended with exit code {code}; its line above says why; the same words with "
             f"{shlex.quote(f'{_DIR}{folder}')} go on"
         )
