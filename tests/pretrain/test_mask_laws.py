@@ -57,7 +57,7 @@ def test_a_run_keeps_its_law(pretrain, tiny, tmp_path, capsys):
     changed = pretrain.here(capsys, run, "masks=random")
     assert changed.code == 2
     assert len(changed.err.strip().splitlines()) == 1
-    assert "mask_law=random" in changed.message
+    assert changed.message.startswith("hjepa-pretrain: masks=random: the run in ")
 
 
 @pytest.mark.parametrize(

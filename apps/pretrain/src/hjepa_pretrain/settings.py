@@ -419,8 +419,9 @@ def _amend(stored: DictConfig, overrides: Sequence[Override]) -> DictConfig:
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if old != new and not key.startswith(CHANGEABLE):
+            told = "masks" if key == "mask_law" else key
             raise SettingsError(
-                f"{key}={new}: the run in {stored.run.dir} was started with {old}, so its checkpoints belong to "
+                f"{told}={new}: the run in {stored.run.dir} was started with {old}, so its checkpoints belong to "
                 "another model or order; leave this setting out, or start another run.dir"
             )
     return plain
