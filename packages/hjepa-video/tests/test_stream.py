@@ -172,12 +172,19 @@ def test_short_videos_are_left_out_where_that_is_asked_for(folder):
     assert next(config(fps=1.0).build(list_clips(folder), seed=0)).views[0].shape == (2, 3, 4, 32, 32)
 
 
-def test_another_list_or_seed_is_no_continuation(folder):
+def test_another_list_or_seed_is_no_continuation(folder, tmp_path):
     paths = list_clips(folder)
     state = config().build(paths, seed=0).state_dict()
     for other in (config().build(paths, seed=1), config().build(paths[:2], seed=0)):
         with pytest.raises(DataError, match="start anew"):
             other.load_state_dict(state)
+    moved = [tmp_path / path.name for path in paths]
+    config().build(moved, seed=0).load_state_dict(state)
+    renamed = [*paths[:-1], paths[-1].with_stem("another")]
+    with pytest.raises(DataError, match=f"other videos than these {len(paths)}"):
+        config().build(renamed, seed=0).load_state_dict(state)
+    # A state from before streams said what they hold.
+    config().build(renamed, seed=0).load_state_dict({key: state[key] for key in state if key != "contents"})
 
 
 def test_wrong_input_is_refused(folder, tmp_path):

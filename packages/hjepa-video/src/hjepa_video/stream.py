@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -9,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -198,10 +199,11 @@ class ClipStream(Iterator[Batch]):
         """Say where the stream stands after the batches that were handed out.
 
         Returns:
-            Epoch and position in it, the number of videos, and a hash of the order.
+            Epoch and position in it, the number of videos, a hash of the order, and one of the names of their files.
         """
         epoch, position = divmod(self._position, len(self.paths))
-        return {"epoch": epoch, "position": position, "samples": len(self.paths), "order": self._fingerprint}
+        where = {"epoch": epoch, "position": position, "samples": len(self.paths)}
+        return {**where, "order": self._fingerprint, "contents": self._contents}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go where another stream stood, of any number of ranks and threads and any batch size.
@@ -210,8 +212,14 @@ class ClipStream(Iterator[Batch]):
             state: What ``state_dict`` gave.
 
         Raises:
-            DataError: The state belongs to another number of videos or another seed.
+            DataError: The state belongs to other videos, which are known by the names of their files wherever these
+                lie, or to another seed.
         """
+        if int(state.get("contents", self._contents)) != self._contents:
+            raise DataError(
+                f"the saved stream had other videos than these {len(self.paths)}; give the same, wherever they lie "
+                "now, or start anew"
+            )
         if int(state["samples"]) != len(self.paths) or int(state["order"]) != self._fingerprint:
             raise DataError(
                 f"the saved stream had {state['samples']} videos in another order than these {len(self.paths)}; "
@@ -226,6 +234,11 @@ class ClipStream(Iterator[Batch]):
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+    @cached_property
+    def _contents(self) -> int:
+        names = b"\0".join(os.fsencode(path.name) for path in self.paths)
+        return int.from_bytes(hashlib.blake2b(names, digest_size=8).digest()) >> 1
 
     @property
     def _fingerprint(self) -> int:
