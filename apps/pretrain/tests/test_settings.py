@@ -145,6 +145,13 @@ def test_a_stored_run_takes_a_part_that_was_off(tmp_path):
     assert config.early_stop.patience == 2
 
 
+def test_images_of_a_stored_run_may_lie_elsewhere(tmp_path):
+    _, plain = settings.load([f"run.dir={tmp_path}"])
+    settings.save(plain, [], tmp_path)
+    config, _ = settings.load([f"run.dir={tmp_path}", "data.cache=/new", "data.train=/new/train-*.tar"])
+    assert (config.data.cache, config.data.train) == ("/new", "/new/train-*.tar")
+
+
 def test_a_dry_run_of_a_stored_run_is_of_its_model(tmp_path):
     _, plain = settings.load([f"run.dir={tmp_path}"])
     settings.save(plain, [], tmp_path)

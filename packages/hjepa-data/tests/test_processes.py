@@ -46,6 +46,19 @@ except KeyboardInterrupt:
     print("interrupted", [path.name for path in Path().glob("*.part")])
 """
 
+IGNORED = """
+import os, signal, time
+from hjepa_data.shards.pool import map_in_order
+
+def work(task):
+    if task == 1:
+        os.killpg(os.getpgrp(), signal.SIGINT)
+    return task
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print(list(map_in_order(work, range(5), workers=2)))
+"""
+
 
 forks = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="the script cannot be imported by processes that are spawned"
@@ -81,6 +94,16 @@ def test_tasks_of_a_pool_tidy_up_when_they_are_interrupted(tmp_path, told, times
     assert not [*tmp_path.glob("*.part")]
     if times == 1:
         assert (said, wrong, process.returncode) == ("interrupted []\n", "", 0)
+
+
+@forks
+def test_what_a_shell_runs_in_the_background_is_not_interrupted(tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(IGNORED)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, start_new_session=True, timeout=120, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("[0, 1, 2, 3, 4]\n", "", 0)
 
 
 @forks

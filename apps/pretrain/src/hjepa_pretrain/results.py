@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hjepa_eval import FeatureName, Measurement, Results, plus_minus
 from hjepa_eval import read_results as read_file
+from hjepa_eval.probes.whitening import KNN, WHITE_KNN
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.uncut import uncut
 
@@ -18,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"
-WHITENED = "white_knn_"
 COLUMNS = ("features", "branch", "level", "pooling", "D", "kNN", "linear", "RankMe", "eff.rank", "whitened kNN")
 # Those of a terminal of 80 columns; a wider one has them all, as the page.
 _NARROW, _WIDE = COLUMNS[:-2], 106
@@ -82,8 +82,7 @@ def result_rows(results: Results) -> list[list[str]]:
         subject = subject_of(name.branch)
         width = next((str(one.details["width"]) for one in found.values() if "width" in one.details), "-")
         knn, white = (
-            next((one for metric, one in found.items() if metric.startswith(start)), None)
-            for start in ("knn_", WHITENED)
+            next((one for metric, one in found.items() if metric.startswith(start)), None) for start in (KNN, WHITE_KNN)
         )
         numbers = [knn, *(found.get(metric) for metric in ("linear", "rankme", "effective_rank")), white]
         branch = name.branch.removeprefix(branch_of(subject, ""))
@@ -102,7 +101,7 @@ def results_caption(results: Results, *, whitened: bool = False) -> str:
             f"kNN: k={k}, cosine, top-1",
             f"linear: logistic regression, top-1; {one.n_train} labelled training and {one.n} held-out images",
         ]
-        if whitened and any(metric.startswith(WHITENED) for metric in measured):
+        if whitened and any(metric.startswith(WHITE_KNN) for metric in measured):
             said.append("whitened kNN: of features all of whose directions have nearly the same variance")
     else:
         said.append("without labels no accuracies")

@@ -24,7 +24,7 @@ from hjepa_eval.probes.linear import LinearProbe, as_sets
 from hjepa_eval.probes.logistic import LogisticProbe, LogisticProbeConfig, fit_logistic
 from hjepa_eval.probes.retrieval import average_precision
 from hjepa_eval.probes.segmentation import SegmentationProbe, mean_iou
-from hjepa_eval.probes.whitening import Whitening
+from hjepa_eval.probes.whitening import Whitening, knn_by_metric
 from hjepa_eval.results.interval import Interval, bootstrap, interval_of_mean, jackknife
 from hjepa_eval.results.measurement import Measurement, Results, read_results, write_results
 from hjepa_eval.results.table import merge, plus_minus
@@ -90,6 +90,7 @@ __all__ = [
     "judge_collapse",
     "judge_levels",
     "knn_accuracy",
+    "knn_by_metric",
     "knn_predict",
     "layer_groups",
     "level_features",

@@ -9,16 +9,15 @@ from torch import Tensor
 
 from hjepa_eval.extraction.features import FeatureName, FeatureSet
 from hjepa_eval.measures.report import MEASURES
-from hjepa_eval.probes.knn import knn_predict
 from hjepa_eval.probes.logistic import LogisticProbe, LogisticProbeConfig
-from hjepa_eval.probes.whitening import FLOOR, Whitening
+from hjepa_eval.probes.whitening import FLOOR, KNN, WHITE_KNN, knn_by_metric
 from hjepa_eval.results.interval import Interval, bootstrap, jackknife
 from hjepa_eval.results.measurement import Measurement
 from hjepa_eval.results.table import plus_minus
 
 RANK_SAMPLES = 25_600  # what the RankMe paper takes
 GROUPS = 10  # of the jackknife
-_KNN, _WHITE, _RANKS = "knn_", "white_knn_", ("rankme", "effective_rank", "spread")
+_RANKS = ("rankme", "effective_rank", "spread")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -49,8 +48,8 @@ class Scores:
     @property
     def knn(self) -> dict[int, float]:
         """Top-1 accuracy in [0, 1] for each k."""
-        found = {metric: one.value for metric, one in self.intervals.items() if metric.startswith(_KNN)}
-        return {int(metric.removeprefix(_KNN)): value for metric, value in found.items()}
+        found = {metric: one.value for metric, one in self.intervals.items() if metric.startswith(KNN)}
+        return {int(metric.removeprefix(KNN)): value for metric, value in found.items()}
 
     @property
     def linear(self) -> float | None:
@@ -130,13 +129,8 @@ def evaluate(
         x, y = known_train.values.to(device), known_train.labels.to(device)
         test_x, test_y = known_test.values.to(device), known_test.labels.to(device)
         possible = [k for k in ks if k <= len(known_train)]
-        spaces = {_KNN: (x, test_x)}
-        if possible and whitening is not None:
-            white = Whitening.fit(x, floor=whitening)
-            spaces[_WHITE] = (white(x), white(test_x))
-        for metric, (bank, rows) in spaces.items() if possible else ():
-            for k, predicted in knn_predict(bank, y, rows, ks=possible, temperature=temperature).items():
-                intervals[f"{metric}{k}"] = bootstrap(predicted == test_y)
+        found = knn_by_metric(x, y, test_x, ks=possible, temperature=temperature, floor=whitening)
+        intervals |= {metric: bootstrap(predicted == test_y) for metric, predicted in found.items()}
         linear = LogisticProbe(probe).fit(x, y)
         intervals["linear"] = bootstrap(linear.predict(test_x) == test_y)
     return Scores(
@@ -172,13 +166,12 @@ def format_table(rows: Sequence[Scores]) -> str:
         The table, without a newline at its end.
     """
     ks = sorted({k for row in rows for k in row.knn})
-    whitened = [k for k in ks if any(f"{_WHITE}{k}" in row.intervals for row in rows)]
+    whitened = [k for k in ks if any(f"{WHITE_KNN}{k}" in row.intervals for row in rows)]
     header = ["branch", "level", "pooling", "D", *(f"kNN k={k}" for k in ks), *(f"whitened k={k}" for k in whitened)]
-    header += ["linear", "RankMe", "eff. rank"]
-    header += ["n train/test/rank"]
+    header += ["linear", "RankMe", "eff. rank", "n train/test/rank"]
     lines = [header, ["---"] * 3 + ["---:"] * (len(header) - 3)]
     for row in rows:
-        metrics = [*(f"{_KNN}{k}" for k in ks), *(f"{_WHITE}{k}" for k in whitened)]
+        metrics = [*(f"{KNN}{k}" for k in ks), *(f"{WHITE_KNN}{k}" for k in whitened)]
         metrics += ["linear", "rankme", "effective_rank"]
         lines.append(
             [

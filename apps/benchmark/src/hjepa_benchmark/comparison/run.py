@@ -29,6 +29,7 @@ from hjepa_benchmark.suite.report import changed, copyable, error_panels, number
 from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE, run_suite, weights_id
 from hjepa_benchmark.suite.summary import TITLES, cell, markdown, summarize, title_of
 from hjepa_eval import Measurement, read_results
+from hjepa_eval.probes.whitening import KNN, WHITE_KNN
 from hjepa_pretrain.model import load_run
 from hjepa_pretrain.report.page import Section, code, page
 from hjepa_pretrain.results import PIXELS, TRAINED, UNTRAINED
@@ -68,7 +69,9 @@ def show(runs: list[Candidate], *, groups: Groups, page_file: Path | None, outpu
         output: the JSON, or None.
     """
     metrics = _metrics(runs)
-    accuracies = [metric for metric in metrics if "knn_" in metric or metric in ("linear", "attentive_1")]
+    accuracies = [
+        metric for metric in metrics if metric.startswith((KNN, WHITE_KNN)) or metric in ("linear", "attentive_1")
+    ]
     differences = paired_differences(runs, accuracies)
     tables: dict[str, Table] = {}
     if groups:
@@ -124,7 +127,7 @@ def _missing(folder: Path, suite: str) -> str | None:
 
 def _metrics(runs: Sequence[Candidate]) -> list[str]:
     seen = dict.fromkeys(one.metric for run in runs for one in run.trained())
-    own = {f"{start}{run.settings.get('eval.k')}" for run in runs for start in ("knn_", "white_knn_")}
+    own = {f"{start}{run.settings.get('eval.k')}" for run in runs for start in (KNN, WHITE_KNN)}
     return [*(metric for metric in seen if metric in own), *(metric for metric in TITLES if metric in seen)]
 
 

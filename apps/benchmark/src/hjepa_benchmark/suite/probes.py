@@ -16,7 +16,6 @@ from hjepa_eval import (
     FeatureName,
     FeatureSet,
     LogisticProbe,
-    Whitening,
     alignment,
     average_precision,
     bootstrap,
@@ -25,10 +24,11 @@ from hjepa_eval import (
     crop_matches,
     few_shot,
     jackknife,
-    knn_predict,
+    knn_by_metric,
     lidar,
     measure_unlabelled,
 )
+from hjepa_eval.probes.whitening import FLOOR
 from hjepa_eval.robustness.draws import Draws
 from hjepa_eval.robustness.maps import read_between
 from hjepa_pretrain.evaluation import Images
@@ -57,14 +57,9 @@ def probe_levels(
         truth = held_out.labels.to(run.device)
         wanted = sorted({run.config.eval.k, *plan.ks})
         ks = [k for k in wanted if k <= len(x)]
-        if ks:
-            spaces = {"knn": (values, probe_x)}
-            if subject.model is not None:
-                white = Whitening.fit(values)
-                spaces["white_knn"] = (white(values), white(probe_x))
-            for metric, (space, rows) in spaces.items():
-                for k, predicted in knn_predict(space, labels, rows, ks=ks).items():
-                    findings.accuracy(f"{metric}_{k}", bank.name, predicted == truth, n_train=len(x))
+        floor = None if subject.model is None else FLOOR
+        for metric, predicted in knn_by_metric(values, labels, probe_x, ks=ks, floor=floor).items():
+            findings.accuracy(metric, bank.name, predicted == truth, n_train=len(x))
         probes[level] = LogisticProbe().fit(values, labels)
         predicted = probes[level].predict(probe_x)
         findings.predicted[subject.name, level] = predicted.cpu()

@@ -16,6 +16,7 @@ from hjepa_benchmark.suite.findings import Findings, find, known
 from hjepa_benchmark.suite.subjects import SUBJECTS
 from hjepa_benchmark.suite.summary import NAMES, cell, latex, markdown, summarize
 from hjepa_eval import Measurement, Results
+from hjepa_eval.probes.whitening import KNN, WHITE_KNN
 from hjepa_eval.robustness.severity import Corruption
 from hjepa_pretrain import settings
 from hjepa_pretrain.evaluation import Images
@@ -127,8 +128,8 @@ def _accuracies(measured: list[Measurement], k: object) -> Section | None:
     there = {one.metric for one in measured}
     drawn = []
     charted = (
-        (f"knn_{k}", f"kNN accuracy, k={k}"),
-        (f"white_knn_{k}", f"kNN accuracy of whitened features, k={k}"),
+        (f"{KNN}{k}", f"kNN accuracy, k={k}"),
+        (f"{WHITE_KNN}{k}", f"kNN accuracy of whitened features, k={k}"),
         ("linear", "linear accuracy"),
     )
     for metric, title in charted:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hjepa_benchmark.suite.findings import find
 from hjepa_eval import Measurement, Results, plus_minus
+from hjepa_eval.probes.whitening import KNN, WHITE_KNN
 from hjepa_pretrain.results import TRAINED, subject_of
 from hjepa_pretrain.uncut import uncut
 
@@ -50,7 +51,7 @@ class Summary:
 
 def title_of(metric: str) -> str:
     """What a metric is called in tables."""
-    for start, title in (("knn_", "kNN k="), ("white_knn_", "whitened k=")):
+    for start, title in ((KNN, "kNN k="), (WHITE_KNN, "whitened k=")):
         if metric.startswith(start):
             return title + metric.removeprefix(start)
     return TITLES.get(metric, metric)
@@ -80,7 +81,7 @@ def summarize(
     measured = list(results.measurements)
     there = {one.metric for one in measured}.difference(without)
     k = results.about.get("k")
-    wanted = (f"knn_{k}", f"white_knn_{k}", *TITLES)
+    wanted = (f"{KNN}{k}", f"{WHITE_KNN}{k}", *TITLES)
     columns = [(metric, title_of(metric)) for metric in wanted if metric in there]
     names = [one.name for one in measured if one.metric in ("linear", "rankme")]
     poolings = {(subject_of(name.branch), name.level): name.pooling for name in names}
@@ -120,7 +121,7 @@ def summarize(
 
 def summary_table(results: Results) -> Table:
     """The summary for a terminal, intervals as half their width."""
-    white = f"white_knn_{results.about.get('k')}"
+    white = f"{WHITE_KNN}{results.about.get('k')}"
     summary = summarize(results, plus_minus, without=(white, "attentive_1", "map", "miou"))
     table = Table(
         title=escape(f"{results.model} ({results.about.get('recipe', '-')}) on {results.data}"),

@@ -1,12 +1,16 @@
 """Whitening: features whose directions count alike in a cosine, learned without labels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hjepa_eval.probes.accuracy import check_finite
+from hjepa_eval.probes.knn import knn_predict
+
+KNN, WHITE_KNN = "knn_", "white_knn_"  # what names of metrics begin with
 
 FLOOR = 0.1  # of 0.01 to 1 as good as any on the features of hjepa and SimCLR that were tried
 ROWS = 65_536  # rows turned into float64 at once
@@ -87,3 +91,41 @@ class Whitening:
         return torch.cat(
             [((part.double() - self.mean) @ self.matrix).to(dtype) for part in torch.split(features, ROWS)]
         )
+
+
+def knn_by_metric(
+    train: Float[Tensor, "n D"],
+    train_labels: Int[Tensor, " n"],
+    test: Float[Tensor, "m D"],
+    *,
+    ks: Sequence[int] = (20,),
+    temperature: float = 0.07,
+    floor: float | None = FLOOR,
+) -> dict[str, Int[Tensor, " m"]]:
+    """Predict classes by the neighbours of features as they are, and of whitened ones.
+
+    Args:
+        train: Features of the bank, which the whitening is fitted to.
+        train_labels: Their classes, 0 and up.
+        test: Features to classify, on the same device.
+        ks: Numbers of neighbours; none gives nothing.
+        temperature: T of the votes.
+        floor: Of the whitening; None: without it.
+
+    Returns:
+        What `knn_predict` gives, by metric: "knn_20", ..., and "white_knn_20", ...
+
+    Raises:
+        ValueError: As `knn_predict` and `Whitening.fit`.
+    """
+    if not ks:
+        return {}
+    spaces = {KNN: (train, test)}
+    if floor is not None:
+        white = Whitening.fit(train, floor=floor)
+        spaces[WHITE_KNN] = (white(train), white(test))
+    return {
+        f"{metric}{k}": predicted
+        for metric, (bank, rows) in spaces.items()
+        for k, predicted in knn_predict(bank, train_labels, rows, ks=ks, temperature=temperature).items()
+    }
