@@ -37,7 +37,7 @@ def work(task):
         part.touch()
         time.sleep(0 if task == 0 else 600)
     finally:
-        time.sleep(0.2)
+        time.sleep(1)
         part.unlink(missing_ok=True)
 
 try:
@@ -66,9 +66,9 @@ forks = pytest.mark.skipif(
 
 
 @forks
-@pytest.mark.parametrize(("told", "times"), [("program", 1), ("all", 1), ("all", 2)])
+@pytest.mark.parametrize(("told", "times"), [("program", 1), ("all", 1), ("all", 2), ("all", 3)])
 def test_tasks_of_a_pool_tidy_up_when_they_are_interrupted(tmp_path, told, times):
-    """Those that are queued do not begin, and nothing waits for ever where somebody is impatient."""
+    """Those that are queued do not begin, and who is impatient (three times) does not wait for those that do."""
     script = tmp_path / "pool.py"
     script.write_text(INTERRUPTED)
     with subprocess.Popen(
@@ -91,9 +91,10 @@ def test_tasks_of_a_pool_tidy_up_when_they_are_interrupted(tmp_path, told, times
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    assert not [*tmp_path.glob("*.part")]
-    if times == 1:
-        assert (said, wrong, process.returncode) == ("interrupted []\n", "", 0)
+    assert (wrong, process.returncode) == ("", 0)
+    if times < 3:
+        assert said == "interrupted []\n"
+        assert not [*tmp_path.glob("*.part")]
 
 
 @forks

@@ -8,10 +8,11 @@ import signal
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from hjepa_data.errors import DataError
@@ -66,13 +67,27 @@ def map_in_order(
         except BrokenProcessPool:
             raise DataError("a worker process was killed, perhaps for want of memory; try fewer workers") from None
         except BaseException:
+            processes = set(multiprocessing.active_children()) - others
             # A terminal has told them already, and a second time does nothing.
-            for process in set(multiprocessing.active_children()) - others:
+            for process in processes:
                 assert process.pid is not None
                 with suppress(OSError):
                     os.kill(process.pid, signal.SIGINT)
-            pool.shutdown(cancel_futures=True)
+            # An interrupt while a thread is joined would have it that the thread has ended (CPython issue 90882).
+            pool.shutdown(wait=False, cancel_futures=True)
+            try:
+                with suppress(KeyboardInterrupt):  # twice is no reason to leave parts of files; three times is
+                    _join(processes)
+                _join(processes)
+            finally:
+                for process in processes:
+                    process.kill()
             raise
+
+
+def _join(processes: Iterable[BaseProcess]) -> None:
+    for process in processes:
+        process.join()
 
 
 class _Worker:
