@@ -26,9 +26,7 @@ from hjepa_pretrain.dry_run import dry_run
 from hjepa_pretrain.evaluation import OnlineEvaluation, load_pair, measure, open_sources
 from hjepa_pretrain.failures import OtherRankError, Stopped
 from hjepa_pretrain.model import Model, command, save_model
-from hjepa_pretrain.plan import find_learning_rate, show_schedules
 from hjepa_pretrain.provenance import provenance
-from hjepa_pretrain.report import write_report
 from hjepa_pretrain.results import RESULTS_FILE, measured_before, results_of, results_table
 from hjepa_pretrain.task import PretrainTask, build_task
 from hjepa_pretrain.train_time import LONG, measure_step
@@ -175,10 +173,14 @@ def _plan(
 ) -> None:
     """Show what a run would do, and leave no run behind."""
     if config.plan.show and world.is_main:
+        from hjepa_pretrain.plan import show_schedules  # matplotlib takes a while to import
+
         show_schedules(config, console)
     if config.plan.find_lr:
         _count_classes(config, plain, sources[0])
         limit = _time_limit(config, started)
+        from hjepa_pretrain.plan import find_learning_rate
+
         find_learning_rate(config, build_task(config), _stream(config, sources, world), world, console, limit)
 
 
@@ -403,6 +405,8 @@ def _levels(config: PretrainConfig) -> str:
 
 def _finish(config: PretrainConfig, trainer: Trainer, sources: Sources, folder: Path, console: Console) -> None:
     """Write weights, report and results; a run that was finished before only shows its table."""
+    from hjepa_pretrain.report import write_report
+
     results = measured_before(config, trainer.step, folder)
     if results is None or not all((folder / name).is_file() for name in _LEFT):
         model = _final_model(config, trainer)
