@@ -221,6 +221,14 @@ def test_too_many_bad_steps_end_the_run_with_a_dump(device, tmp_path, deferred):
     assert float(again.module(batch.to(device), 3).loss.detach()) == pytest.approx(told[4]["loss"], rel=1e-6)
 
 
+def test_the_host_asks_before_each_checkpoint(device, tmp_path):
+    """Steps 5 to 7 are bad, the host asks at steps 4 and 8, and a checkpoint is due at step 7."""
+    trainer = build(device, dict.fromkeys(range(4, 7), math.nan), deferred=True, run_dir=tmp_path, every=7, max_skips=2)
+    with pytest.raises(DivergedError, match="step 7: "):
+        trainer.fit()
+    assert (trainer.step, trainer.store.newest()) == (7, None)
+
+
 def test_the_dump_names_the_parameters_that_are_to_blame_and_no_others(device, tmp_path):
     class Spoilt(ToyModule):
         def forward(self, batch, step):

@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -175,12 +176,20 @@ def test_a_stop_at_the_last_step_is_done(device, tmp_path):
     assert trainer.fit() is Outcome.DONE
 
 
-def test_saves_by_the_clock(device, tmp_path):
-    cadence = CheckpointConfig(every_steps=None, every_minutes=1e-9, keep=None)
-    config = TrainerConfig(steps=3, parallel=ParallelConfig(device=device.type))
-    trainer = Trainer(ToyModule(), ArithmeticStream(), config, run_dir=tmp_path, checkpoint=cadence)
+def test_saves_by_the_clock(device, tmp_path, monkeypatch):
+    """A step takes 25 s by this clock: a minute has passed after three of them, and again after the next three."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    class Slow(Callback):
+        def on_step_end(self, trainer, result):
+            now[0] += 25.0
+
+    cadence = CheckpointConfig(every_steps=None, every_minutes=1.0, keep=None)
+    config = TrainerConfig(steps=8, parallel=ParallelConfig(device=device.type))
+    trainer = Trainer(ToyModule(), ArithmeticStream(), config, run_dir=tmp_path, callbacks=[Slow()], checkpoint=cadence)
     trainer.fit()
-    assert [path.name for path in trainer.store.paths()] == ["step_00000003", "step_00000002", "step_00000001"]
+    assert [path.name[-1:] for path in trainer.store.paths()] == ["8", "6", "3"]
 
 
 def test_a_loader_that_draws_a_seed_when_it_starts_changes_nothing(device, tmp_path):

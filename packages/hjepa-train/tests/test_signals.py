@@ -38,6 +38,29 @@ def test_a_run_that_hangs_ends_after_its_grace_period(hang):
     assert "grace_seconds=0.4 have passed" in done.stderr
 
 
+TRAINING = """
+import os, signal, sys, time
+from pathlib import Path
+from hjepa_train import Callback, CheckpointConfig, Trainer, TrainerConfig
+from hjepa_train.testing import ArithmeticStream, ToyModule
+
+class Hang(Callback):
+    def on_step_end(self, trainer, result):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+config, saving = TrainerConfig(steps=6, precision="fp32"), CheckpointConfig(grace_seconds=0.3)
+Trainer(ToyModule(), ArithmeticStream(), config, run_dir=Path("run"), callbacks=[Hang()], checkpoint=saving).fit()
+"""
+
+
+def test_the_grace_period_of_a_run_is_that_of_its_checkpoints(tmp_path):
+    command = [sys.executable, "-c", TRAINING]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == EXIT_PREEMPTED, done.stderr
+    assert "grace_seconds=0.3 have passed" in done.stderr
+
+
 def test_a_run_that_stops_in_time_is_left_alone():
     before = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(before)

@@ -62,3 +62,7 @@ def test_rows_tell_waiting_from_working_and_from_saving(device, tmp_path, monkey
     assert last["train/data_wait"] == pytest.approx(0.75)
     assert last["checkpoint/stall_seconds"] == pytest.approx(5)
     assert last["train/images_per_second"] == pytest.approx(16 / last["train/step_ms"] * 1000, rel=1e-6)
+    # A row of two steps has the stalls of both.
+    config.log_every, slow.rows = 2, ()
+    Trainer(SlowModule(), Slow(), config, run_dir=tmp_path / "two", callbacks=[slow], checkpoint=cadence).fit()
+    assert slow.rows[-1]["checkpoint/stall_seconds"] == pytest.approx(10)

@@ -204,8 +204,9 @@ class Trainer:
             own |= {of_rank(name, self.world): tensor for name, tensor in buffers.items()}
         self._saver.take(self.step, tensors, own, self._state(), model_shapes(self.module))
         self._saved_step = self.step
-        self._stall = time.perf_counter() - began
-        self._saver.times.stalls.append(self._stall)
+        stall = time.perf_counter() - began
+        self._stall = (self._stall or 0.0) + stall
+        self._saver.times.stalls.append(stall)
 
     def restore(self) -> None:
         """Go to the newest whole checkpoint of the run directory, if there is one; all ranks call it."""

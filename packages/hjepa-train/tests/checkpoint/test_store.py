@@ -27,6 +27,10 @@ def save(store, step, size=4):
     return store.save(step, parts, {"step": step, "stream": {"position": step}}, {"weight": [size, 3]})
 
 
+def no_space(*_arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_checkpoint_comes_back_as_it_was(store):
     path = save(store, 7)
     assert path.name == "step_00000007"
@@ -127,6 +131,50 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, store, caplog)
     assert "step_00000002 is damaged" in caplog.text
 
 
+def test_a_damaged_checkpoint_keeps_no_place_from_a_whole_one(store):
+    save(store, 1)
+    corrupt_bit(save(store, 2))
+    assert store.newest().state["step"] == 1
+    save(store, 3)
+    assert [path.name[-1:] for path in store.paths()] == ["3", "2", "1"]
+    corrupt_bit(store.folder / "step_00000003")
+    assert store.newest().state["step"] == 1
+    save(store, 4)
+    save(store, 5)
+    assert [path.name[-1:] for path in store.paths()] == ["5", "4"]
+
+
+def test_a_damaged_checkpoint_is_not_called_whole(store, monkeypatch):
+    save(store, 1)
+    corrupt_bit(save(store, 2))
+    store.newest()
+    monkeypatch.setattr(store_module, "write_tensors", no_space)
+    with pytest.raises(CheckpointError, match="newest checkpoint that is whole: step_00000001; make room"):
+        save(store, 3)
+
+
+def test_what_does_not_read_as_it_was_written_is_no_checkpoint(store, monkeypatch):
+    save(store, 1)
+
+    def flipped(path, parts):
+        written = write_tensors(path, parts)
+        corrupt_bit(path.parent)
+        return written
+
+    monkeypatch.setattr(store_module, "write_tensors", flipped)
+    with pytest.raises(CheckpointError, match=r"rank_00000.safetensors does not read as it was written.*step_00000001"):
+        save(store, 2)
+    assert [path.name for path in store.paths()] == ["step_00000001"]
+
+
+def test_a_tensor_that_nobody_wrote_is_missed(store):
+    save(store, 1)
+    parts = {"model/weight": Part(offsets=(0, 0), values=torch.zeros(4, 3))}
+    with pytest.raises(CheckpointError, match=r"1 tensors of the model were not written \(bias\)"):
+        store.save(2, parts, {"step": 2}, MODEL | {"bias": [4]})
+    assert [path.name for path in store.paths()] == ["step_00000001"]
+
+
 def test_a_run_never_starts_again_in_silence(store):
     corrupt_bit(save(store, 1))
     with pytest.raises(CheckpointError, match="all 1 checkpoints are damaged; remove the folder"):
@@ -174,12 +222,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(store):
 @pytest.mark.parametrize("stage", ["write_json", "write_manifest"])
 def test_a_disk_that_fills_at_a_later_stage(stage, store, monkeypatch):
     save(store, 1)
-
-    def full(*_args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patched:
-        patched.setattr(store_module, stage, full)
+        patched.setattr(store_module, stage, no_space)
         with pytest.raises(CheckpointError, match="No space left on device"):
             save(store, 2)
     assert store.newest().state["step"] in (1, 2)
@@ -257,10 +301,7 @@ def test_a_checkpoint_that_the_disk_cannot_read_is_skipped(tmp_path, monkeypatch
 
 
 def test_a_whole_checkpoint_counts_though_the_folder_cannot_be_put_in_order(tmp_path, monkeypatch, caplog):
-    def full(path, text):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(store_module, "replace_text", full)
+    monkeypatch.setattr(store_module, "replace_text", no_space)
     store = CheckpointStore(tmp_path, keep=1)
     save(store, 2)
     assert "is saved" in caplog.text

@@ -4,6 +4,7 @@ import os
 import shutil
 import struct
 import time
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -11,10 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hjepa_train import (
     Callback,
     CheckpointError,
+    LoggerConfig,
     MetricsLog,
     MLflowLog,
+    Outcome,
     TensorBoardLog,
     WandbLog,
+    World,
     build_loggers,
 )
 from hjepa_train.loggers.jsonl import keep_rows
@@ -182,6 +186,20 @@ def test_an_mlflow_that_is_not_there_is_one_line(train, tmp_path):
     with pytest.raises(ValueError, match=r"mlflow_uri=nonsense://x: .*allowed: a server") as caught:
         train([MLflowLog("nonsense://x", experiment="tests")])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tensorboard", "wandb", "mlflow"])
+def test_the_main_rank_alone_logs(kind, tmp_path, monkeypatch):
+    if kind in ("wandb", "mlflow"):
+        pytest.importorskip(kind)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    (log,) = build_loggers((kind,), tmp_path / "run", LoggerConfig(mlflow_uri=(tmp_path / "store").as_uri()))
+    other = SimpleNamespace(world=World(rank=1, size=2), step=0)
+    log.on_fit_start(other)
+    log.on_row(other, {"step": 1, "train/loss": 1.0})
+    log.on_fit_end(other, Outcome.DONE)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_loggers_are_chosen_by_name(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ class CheckpointConfig:
     every_minutes: float | None = 15.0
     """Save when so many minutes have passed since the last save; None means never by the clock."""
     keep: int | None = 2
-    """Number of newest checkpoints that stay; None means all."""
+    """Number of newest checkpoints that stay, without those that were found damaged; None means all."""
     keep_every_steps: int | None = None
     """Save each so many optimizer steps too, and let those checkpoints stay for good; None means that none does."""
     grace_seconds: float | None = None
@@ -116,6 +116,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, *, keep: int | None = 2, keep_every: int | None = None) -> None:
         self.folder = folder
         self.keep, self.keep_every = keep, keep_every
+        self._damaged: set[Path] = set()
 
     def paths(self) -> list[Path]:
         """Return the checkpoint directories, newest first, whole or not."""
@@ -134,6 +135,7 @@ class CheckpointStore:
                 return Checkpoint.open(path)
             except DamagedError as error:
                 logger.warning("%s is damaged (%s); trying the checkpoint before it", path, error)
+                self._damaged.add(path)
         if paths:
             raise CheckpointError(
                 f"{self.folder}: all {len(paths)} checkpoints are damaged; remove the folder to start from step 0"
@@ -197,7 +199,7 @@ class CheckpointStore:
             self.clean()
         if problem is None:
             raise CheckpointError(f"{path}: not saved; another rank could not write its part, and says why")
-        kept = next((p.name for p in self.paths()), "none yet")
+        kept = next((p.name for p in self.paths() if p not in self._damaged), "none yet")
         shared = ", which all ranks have to share" if world.size > 1 else ""
         raise CheckpointError(
             f"{path}: not saved ({one_line(problem)}); newest checkpoint that is whole: {kept}; "
@@ -235,13 +237,17 @@ class CheckpointStore:
             # A damaged checkpoint of this step that the run has come past again.
             path.rename(self.folder / f".tmp-old-{path.name}")
         aside.rename(path)
+        self._damaged.discard(path)
         sync(self.folder)
 
     def _retain(self, step: int) -> None:
         self.clean()
-        if self.keep is None:
+        past = [path for path in self.paths() if _step(path) <= step]
+        # A damaged one keeps no place from one that is whole, and goes with those before the last that stays.
+        whole = [path for path in past if path not in self._damaged]
+        if self.keep is None or len(whole) < self.keep:
             return
-        for old in [path for path in self.paths() if _step(path) <= step][self.keep :]:
+        for old in past[past.index(whole[self.keep - 1]) + 1 :]:
             if self.keep_every is not None and _step(old) % self.keep_every == 0:
                 continue
             # Out of the way first: half a checkpoint must never look like one.
