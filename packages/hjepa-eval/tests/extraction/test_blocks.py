@@ -188,6 +188,26 @@ def test_levels_of_both_branches_come_with_their_names_from_one_pass_for_all_poo
         level_features(model, poolings=("max",))
 
 
+class HierarchicalTower(Tower):
+    def all_features(self, images, pool, branch):
+        tokens = self(images)
+        return {0: tokens, "global": tokens[:, 0]}
+
+
+def test_levels_and_blocks_come_from_one_pass():
+    tower, x = HierarchicalTower(), torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    features = BlockFeatures(tower, blocks=(0, -1), poolings=("mean", "cls"), levels=level_features(tower))
+    sets = extract(features, [(x, torch.arange(2))], branch="online")
+    assert tower.calls == 1
+    blocks = [f"block{block}/{pooling}" for block in (0, 2) for pooling in ("mean", "cls")]
+    assert list(sets) == ["target/0/mean", "target/global/none", *blocks]
+    assert {sets[block].name.branch for block in blocks} == {"online"}
+    torch.testing.assert_close(sets["target/0/mean"].values, tower(x).mean(1))
+    torch.testing.assert_close(sets["block0/cls"].values, tower.blocks[0](x)[:, 0])
+    with pytest.raises(ValueError, match=r"'output'.*leave it out"):
+        BlockFeatures(tower, levels=level_features(tower))
+
+
 class Staged(nn.Module):
     """Two stages of two blocks on maps with channels last, as Swin has them."""
 

@@ -88,6 +88,8 @@ class BlockFeatures:
             probes of vision transformers do; the last block with it is the encoder's own output.
         channels_last: Maps of blocks are [B, H, W, D]; None: what the module says by ``output_fmt``, as timm's do, else
             they are [B, D, H, W].
+        levels: A feature function of the same module that runs these blocks, as ``level_features(model)``: its pass is
+            the one, and its features come as well.
 
     Raises:
         ValueError: Where there is no such block or pooling, or no list of blocks.
@@ -102,12 +104,16 @@ class BlockFeatures:
         num_prefix_tokens: int | None = None,
         norm: bool = False,
         channels_last: bool | None = None,
+        levels: Callable[[Tensor], Mapping[FeatureName, Tensor]] | None = None,
     ) -> None:
+        if levels is not None and "output" in blocks:
+            raise ValueError("blocks='output': with levels there is none; the levels come anyway, leave it out")
         if not blocks or not poolings:
             raise ValueError(f"blocks={tuple(blocks)} poolings={tuple(poolings)}: at least one of each")
         for pooling in poolings:
             _check_pooling(pooling)
         self.module = module
+        self._levels = levels
         self.poolings = tuple(poolings)
         # DistributedDataParallel shows nothing of what it wraps.
         said_by = getattr(module, "module", module)
@@ -140,11 +146,15 @@ class BlockFeatures:
                 self._order.append(block)
 
     def __call__(self, images: Tensor) -> dict[FeatureName, Tensor]:
-        """Map images [B, ...] to features [B, D] for each block and pooling."""
+        """Map images [B, ...] to features [B, D] for each block and pooling, and of each level."""
         caught: dict[str, Tensor] = {}
         handles = [part.register_forward_hook(self._hook(caught, label)) for label, part in self._hooked.items()]
+        output, pooled = None, {}
         try:
-            output = self.module(images)
+            if self._levels is None:
+                output = self.module(images)
+            else:
+                pooled = dict(self._levels(images))
         finally:
             for handle in handles:
                 handle.remove()
@@ -155,7 +165,6 @@ class BlockFeatures:
             raise ValueError(f"blocks={missing}: the forward pass does not run them; name others")
         if not self._prefix_is_known:
             self._check_counts(caught, output)
-        pooled = {}
         for label in self._order:
             tokens = self._norm(caught[label]) if label in self._numbered else caught[label]
             if tokens.ndim == 4 and self.channels_last:
