@@ -1,6 +1,9 @@
 """Baselines train the same encoder on the same shards, and leave weights and results like any run."""
 
-import importlib
+import json
+import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch
 from hjepa_data import Batch
 from hjepa_eval import FeatureName, level_features, read_results
 from hjepa_models import Encoder, GlobalConfig
-from hjepa_models.objectives import nt_xent, random_directions, vicreg_loss
+from hjepa_models.objectives import nt_xent, vicreg_loss
 from hjepa_pretrain import settings
 from hjepa_pretrain.baselines import BaselineConfig, Inputs, build_baseline
 from hjepa_pretrain.model import load_run
@@ -76,43 +79,24 @@ def test_what_a_baseline_does_not_read_is_named(caplog, recipe, idle):
     assert said == ([] if idle is None else [f"recipe={recipe} does not read {idle}"])
 
 
-def test_losses_and_their_gradients_are_those_of_lightly(monkeypatch):
-    """A well-kept library: pip install --no-deps lightly."""
-    lightly = pytest.importorskip("lightly.loss")
-    # The directions are random: those of ours, whose seed is the step.
-    monkeypatch.setattr(
-        lightly.SIGReg, "_generate_unit_vectors", lambda _, device, dtype, width: random_directions(0, width, 1024)
-    )
-    level, keep, vicreg = GlobalConfig().build(16), lightly.SIGReg(), lightly.VICRegLoss()
-    pairs = {
-        "VICReg": (lambda z: vicreg_loss(z[0], z[1], form="released"), lambda z: vicreg(z[0], z[1])),
-        "LeJEPA": (
-            lambda z: level.loss(z[:2], 0),
-            lambda z: 0.05 * keep(z[:2]) + 0.95 * lejepa_loss.lejepa_invariance_loss(all_proj=z[:2], global_proj=z[:2]),
-        ),
-        "LeJEPA, two small views": (
-            lambda z: level.loss(z, 0, 2),
-            lambda z: 0.05 * keep(z) + 0.95 * lejepa_loss.lejepa_invariance_loss(all_proj=z, global_proj=z[:2]),
-        ),
+def test_losses_and_their_gradients_are_those_of_lightly():
+    """At 1.6.0, which scripts/make_lightly.py has asked."""
+    folder = Path(__file__).parent
+    script = runpy.run_path(str(folder / "scripts" / "make_lightly.py"))
+    level = GlobalConfig().build(16)
+    ours = {
+        "VICReg": lambda z: vicreg_loss(z[0], z[1], form="released"),
+        "LeJEPA": lambda z: level.loss(z[:2], 0),
+        "LeJEPA, two small views": lambda z: level.loss(z, 0, 2),
+        **{f"NT-Xent {t}": lambda z, t=t: nt_xent(z[:2], t) for t in script["TEMPERATURES"]},
     }
-    lejepa_loss = importlib.import_module("lightly.loss.lejepa_loss")
-    for temperature in (0.05, 0.2, 1.0):
-        theirs = lightly.NTXentLoss(temperature=temperature)
-        pairs[f"NT-Xent {temperature}"] = (
-            lambda z, temperature=temperature: nt_xent(z[:2], temperature),
-            lambda z, theirs=theirs: theirs(z[0], z[1]),
-        )
-    for name, losses in pairs.items():
-        for rows in (8, 256):
-            start = 2 * torch.randn(4, rows, 128, generator=torch.Generator().manual_seed(rows))
-            found = []
-            for loss in losses:
-                z = start.clone().requires_grad_()
-                value = loss(z)
-                value.backward()
-                found.append((value.detach(), z.grad))
-            for ours, other in zip(*found, strict=True):
-                assert float((ours - other).norm() / other.norm()) < 5e-7, name
+    theirs = json.loads((folder / "lightly.json").read_text())
+    assert ours.keys() == theirs.keys()
+    for name, loss in ours.items():
+        for rows in script["ROWS"]:
+            found, expected = script["describe"](loss, rows), theirs[name][str(rows)]
+            assert found[0] == pytest.approx(expected[0], rel=1e-6), name
+            assert math.dist(found[1:], expected[1:]) < 1e-6 * math.hypot(*expected[1:]), name
 
 
 def test_mae_predicts_the_normalised_pixels_of_hidden_patches_only():
