@@ -18,7 +18,7 @@ from hjepa_benchmark.suite import probes
 from hjepa_benchmark.suite import run as suite_run
 from hjepa_benchmark.suite.composites import compose
 from hjepa_benchmark.suite.findings import Findings, find, read_right
-from hjepa_benchmark.suite.plan import FULL, QUICK
+from hjepa_benchmark.suite.plan import FULL, PLANS, QUICK
 from hjepa_benchmark.suite.probes import (
     compare_levels,
     compare_views,
@@ -104,6 +104,14 @@ def test_the_page_stands_alone(measured):
     assert text.count("data:image/svg+xml") >= 4
     assert "mask_law" in text
     assert "hjepa-models" in text
+
+
+def test_the_full_suite_is_whole():
+    full = PLANS["full"]
+    assert len(set(full.corruptions)) == 15
+    assert full.severities == (1, 2, 3, 4, 5)
+    assert full.ks == (10, 20, 100, 200)
+    assert [probe.blocks for probe in full.attentive] == [1, 4]
 
 
 @pytest.mark.slow
