@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hjepa_eval import rankme
+from hjepa_eval import knn_accuracy, rankme
 from hjepa_pretrain import evaluation, settings
 from hjepa_pretrain.dry_run import step_cost_of
 from hjepa_pretrain.evaluation import Images, level_features, load_pair, open_sources
@@ -24,14 +24,25 @@ def test_features_are_of_the_target_branch_where_there_is_one(recipe, branch):
     assert {features.name.branch for features in found.values()} == {branch}
 
 
-def test_ranks_on_the_way_are_of_samples_from_the_whole_set(pretrain, tiny, tmp_path, capsys, monkeypatch, read_rows):
+def test_rows_on_the_way_are_of_every_level_and_ranks_of_the_whole_set(
+    pretrain, tiny, tmp_path, capsys, monkeypatch, read_rows
+):
     monkeypatch.setattr(evaluation, "RANK_SAMPLES", 8)
     words = (*tiny, "run.steps=2", "eval.every_steps=9", "eval.online_samples=40", "eval.at_end=false")
     assert pretrain.here(capsys, f"run.dir={tmp_path}/run", *words).code == 0
     config, _ = settings.load([f"run.dir={tmp_path}/run"])
-    train, _ = load_pair(config, open_sources(config), 40, 40)
-    untrained = level_features(build_model(config), train, config, torch.device("cpu"))["encoder"].some(8).values
-    assert read_rows(tmp_path / "run")[0]["eval/encoder/rankme"] == pytest.approx(float(rankme(untrained)))
+    model, row = build_model(config), read_rows(tmp_path / "run")[0]
+    train, test = (
+        level_features(model, images, config, torch.device("cpu"))
+        for images in load_pair(config, open_sources(config), 40, 40)
+    )
+    assert {name for name in row if name.startswith("eval/")} == {
+        f"eval/{level}/{measure}" for level in train for measure in ("knn_20", "rankme")
+    }
+    for level, bank in train.items():
+        found = knn_accuracy(bank.values, bank.labels, test[level].values, test[level].labels, ks=(20,))
+        assert row[f"eval/{level}/knn_20"] == pytest.approx(found[20]), level
+        assert row[f"eval/{level}/rankme"] == pytest.approx(float(rankme(bank.some(8).values)), rel=1e-4), level
 
 
 def test_no_reading_is_no_all_clear():

@@ -13,7 +13,7 @@ COMMON = ("run.steps=5", "trainer.precision=fp32", "data.batch_size=16", "traine
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "parallel"), [("hjepa", "fsdp"), ("hjepa_global", "ddp")])
-def test_two_ranks_train_like_one(pretrain, tiny, tmp_path, read_losses, recipe, parallel):
+def test_two_ranks_train_like_one(pretrain, tiny, tmp_path, read_losses, read_rows, recipe, parallel):
     words = (*tiny, *COMMON, f"recipe={recipe}", "eval.every_steps=3", "hjepa.predict_every=1")
     one = pretrain(f"run.dir={tmp_path}/one", *words)
     two = pretrain(f"run.dir={tmp_path}/two", *words, f"parallel={parallel}", ranks=2)
@@ -25,6 +25,12 @@ def test_two_ranks_train_like_one(pretrain, tiny, tmp_path, read_losses, recipe,
     assert alone.keys() == together.keys() == set(range(1, 6))
     for step, loss in alone.items():
         assert together[step] == pytest.approx(loss, rel=2e-5), step
+    measured, again = ([row for row in read_rows(tmp_path / name) if "eval/0/knn_20" in row] for name in ("one", "two"))
+    assert [row["step"] for row in measured] == [row["step"] for row in again] == [1, 3, 5]
+    for row, other in zip(measured, again, strict=True):
+        for name in (name for name in row if name.startswith("eval/")):
+            # Rounding may change what is nearest for one of the 120 images.
+            assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1.5 / 120), (row["step"], name)
     weights, shared = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert weights.keys() == shared.keys()
     for name, weight in weights.items():
