@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from hjepa_pretrain import settings
+from hjepa_pretrain import dry_run, settings
 from hjepa_pretrain.cli import main
 from hjepa_pretrain.dry_run import plan_model, step_cost_of
 from hjepa_pretrain.task import build_task
@@ -43,6 +43,11 @@ def step(config, loss, device):
     with autocast(config.trainer.precision, device):
         value = loss()
     value.backward()
+
+
+def rows_of(out):
+    """The cells of a printed table by the name of their row."""
+    return {name: cells for name, *cells in (re.split(r"\s{2,}", line.strip()) for line in out.splitlines())}
 
 
 @pytest.mark.slow
@@ -84,7 +89,9 @@ def test_recomputed_blocks_keep_their_inputs_alone():
     assert 1.1 < again.flops / kept.flops < 1.4
 
 
-def test_the_command_prints_a_column_for_each_model(capsys, tmp_path):
+def test_the_command_prints_a_column_for_each_model(capsys, tmp_path, monkeypatch):
+    plans = []
+    monkeypatch.setattr(dry_run, "plan_model", lambda config: plans.append(plan_model(config)) or plans[-1])
     models = "plan.models=[vit_tiny_patch16,vit_nano_patch16]"
     words = [*WORDS, "parallel=fsdp", "plan.dry=true", "plan.world_size=256", "data.batch_size=512", models]
     assert main([*words, f"run.dir={tmp_path}/run"]) == 0
@@ -98,6 +105,15 @@ def test_the_command_prints_a_column_for_each_model(capsys, tmp_path):
         "2 images a rank",
     ):
         assert word in out
+    rows = rows_of(out)
+    for name, shown in {
+        "parameters": lambda plan: f"{plan.parameters / 1e6:.0f} M",
+        "optimizer": lambda plan: f"{plan.optimizer_bytes / 2**20:.1f} MiB",
+        "activations": lambda plan: f"{plan.activation_bytes / 2**20:.1f} MiB",
+        "sent a step": lambda plan: f"{plan.sent_bytes / 1e9:.3f} GB",
+        "step": lambda plan: f"{plan.seconds * 1e3:.1f} ms",
+    }.items():
+        assert rows[name] == [shown(plan) for plan in plans], name
     assert not (tmp_path / "run").exists()
     assert main([*WORDS, "plan.dry=true", "plan.world_size=256", "data.batch_size=100"]) == 2
     assert "allowed: multiples of 256" in capsys.readouterr().err
@@ -119,7 +135,7 @@ def test_models_that_nobody_names_are_the_three_large_ones(capsys):
     words = ["plan.dry=true", "plan.world_size=256", "parallel=fsdp", "data.batch_size=16384"]
     assert main([*words, "hjepa.encoder.depth=2", "hjepa.predictor.depth=1"]) == 0
     out = capsys.readouterr().out
-    rows = {name: cells for name, *cells in (re.split(r"\s{2,}", line.strip()) for line in out.splitlines())}
+    rows = rows_of(out)
     assert rows["per rank"] == ["vit_large_patch16", "vit_huge_patch14", "vit_giant_patch14"]
     assert "64 images a rank in 1 micro-batches" in out
     for weights, parameters in zip(rows["weights"], rows["parameters"], strict=True):
