@@ -59,6 +59,35 @@ def test_the_name_of_a_folder_is_no_markup(words, tmp_path, capsys):
     assert (folder / "report.html").is_file()
 
 
+@pytest.mark.slow
+def test_mlflow_gets_project_name_and_settings(words, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "store").as_uri()
+    service = ("loggers=[mlflow]", "logger.project=garments", "logger.name=first", f"logger.mlflow_uri={uri}")
+    assert main([f"run.dir={tmp_path}/run", *words, *service]) == 0
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("garments").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
+    params = run.data.params
+    assert (params["recipe"], params["hjepa.encoder.embed_dim"]) == ("hjepa_contrast", "32")
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] == [1]
+
+
+@pytest.mark.slow
+def test_wandb_gets_project_name_and_settings(words, tmp_path, monkeypatch):
+    wandb, opened = pytest.importorskip("wandb"), []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **given: opened.append(init(**given)) or opened[-1])
+    service = ("loggers=[wandb]", "logger.project=garments", "logger.name=first")
+    assert main([f"run.dir={tmp_path}/run", *words, *service]) == 0
+    (run,) = opened
+    assert (run.project, run.name) == ("garments", "first")
+    assert (run.config["recipe"], run.config["hjepa.encoder.embed_dim"]) == ("hjepa_contrast", 32)
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
+
+
 @pytest.mark.parametrize(
     ("name", "moment"),
     [("SIGINT", "open_sources"), ("SIGUSR1", "open_sources"), ("SIGTERM", "write_report")],
