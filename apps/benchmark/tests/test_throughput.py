@@ -46,6 +46,9 @@ def test_the_command_prints_and_keeps_everything(tiny, tmp_path, capsys):
         assert word in printed
     assert "median of 3 steps" in printed
     found = json.loads((tmp_path / "t.json").read_text())
+    done = found["operations"] / found["milliseconds"] / 1e9
+    row = next(line for line in printed.splitlines() if line.split()[:1] == ["done"])
+    assert row.split()[1:3] == [f"{done:,.3g}", "TFLOP/s"]
     assert found["steps"] == 3
     assert found["images_per_second"] == pytest.approx(16e3 / found["milliseconds"])
     assert list(found["parts"]) == ["input", "masks", "target", "context", PYRAMID, PREDICTOR, "optimizer", "EMA"]
