@@ -123,6 +123,19 @@ def test_a_signal_in_the_last_step_lets_no_measurement_begin(words, tmp_path, ca
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
+def test_a_second_interrupt_ends_a_run_at_once_with_code_1_and_a_line(words, tmp_path, capsys, monkeypatch):
+    class Killer(Callback):
+        def on_step_end(self, trainer, result):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("hjepa_train.signals._PATIENCE", 0.0)
+    monkeypatch.setattr(run_module, "ProgressBar", lambda console: Killer())
+    assert main([f"run.dir={tmp_path}/run", *words]) == 1
+    (line,) = said(capsys)
+    assert "interrupted; the last checkpoint stands" in line
+
+
 @pytest.mark.parametrize("limit", ["0.01s", "3s"])
 def test_the_time_limit_ends_measurements_as_a_signal_does(words, tmp_path, capsys, monkeypatch, limit):
     handler = signal.getsignal(signal.SIGALRM)
