@@ -90,7 +90,7 @@ def test_wandb_gets_project_name_and_settings(words, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "moment"),
-    [("SIGINT", "open_sources"), ("SIGUSR1", "open_sources"), ("SIGTERM", "write_report")],
+    [("SIGINT", "run.open_sources"), ("SIGUSR1", "run.open_sources"), ("SIGTERM", "report.write_report")],
 )
 def test_a_signal_before_or_after_the_training_is_an_early_stop(words, tmp_path, capsys, monkeypatch, name, moment):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
@@ -99,7 +99,7 @@ def test_a_signal_before_or_after_the_training_is_an_early_stop(words, tmp_path,
         os.kill(os.getpid(), getattr(signal, name))
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, moment, killed)
+        patch.setattr(f"hjepa_pretrain.{moment}", killed)
         assert main([f"run.dir={tmp_path}/run", *words]) == 75
     (line,) = said(capsys)
     assert name in line
