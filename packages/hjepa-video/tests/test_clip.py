@@ -112,6 +112,16 @@ def test_mpeg_streams_with_b_frames_are_read_from_their_first_frame_to_their_las
     assert frame_numbers(read_clip(path, frames=5, start=85 / 30, short="refuse")).tolist() == [85, 86, 87, 88, 89]
 
 
+@pytest.mark.parametrize(("suffix", "codec"), [(".mpg", "mpeg4"), (".ts", "mpeg4"), (".mpg", "libx264")])
+def test_frames_after_a_seek_between_keyframes_are_whole_and_on_time(tmp_path, suffix, codec):
+    # Without their keyframe MPEG-4 frames come out grey; in program streams some packets have no time stamp.
+    path = tmp_path / f"pan{suffix}"
+    write_clip(path, moving_frames(60), fps=30, codec=codec)
+    for start in range(2, 60, 3):
+        found = frame_numbers(read_clip(path, frames=1, start=start / 30)).item()
+        assert abs(found - start) <= (codec == "libx264")
+
+
 def test_every_clip_of_every_kind_moves_and_is_a_function_of_its_start(clips):
     for path in clips:
         info = probe_clip(path)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +335,9 @@ def _pictures_at(
 def _frames_from(video: _Video, start: float, interval: float) -> Iterator[tuple[float, VideoFrame]]:
     """Frames with their times in seconds, from a keyframe at or before ``start``."""
     if start > interval and video.seek(start - interval):
-        timed = timed_frames(video.packets(), video.stream, interval)
+        # Seeking in MPEG streams ends between keyframes; a frame there lacks what it refers to, and may lack its time.
+        packets = dropwhile(lambda packet: not packet.is_keyframe or packet.pts is None, video.packets())
+        timed = timed_frames(packets, video.stream, interval)
         first = next(timed, None)
         if first is not None and first[0] <= start:
             yield first
