@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 
 from hjepa_video import ClipError, ClipProblem, clip_start, probe_clip, read_clip
 from hjepa_video.clip import timed_frames
@@ -249,6 +250,21 @@ def test_what_gives_no_clip_is_refused_in_one_line(tmp_path):
             assert raised.value.problem is problem
             assert name in str(raised.value)
             assert "\n" not in str(raised.value)
+
+
+def test_the_cover_of_a_song_is_no_video(tmp_path):
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        cover, song = container.add_stream("mjpeg", rate=1), container.add_stream("aac", rate=8000)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 128, 96, "yuvj420p", Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame(128, 96, "yuvj420p")))
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(song.encode(sound))
+        container.mux([*cover.encode(), *song.encode()])
+    for call in (probe_clip, read_clip):
+        with pytest.raises(ClipError, match="no video stream"):
+            call(path)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import av
 import numpy as np
 import torch
 from av.packet import Packet
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
@@ -206,10 +207,12 @@ class _Video:
         # With the scheme a colon in a name names no other protocol, and a playlist opens nothing but files.
         self.container = av.open(f"file:{self.name}", options={"protocol_whitelist": "file"}, **_ANY_TITLE)
         self._moved = False
-        if not self.container.streams.video:
+        # The picture on the cover of a song is a video stream too.
+        videos = [s for s in self.container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not videos:
             self.container.close()
             raise ClipError(ClipProblem.no_video, f"{self.name}: there is no video stream in it; give a video file")
-        self.stream = self.container.streams.video[0]
+        self.stream = videos[0]
         if not self.stream.codec_context:
             self.container.close()
             raise ClipError(
