@@ -175,6 +175,17 @@ def test_a_packet_that_cannot_be_decoded_is_passed_over(tmp_path, video):
     assert frame_numbers(read_clip(path, frames=60)).tolist() == [*range(11), 10, *range(12, 60)]
 
 
+def test_a_video_that_cannot_start_again_gives_no_clip_of_fewer_frames(video, monkeypatch):
+    # In some AVI files with a damaged index only seeking finds frames.
+    def lose_the_start(opened):
+        monkeypatch.setattr(type(opened), "packets", lambda _: iter(()))
+
+    monkeypatch.setattr("hjepa_video.clip._Video.rewind", lose_the_start)
+    assert len(read_clip(video, frames=4, fps=10.0, start=1.6)) == 4
+    with pytest.raises(ClipError, match="its start cannot be decoded"):
+        read_clip(video, frames=5, fps=10.0, start=1.6)
+
+
 def test_a_file_cut_off_ends_where_its_frames_end(tmp_path):
     whole, cut = tmp_path / "whole.mkv", tmp_path / "cut.mkv"
     write_clip(whole, moving_frames(60), fps=30)

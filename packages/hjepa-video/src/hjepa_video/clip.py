@@ -168,6 +168,10 @@ def read_clip(
             _refuse_short(video.name, times, end, short)
             rest = np.maximum(times[len(pictures) :] - end, 0) % end
             more, _ = _pictures_at(video, np.where(rest < end - _INSTANT, rest, 0.0), 1 / info.fps, painter, hold=True)
+            if not more:
+                raise ClipError(
+                    ClipProblem.undecodable, f"{video.name}: its start cannot be decoded; encode the video anew"
+                )
             pictures += more
     return torch.from_numpy(np.stack(pictures))
 
