@@ -40,6 +40,14 @@ def test_header_is_read(video):
     assert info.duration == pytest.approx(2.0, abs=0.05)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_time_counts_from_the_first_frame(tmp_path, suffix):
+    path = tmp_path / f"late{suffix}"
+    write_clip(path, moving_frames(60), fps=30, stamps=range(900, 960))
+    assert probe_clip(path).duration == pytest.approx(2.0, abs=0.05)
+    assert frame_numbers(read_clip(path, frames=3, fps=5.0, start=1.0)).tolist() == [30, 36, 42]
+
+
 @pytest.mark.parametrize(
     ("frames", "fps", "start", "expected"),
     [

@@ -278,7 +278,8 @@ def _info(video: _Video) -> ClipInfo:
     if stream.duration is not None and stream.time_base is not None:
         duration = float(stream.duration * stream.time_base)
     elif container.duration is not None:
-        duration = container.duration / av.time_base
+        # Matroska says when the last frame ends, and the first may be late.
+        duration = container.duration / av.time_base - (stream.start_time or 0) * video.base
     if duration <= 0 or fps <= 0:
         duration, fps = _measure(video)
     if duration <= 0 or fps <= 0:
