@@ -1,5 +1,6 @@
 import itertools
 import math
+import os
 import pickle
 
 import pytest
@@ -163,6 +164,23 @@ def test_hidden_files_are_no_videos(tmp_path):
         list_clips(tmp_path)
     (tmp_path / "pan.MP4").touch()
     assert list_clips(tmp_path) == [tmp_path / "pan.MP4"]
+
+
+def test_linked_folders_are_listed_once_and_hidden_and_unreadable_ones_are_not_passed_over(tmp_path, monkeypatch):
+    top, elsewhere = tmp_path / "top", tmp_path / "elsewhere"
+    for folder in (top / "a", top / ".trash", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "pan.mp4").touch()
+    (top / "linked").symlink_to(elsewhere)
+    (top / "again").symlink_to(top)
+    assert list_clips(top) == [top / "a" / "pan.mp4", top / "linked" / "pan.mp4"]
+
+    def locked(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(DataError, match=r"top: the folder cannot be read \(Permission denied\)"):
+        list_clips(top)
 
 
 def test_short_videos_are_left_out_where_that_is_asked_for(folder):

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from jaxtyping import UInt8
@@ -38,22 +39,37 @@ def list_clips(folder: str | os.PathLike[str]) -> list[Path]:
     """List the videos of a folder and its subfolders, sorted.
 
     Args:
-        folder: Where to look.
+        folder: Where to look; links are followed, each folder is read once.
 
     Returns:
-        Paths of files that have the suffix of a video; hidden ones, such as ``._pan.mp4``, are none.
+        Paths of files that have the suffix of a video; hidden files and folders, such as ``._pan.mp4``, are left out.
 
     Raises:
-        DataError: There is no such folder, or no video in it.
+        DataError: There is no such folder, one that cannot be read, or no video in it.
     """
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give a folder with videos")
-    videos = (path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
-    found = sorted(path for path in videos if not path.name.startswith("."))
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for where, folders, names in os.walk(root, onerror=_unreadable, followlinks=True):
+        stat = os.stat(where)
+        if (stat.st_dev, stat.st_ino) in seen:
+            # A link leads back to it.
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = (Path(where, name) for name in names if not name.startswith("."))
+        found += [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
+    found.sort()
     if not found:
         raise DataError(f"{root}: no video in it; allowed suffixes: {', '.join(sorted(VIDEO_SUFFIXES))}")
     return found
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename}: the folder cannot be read ({error.strerror})") from None
 
 
 @dataclass(kw_only=True, slots=True)
