@@ -259,6 +259,8 @@ def test_what_gives_no_clip_is_refused_in_one_line(tmp_path):
         sound.writeframes(bytes(1600))
     for name, problem, message in (
         ("none.mp4", ClipProblem.missing, "no such file"),
+        # The system refuses to look for it, as it does on a disk that is gone.
+        ("x" * 300, ClipProblem.missing, "no such file"),
         ("empty.mp4", ClipProblem.undecodable, "cannot be decoded"),
         ("text.mp4", ClipProblem.undecodable, "cannot be decoded"),
         ("sound.wav", ClipProblem.no_video, "no video stream"),

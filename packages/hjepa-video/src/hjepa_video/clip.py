@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain, dropwhile
-from pathlib import Path
 from typing import Any
 
 import av
@@ -255,7 +254,7 @@ class _Video:
 @contextmanager
 def _opened(path: str | os.PathLike[str], threads: int) -> Iterator[_Video]:
     name = os.fspath(path)
-    if not Path(name).is_file():
+    if not os.path.isfile(name):
         raise ClipError(ClipProblem.missing, f"{name}: no such file; give the path of a local video")
     try:
         video = _Video(name, threads)
