@@ -86,6 +86,12 @@ def test_videos_that_give_no_clip_are_counted_and_replaced(folder, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+def test_one_good_video_among_missing_ones_is_found_from_every_position(folder, tmp_path):
+    paths = [list_clips(folder)[0], *(tmp_path / f"gone{number}.mp4" for number in range(3))]
+    stream = config(global_batch_size=1, max_skipped_fraction=1.0).build(paths, seed=0)
+    assert {next(stream).sample.item() for _ in range(12)} == {0}
+
+
 @pytest.mark.parametrize("threads", [0, 1])
 def test_a_video_is_counted_once_and_its_first_fault_is_logged(folder, tmp_path, threads, caplog):
     # Of seven in a row four are gone, some of them one after another.

@@ -288,7 +288,8 @@ class ClipStream(Iterator[Batch]):
         """The clip at a position of the global order, or the next one that there is."""
         config = self.config
         first = last = None
-        for attempt in range(len(self.paths)):
+        # These hold one whole epoch, wherever they begin; as many as there are videos may miss some, as orders differ.
+        for attempt in range(2 * len(self.paths)):
             epoch, place = divmod(position + attempt, len(self.paths))
             sample = int(_order(len(self.paths), self._seed, epoch)[place])
             path = self.paths[sample]
