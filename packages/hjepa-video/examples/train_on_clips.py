@@ -12,7 +12,7 @@ from hjepa_video import ClipStreamConfig, list_clips, video_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, print the loss of each level as it falls, and save the weights where asked for."""
+    """Train, and print the loss of each level as it falls."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="videos (mp4, mkv, avi, ...), subfolders included")
     parser.add_argument("--steps", type=int, default=100)
