@@ -1,6 +1,7 @@
 """Train a small VideoHJEPA on a folder of videos: python examples/train_on_clips.py FOLDER --steps 100."""
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -48,20 +49,21 @@ def train(options: argparse.Namespace) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.04)
     start = time.monotonic()
-    for step, batch in zip(range(options.steps), stream, strict=False):
-        output = model(batch.to(device), step)
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            for online, target in model.ema_pairs():
-                for ours, theirs in zip(online.parameters(), target.parameters(), strict=True):
-                    theirs.lerp_(ours, 1 - 0.999)
-        if step % 10 == 0 or step == options.steps - 1:
-            levels = "  ".join(f"{name} {value.item():.3f}" for name, value in output.metrics.items())
-            speed = (step + 1) * options.batch / (time.monotonic() - start)
-            print(f"step {step:4d}  loss {output.loss.item():.4f}  {levels}  {speed:.1f} clips/s", flush=True)
-    stream.close()
+    # A program that ends without closing the stream waits for the batches that are prepared ahead.
+    with contextlib.closing(stream):
+        for step, batch in zip(range(options.steps), stream, strict=False):
+            output = model(batch.to(device), step)
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for online, target in model.ema_pairs():
+                    for ours, theirs in zip(online.parameters(), target.parameters(), strict=True):
+                        theirs.lerp_(ours, 1 - 0.999)
+            if step % 10 == 0 or step == options.steps - 1:
+                levels = "  ".join(f"{name} {value.item():.3f}" for name, value in output.metrics.items())
+                speed = (step + 1) * options.batch / (time.monotonic() - start)
+                print(f"step {step:4d}  loss {output.loss.item():.4f}  {levels}  {speed:.1f} clips/s", flush=True)
     if stream.skipped:
         print(f"videos left out: {dict(stream.skipped)}")
 

@@ -245,7 +245,10 @@ class ClipStream(Iterator[Batch]):
         self._position = int(state["epoch"]) * len(self.paths) + int(state["position"])
 
     def close(self) -> None:
-        """End the threads; the stream goes on with new ones when it is asked for a batch."""
+        """End the threads; the stream goes on with new ones when it is asked for a batch.
+
+        A program that ends without it waits until the batches ahead are prepared.
+        """
         self._ahead.clear()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
