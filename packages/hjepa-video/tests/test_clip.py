@@ -183,6 +183,21 @@ def test_a_packet_that_cannot_be_decoded_is_passed_over(tmp_path, video):
     assert frame_numbers(read_clip(path, frames=60)).tolist() == [*range(11), 10, *range(12, 60)]
 
 
+def test_streams_that_appear_late_do_not_matter(tmp_path):
+    # A file that begins without sound, as recordings do.
+    silent, loud, path = tmp_path / "silent.ts", tmp_path / "loud.ts", tmp_path / "late.ts"
+    write_clip(silent, moving_frames(60))
+    with av.open(str(loud), "w") as container:
+        songs = [container.add_stream("mp2", rate=48000) for _ in range(12)]
+        sound = av.AudioFrame(format="s16", layout="mono", samples=1152)
+        sound.sample_rate = 48000
+        container.mux([packet for song in songs for packet in (*song.encode(sound), *song.encode())])
+    path.write_bytes(silent.read_bytes() * 10 + loud.read_bytes() + silent.read_bytes() * 10)
+    with av.open(str(path)) as container:
+        assert len(container.streams) == 1
+    assert len(read_clip(path, frames=2, start=1000.0)) == 2
+
+
 def test_a_video_that_cannot_start_again_gives_no_clip_of_fewer_frames(video, monkeypatch):
     # In some AVI files with a damaged index only seeking finds frames.
     def lose_the_start(opened):

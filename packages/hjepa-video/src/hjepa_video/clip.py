@@ -247,7 +247,8 @@ class _Video:
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """The packets from here on, up to the first that cannot be read."""
         self._moved = True
-        with suppress(av.error.FFmpegError):
+        # PyAV ends with an IndexError if streams have appeared that were not there at the start of the file.
+        with suppress(av.error.FFmpegError, IndexError):
             yield from self.container.demux(self.stream)
 
 
