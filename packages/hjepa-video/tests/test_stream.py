@@ -207,6 +207,8 @@ def test_another_list_or_seed_is_no_continuation(folder, tmp_path):
     renamed = [*paths[:-1], paths[-1].with_stem("another")]
     with pytest.raises(DataError, match=f"other videos than these {len(paths)}"):
         config().build(renamed, seed=0).load_state_dict(state)
+    with pytest.raises(DataError, match="lacks order, samples: it is not that of a stream"):
+        config().build(paths, seed=0).load_state_dict({"epoch": 0, "position": 4})
     # A state from before streams said what they hold.
     config().build(renamed, seed=0).load_state_dict({key: state[key] for key in state if key != "contents"})
 

@@ -228,10 +228,15 @@ class ClipStream(Iterator[Batch]):
             state: What ``state_dict`` gave.
 
         Raises:
-            DataError: The state belongs to other videos, which are known by the names of their files wherever these
-                lie, or to another seed.
+            DataError: This is no state of a stream, or it belongs to other videos, which are known by the names of
+                their files wherever these lie, or to another seed.
         """
-        if int(state.get("contents", self._contents)) != self._contents:
+        # Streams did not always say what they hold.
+        state = {"contents": self._contents, **state}
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise DataError(f"the saved state lacks {', '.join(missing)}: it is not that of a stream; start anew")
+        if int(state["contents"]) != self._contents:
             raise DataError(
                 f"the saved stream had other videos than these {len(self.paths)}; give the same, wherever they lie "
                 "now, or start anew"
