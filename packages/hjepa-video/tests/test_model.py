@@ -132,6 +132,18 @@ def test_every_clip_meets_every_kind_of_masks_and_shares_add_up(device):
         torch.testing.assert_close(found, torch.stack(parts).mean(), rtol=1e-4, atol=1e-5)
 
 
+def test_kinds_of_masks_are_dealt_over_all_processes(device, monkeypatch):
+    # One clip a process: all had the same kind at a step.
+    clips = some_clips(2)
+    model = small_config().build(seed=0).to(device)
+    whole = model(batch_of(clips).to(device), 0).loss
+    parts = []
+    for process in (0, 1):
+        monkeypatch.setattr("hjepa_video.model.rank", lambda process=process: process)
+        parts.append(model(batch_of(clips[process : process + 1], first=process).to(device), 0).loss)
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-4, atol=1e-5)
+
+
 def test_features_name_the_levels_of_time_and_space(device):
     model = small_config().build(seed=0).to(device).eval()
     clips = some_clips(2).to(device)

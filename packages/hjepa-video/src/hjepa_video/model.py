@@ -27,6 +27,7 @@ from hjepa_models import (
     encoder_config,
     max_levels,
 )
+from hjepa_models.distributed import rank
 from hjepa_video.masks import TubeMaskConfig, long_range, short_range
 
 __all__ = ["VideoHJEPA", "VideoHJEPAConfig", "VideoOutput", "video_config"]
@@ -171,8 +172,8 @@ class VideoOutput(HJEPAOutput):
 class VideoHJEPA(nn.Module):
     """An HJEPA on clips: normalises, draws tube masks and sums up over the kinds of masks.
 
-    Clip i of step s is masked by kind (i + s) mod n: every kind has its share of every batch, the target branch encodes
-    each clip once, and over steps each clip meets every kind.
+    Clip i of step s, counted over all processes, is masked by kind (i + s) mod n: every kind has its share of every
+    batch, the target branch encodes each clip once, and over steps each clip meets every kind.
 
     Args:
         config: The model.
@@ -204,7 +205,7 @@ class VideoHJEPA(nn.Module):
         self._check_sizes(batch)
         parts: list[tuple[float, HJEPAOutput]] = []
         for number, draw in enumerate(self.masks):
-            rows = slice((number - step) % kinds, None, kinds)
+            rows = slice((number - step - rank() * size) % kinds, None, kinds)
             sample = batch.sample[rows]
             if len(sample) > 0:
                 masks = draw(step, sample)
