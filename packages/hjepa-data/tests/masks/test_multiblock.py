@@ -235,6 +235,11 @@ def test_tiny_grid(device):
         ({"context_ratio": 0.6}, ("context_ratio=0.6", "117 context cells", "14x14", "6.", "allowed: up to")),
         ({"context_tokens": 120}, ("context_tokens=120", "120 context cells", "on average")),
         ({"num_targets": 40}, ("40 targets",)),
+        # What was asked for is not offered again.
+        (
+            {"grid": (2, 2), "num_targets": 2, "target_scale": (0.7, 0.7), "context_tokens": 1},
+            ("context_tokens=1", "allowed: with fewer or smaller targets"),
+        ),
     ],
 )
 def test_budget_that_cannot_be_met_is_refused_with_numbers(fields, words):

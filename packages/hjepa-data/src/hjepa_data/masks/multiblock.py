@@ -142,7 +142,9 @@ class MultiBlockMasks:
         rate = float((free >= config.context_cells).float().mean())
         outside = config.num_cells - self._smallest[0] * self._smallest[1]
         if rate < _MIN_SUCCESS or config.context_cells > outside:
-            usual = max(1, min(int(free.float().quantile(0.05)), outside))
+            usual = min(int(free.float().quantile(0.05)), outside)
+            share = usual / config.num_cells
+            allowed = f"up to about {usual} cells ({share:.2f} of the grid), or take" if usual else "with"
             field = "context_ratio" if config.context_tokens is None else "context_tokens"
             height, width = config.spatial
             refuse(
@@ -151,8 +153,7 @@ class MultiBlockMasks:
                 f"{config.context_cells} context cells beside {config.num_targets} targets of scale "
                 f"{config.target_scale} on a {height}x{width} grid: {rate:.1%} of the draws leave that many, on average"
                 f" {float(free.float().mean()):.0f} of {config.num_cells} are left",
-                f"allowed: up to about {usual} cells ({usual / config.num_cells:.2f} of the grid), or take fewer or"
-                " smaller targets",
+                f"allowed: {allowed} fewer or smaller targets",
             )
         if rate == 1.0:
             # None of so many trials failed: what fails yet is rarer than one in a thousand, and a few draws mend it.
