@@ -24,6 +24,7 @@ import torch
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 from torch import Tensor
@@ -304,10 +305,13 @@ class _Painter:
     def __init__(self, short_side: int | None) -> None:
         self._short_side = short_side
         self._size: tuple[int, int] | None = None
+        # A frame's own converter starts as many threads as there are cores, for this frame alone.
+        self._converter = VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> Picture:
         self._size = self._size or _size(frame, self._short_side)
-        pixels = frame.reformat(width=self._size[0], height=self._size[1], format="rgb24").to_ndarray()
+        width, height = self._size
+        pixels = self._converter.reformat(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
         # The display matrix turns counter-clockwise, as rot90 does.
         turns = round(frame.rotation / 90) % 4
         return np.ascontiguousarray(np.rot90(pixels, turns))
