@@ -196,6 +196,14 @@ def test_short_videos_are_left_out_where_that_is_asked_for(folder):
     assert next(config(fps=1.0).build(list_clips(folder), seed=0)).views[0].shape == (2, 3, 4, 32, 32)
 
 
+def test_a_video_that_is_cut_off_but_longer_than_a_clip_is_not_left_out(folder, tmp_path):
+    whole, cut = list_clips(folder)[1], tmp_path / "cut.mkv"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    stream = config(global_batch_size=8, short="refuse").build([cut], seed=0)
+    assert len(next(stream)) == 8
+    assert stream.skipped == {}
+
+
 def test_another_list_or_seed_is_no_continuation(folder, tmp_path):
     paths = list_clips(folder)
     state = config().build(paths, seed=0).state_dict()

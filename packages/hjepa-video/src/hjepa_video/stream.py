@@ -304,14 +304,7 @@ class ClipStream(Iterator[Batch]):
             try:
                 info = probe_clip(path)
                 span = config.frames / (info.fps if config.fps is None else config.fps)
-                frames = read_clip(
-                    path,
-                    frames=config.frames,
-                    fps=config.fps,
-                    start=clip_start(info.duration, span, self._seed, epoch, sample),
-                    short=config.short,
-                    short_side=config.short_side,
-                )
+                frames = self._read(path, clip_start(info.duration, span, self._seed, epoch, sample))
             except ClipError as error:
                 # The problems of the videos after the first are counted at their own positions.
                 first, last = first or error, error
@@ -319,6 +312,23 @@ class ClipStream(Iterator[Batch]):
             pixels = random_view(frames, config.view, self._seed, epoch, sample, 0)
             return _Clip(pixels=pixels, sample=sample, epoch=epoch, error=first)
         raise DataError(f"none of the {len(self.paths)} videos gives a clip; the last problem: {last}")
+
+    def _read(self, path: Path, start: float) -> UInt8[Tensor, "T H W 3"]:
+        """Read a clip; from the start of the video where its header promised more than there is."""
+        config = self.config
+        try:
+            return read_clip(
+                path,
+                frames=config.frames,
+                fps=config.fps,
+                start=start,
+                short=config.short,
+                short_side=config.short_side,
+            )
+        except ClipError as error:
+            if start == 0 or error.problem is not ClipProblem.too_short:
+                raise
+        return self._read(path, 0.0)
 
 
 @lru_cache(_KEPT_ORDERS)
