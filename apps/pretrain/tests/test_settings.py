@@ -37,6 +37,8 @@ def test_a_word_that_names_no_data_leaves_the_demo(words):
         (["run.train_time=0"], "run.train_time=0: no time at all"),
         (["run={train_time: 5m, steps: 9}"], "run.train_time=5m: measures how many steps there are, and run.steps=9"),
         (["data.image_size=[0,0]"], "data.image_size=(0, 0)"),
+        (["data.image_size=32"], "tuple; allowed: a list in brackets, as in [1,2]"),
+        (["trainer.learning_rate=1e-4"], "allowed: one of the fields of this part, as in PART.FIELD=VALUE"),
         (["data.std=[nan,1,1]"], "std=(nan, 1.0, 1.0)"),
         (["data.crop_scale=[1,0.3]"], "scale=(1.0, 0.3)"),
         (["data.flip=nan"], "flip=nan"),

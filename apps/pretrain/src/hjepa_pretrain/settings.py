@@ -69,6 +69,8 @@ _WANTED = {
     "to Integer": "; allowed: a whole number in digits, as in 1000",
     "to Float": "; allowed: a number, as in 0.001 or 1e-3",
     "valid bool": "; allowed: true or false",
+    "is not a ListConfig": "; allowed: a list in brackets, as in [1,2]",
+    "is not a subclass of": "; allowed: one of the fields of this part, as in PART.FIELD=VALUE; --settings lists them",
     "is not Optional": ": null means nothing here; give a value, or leave it out for the default",
 }
 # What the name of a model says about its encoder.
@@ -472,7 +474,7 @@ def one_line(error: BaseException) -> str:
     if not key:
         return " ".join(reason)
     wanted = next((said for sign, said in _WANTED.items() if sign in reason[0]), "")
-    return f"{key[1]}: {reason[0]}{wanted}"
+    return f"{key[1]}: {reason[0].rstrip('.')}{wanted}"
 
 
 def _in_full(line: str, given: Mapping[str, object]) -> str:
