@@ -3,6 +3,8 @@ import io
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -168,3 +170,19 @@ def test_no_name_of_a_wide_table_is_cut_off(tmp_path, capsys, monkeypatch):
     assert main([str(tmp_path / name[-1]) for name in names]) == 0
     shown = capsys.readouterr().out
     assert "…" not in shown
+    # Too wide when it is turned, too: a letter a cell would tell nothing.
+    for name in names:
+        assert shown.count(f" {name} ") == 1
+    assert shown.count("0.500 [0.400, 0.600]") == len(names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["--markdown"]])
+def test_a_reader_that_has_gone_is_no_traceback(words, tmp_path):
+    write_results(results(), tmp_path / "a.json")
+    command = [sys.executable, "-m", "hjepa_eval.results", str(tmp_path / "a.json"), *words]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.stderr == ""

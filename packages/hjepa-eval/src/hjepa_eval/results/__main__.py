@@ -28,15 +28,22 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    if given.markdown:
-        print(table.markdown())
-    else:
-        from rich.console import Console
+    from rich.console import Console
 
-        console = Console()
-        # Of a table that is too wide, rich would leave two letters a cell.
-        width = console.measure(table.rich(), options=console.options.update(max_width=10**6)).maximum
-        console.print((table if width <= console.width else table.turned()).rich())
+    console = Console()
+    if given.markdown:
+        console.out(table.markdown(), highlight=False)
+        return 0
+    wide, narrow = (
+        console.measure(one.rich(), options=console.options.update(max_width=10**6)).maximum
+        for one in (table, table.turned())
+    )
+    if narrow <= console.width < wide:
+        table = table.turned()
+    elif wide > console.width:
+        # Of a table that is too wide either way, rich would leave a letter a cell, or none.
+        console = Console(width=wide)
+    console.print(table.rich())
     return 0
 
 
