@@ -1,7 +1,10 @@
 """A machine that breaks is one line, and no bug is taken for it."""
 
+import os
 import re
 import socket
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -39,6 +42,16 @@ def test_a_machine_without_a_compiler_is_one_line(tmp_path, monkeypatch):
     failure = judge(caught.value)
     assert failure.code == 1
     assert re.fullmatch(r"trainer.compile=true: No working C\+\+ compiler found; install one .*", failure.line)
+
+
+def test_a_reader_that_has_gone_is_one_line(tiny, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hjepa_pretrain", f"run.dir={tmp_path}/run", *tiny]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("hjepa-pretrain: nobody reads what is printed any more")
 
 
 def test_an_error_of_the_program_is_none_of_these():

@@ -85,7 +85,7 @@ def _run(words: list[str]) -> int:
                 return 0
             # Names of folders are no markup.
             outcome = pretrain(config, plain, words, Console(soft_wrap=True, markup=False, emoji=False))
-    except (Exception, KeyboardInterrupt, Stopped) as error:
+    except (Exception, KeyboardInterrupt, SystemExit, Stopped) as error:
         failure = judge(error)
         if failure is None:
             raise

@@ -64,6 +64,9 @@ def judge(error: BaseException) -> Failure | None:
     Args:
         error: what ended the run.
     """
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        # rich exits so, without a word.
+        return Failure(code=EXIT_ERROR, line=f"nobody reads what is printed any more (a closed pipe); {_AGAIN}")
     if isinstance(error, OtherRankError):
         return Failure(code=EXIT_WRONG_INPUT, line=None)
     if isinstance(error, ValueError) and _is_refusal(error):
