@@ -9,7 +9,7 @@ import sys
 import pytest
 from PIL import Image
 
-from hjepa_data import ShardSource
+from hjepa_data import FolderSource, ShardSource
 from hjepa_data.shards.cli import main
 
 
@@ -216,6 +216,19 @@ def test_names_that_are_no_utf8_stay_apart(tmp_path, capsys, jpeg):
         (folder / os.fsdecode(name)).write_bytes(jpeg(1))
     assert call(capsys, "make", folder, tmp_path / "shards")[0] == 0
     assert len(ShardSource(tmp_path / "shards")) == 2
+
+
+def test_classes_that_are_no_utf8_are_listed_as_text(tmp_path, capsys, jpeg):
+    for name in (b"K\xe4fer", "Blüte".encode()):
+        folder = tmp_path / "photos" / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(jpeg(1))
+    assert FolderSource(tmp_path / "photos").classes == ["Blüte", "K\\xe4fer"]
+    out = tmp_path / "shards"
+    assert call(capsys, "make", tmp_path / "photos", out)[0] == 0
+    assert json.loads((out / "classes.json").read_text(encoding="utf-8")) == ["Blüte", "K\\xe4fer"]
+    assert sorted(ShardSource(out).labels.tolist()) == [0, 1]
+    assert call(capsys, "show", out, "--out", tmp_path / "sheet.html")[0] == 0
 
 
 def test_make_is_the_name_of_the_old_form(classes, tmp_path, capsys):

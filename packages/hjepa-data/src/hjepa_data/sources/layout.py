@@ -79,9 +79,11 @@ def read_layout(folder: str | os.PathLike[str], *, labels: bool | None = None) -
     if labels is None and 0 < len(stray) < len(inner):
         _log.warning("no labels: %d images lie outside of class folders, such as '%s'", len(stray), stray[0])
     found = [name.partition("/")[0] for name in inner] if (nested if labels is None else labels) else []
-    layout.classes = sorted(set(found))
-    number = {name: place for place, name in enumerate(layout.classes)}
-    layout.labels = np.array([number[name] for name in found] or [-1] * len(names), dtype=np.int64)
+    # Names that are no UTF-8 could be neither written nor drawn.
+    shown = {name: os.fsencode(name).decode("utf-8", "backslashreplace") for name in set(found)}
+    layout.classes = sorted(set(shown.values()))
+    number = {text: place for place, text in enumerate(layout.classes)}
+    layout.labels = np.array([number[shown[name]] for name in found] or [-1] * len(names), dtype=np.int64)
     return layout
 
 
