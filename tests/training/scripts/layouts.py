@@ -51,21 +51,21 @@ CASES = {
     MUON: (*GLOBAL, "hjepa.targets=ema", "hjepa.prediction=hidden", "hjepa.level_weights.weights=[1.0,0.5]",
            "trainer.optimizer={kind: muon, muon_names: [blocks., stem.], muon_scale: 4.0}"),
 }  # fmt: skip
-PER_SAMPLE = ("levels",)
+EVERY, PER_SAMPLE, HYBRID = tuple(CASES), ("levels",), ("adaptive levels, VICReg, EMA",)
+SHARDED = tuple(case for case in EVERY if case != MUON)  # Muon needs whole matrices, which FSDP shards
+COMPILED = ("trainer.compile=true", "trainer.compile_backend=aot_eager", "trainer.recompute=[Block]")
+# Ranks, micro-batches, cases that are trained like by one process, and settings.
 LAYOUTS = {
-    "single": (1, 1, "single"),
-    "ddp": (2, 1, "ddp"),
-    "fsdp": (2, 1, "fsdp"),
-    "single, accumulated": (1, 2, "single"),
-    "ddp, accumulated": (2, 2, "ddp"),
-    "fsdp, accumulated": (2, 2, "fsdp"),
+    "single": (1, 1, EVERY, ("parallel=single",)),
+    "ddp": (2, 1, EVERY, ("parallel=ddp",)),
+    "fsdp": (2, 1, SHARDED, ("parallel=fsdp",)),
+    "single, accumulated": (1, 2, PER_SAMPLE, ("parallel=single",)),
+    "ddp, accumulated": (2, 2, PER_SAMPLE, ("parallel=ddp",)),
+    "fsdp, accumulated": (2, 2, PER_SAMPLE, ("parallel=fsdp",)),
+    "ddp, compiled, recomputed": (2, 1, PER_SAMPLE, ("parallel=ddp", *COMPILED)),
+    "fsdp, compiled, recomputed": (2, 1, PER_SAMPLE, ("parallel=fsdp", *COMPILED)),
+    "hybrid": (4, 1, HYBRID, ("parallel=fsdp", "trainer.parallel.fsdp.shard_size=2")),
 }
-
-
-def cases(layout):
-    """Names of the cases that a layout trains like one process; Muon needs whole matrices, which FSDP shards."""
-    _, accumulate, parallel = LAYOUTS[layout]
-    return [case for case in (CASES if accumulate == 1 else PER_SAMPLE) if (case, parallel) != (MUON, "fsdp")]
 
 
 class PixelStream:
@@ -113,9 +113,9 @@ class Rows(Callback):
         self.rows.append({name: value for name, value in row.items() if "loss" in name or "grad_norm" in name})
 
 
-def load(case, accumulate=1, parallel="single"):
-    words = [f"trainer.accumulate={accumulate}", f"parallel={parallel}", "run.device=cpu"]
-    return settings.load([*COMMON, *CASES[case], *words])[0]
+def load(case, layout="single"):
+    _, accumulate, _, words = LAYOUTS[layout]
+    return settings.load([*COMMON, *CASES[case], f"trainer.accumulate={accumulate}", "run.device=cpu", *words])[0]
 
 
 def orthogonalize(matrices, muons=muon.orthogonalize):
@@ -140,11 +140,11 @@ def train(case, config, world, path):
 
 def rank(root, layout, number):
     """Train every case as one rank of a layout."""
-    size, accumulate, parallel = LAYOUTS[layout]
+    size, _, names, _ = LAYOUTS[layout]
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size))
     world = None
-    for case in cases(layout):
-        config = load(case, accumulate, parallel)
+    for case in names:
+        config = load(case, layout)
         if world is None:
             world = init_world(config.trainer.parallel, init_method=f"file://{root}/{layout}.store")
         train(case, config, world, root / case / layout)
@@ -171,7 +171,8 @@ def main():
     for case in CASES:
         (root / case).mkdir(parents=True, exist_ok=True)
         build_task(load(case))
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()  # imports torch's compiler: here, not in every fork
+    with torch.no_grad():  # threads of autograd do not survive a fork
+        torch.compile(torch.nn.Linear(1, 1), backend="aot_eager")(torch.ones(1))  # imports: here, not in every fork
     for layout, (size, *_) in LAYOUTS.items():
         children = [fork(lambda number=number, layout=layout: rank(root, layout, number)) for number in range(size)]
         if any([os.waitpid(child, 0)[1] for child in children]):
