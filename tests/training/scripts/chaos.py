@@ -1,12 +1,13 @@
 """Two gloo ranks that are killed again and again: train once undisturbed and once under SIGKILL, print what differs.
 
 Every rank is a fork of this process, which imports torch once. However late a kill comes, the run has gone no further
-than its share of the steps: it is held there on a leash. Arguments: work folder, number of kills (at most 28), seed.
+than its share of the steps: it is held there on a leash. Arguments: work folder, seed.
 """
 
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -14,10 +15,13 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch.distributed.fsdp  # imported once: here, not in every fork
 
 from hjepa_train import (
     Callback,
+    Checkpoint,
     CheckpointConfig,
+    CheckpointStore,
     MetricsLog,
     ParallelConfig,
     ScheduleConfig,
@@ -27,14 +31,23 @@ from hjepa_train import (
     leave_world,
 )
 from hjepa_train.checkpoint import store as store_module
-from hjepa_train.testing import ArithmeticStream, ToyModule
+from hjepa_train.checkpoint.files import DamagedError
+from hjepa_train.sharded import whole
+from hjepa_train.testing import ArithmeticStream, ToyBlock, ToyModule
 
 torch.set_num_threads(1)  # threads do not survive a fork
 
 STEPS = 60
 PAUSE = 0.01
 PATIENCE = 120.0
-STAGES = ("write_tensors", "write_json", "write_manifest", "sync", "replace_text")
+# Where saves are held: rank and stage. As many kills meet no save.
+HOLDS = {
+    "ddp": (
+        (0, "write_tensors"), (1, "write_tensors"), (0, "write_json"), (0, "write_manifest"), (0, "sync"),
+        (0, "replace_text"), (0, "rmtree"),
+    ),
+    "fsdp": ((1, "write_tensors"), (0, "write_manifest"), (0, "rmtree")),
+}  # fmt: skip
 
 
 class Slow(Callback):
@@ -59,27 +72,34 @@ def in_save(folder):
 
 
 def hold_in_save(folder, stage, call):
-    """Let the `call`-th call of a function of the save wait for the kill."""
-    real, left = getattr(store_module, stage), [call]
+    """Let the `call`-th call of a function of the save wait for the kill, half-way where that leaves something."""
+    owner = shutil if stage == "rmtree" else store_module
+    real, left = getattr(owner, stage), [call]
 
-    def held(*arguments):
+    def held(path, *arguments, **named):
+        if stage == "rmtree" and path.name.startswith(".tmp-step"):
+            return real(path, *arguments, **named)  # left by an earlier kill: not what retention deletes
         left[0] -= 1
         if left[0] == 0:
+            if stage == "write_tensors":
+                path.write_bytes(b"half a file")
+            elif stage == "rmtree":
+                next(path.iterdir()).unlink()
             in_save(folder).touch()
             while leash(folder).exists():
                 time.sleep(0.001)
-        return real(*arguments)
+        return real(path, *arguments, **named)
 
-    setattr(store_module, stage, held)
+    setattr(owner, stage, held)
 
 
-def train(folder, store, last):
+def train(folder, kind, store, last):
     torch.manual_seed(0)
     config = TrainerConfig(
         steps=STEPS,
         log_every=1,
         learning_rate=ScheduleConfig(kind="cosine", value=0.02, final=0.0),
-        parallel=ParallelConfig(kind="ddp", device="cpu"),
+        parallel=ParallelConfig(kind=kind, device="cpu"),
     )
     world = init_world(config.parallel, init_method=f"file://{store}")
     trainer = Trainer(
@@ -90,23 +110,25 @@ def train(folder, store, last):
         run_dir=folder,
         callbacks=[MetricsLog(folder / "metrics.jsonl"), Slow(folder, last)],
         checkpoint=CheckpointConfig(every_steps=1, every_minutes=None),
+        blocks=[ToyBlock],
     )
     trainer.fit()
+    weights = {name: whole(tensor).numpy().tobytes().hex() for name, tensor in trainer.module.state_dict().items()}
     if world.is_main:
-        weights = {name: tensor.numpy().tobytes().hex() for name, tensor in trainer.module.state_dict().items()}
         (folder / "end.json").write_text(json.dumps(weights))
     del trainer
     leave_world()
 
 
-def start(folder, attempt, last=STEPS, hold=None):
+def start(folder, kind, attempt, last=STEPS, hold=None):
     """Fork two ranks that meet at a store of their own; return their process numbers.
 
     Args:
         folder: Of the run.
+        kind: `ddp` or `fsdp`.
         attempt: Its number.
         last: The step at which the run waits while it is on its leash.
-        hold: The stage of a save, and its number, at which the main rank waits.
+        hold: The rank that waits in a save, the stage of it, and the number of that.
     """
     children = []
     for rank in range(2):
@@ -116,9 +138,9 @@ def start(folder, attempt, last=STEPS, hold=None):
                 torch.set_num_threads(1)  # makes the pool anew before threads of autograd race to
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
                 sys.stderr = (folder / f"errors-{attempt}-{rank}.txt").open("w")
-                if hold is not None and rank == 0:
-                    hold_in_save(folder, *hold)
-                train(folder, folder / f"store-{attempt}", last)
+                if hold is not None and rank == hold[0]:
+                    hold_in_save(folder, *hold[1:])
+                train(folder, kind, folder / f"store-{attempt}", last)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
@@ -133,12 +155,12 @@ def steps_done(folder):
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def kill_once(folder, attempt, kills, clock):
-    """Start, let the run make some steps, kill one rank or both, half of them in a save; tell when it met them."""
-    hold = (clock.choice(STAGES), clock.randint(1, 2)) if clock.random() < 0.5 else None
+def kill_once(folder, kind, attempt, last, place, clock):
+    """Start, let the run make some steps, kill one rank or both, in a save the one that is held; tell how it ended."""
+    hold = place and (*place, 1 if "rmtree" in place else clock.randint(1, 2))
     before = steps_done(folder)
     leash(folder).touch()
-    children = start(folder, attempt, last=-(-STEPS * (attempt + 1) // (kills + 1)), hold=hold)
+    children = start(folder, kind, attempt, last, hold)
     deadline = time.monotonic() + PATIENCE
     while not in_save(folder).exists() if hold else steps_done(folder) in (before, 0):
         assert time.monotonic() < deadline, "the run made no progress"
@@ -146,7 +168,7 @@ def kill_once(folder, attempt, kills, clock):
             sys.exit((folder / f"errors-{attempt}-0.txt").read_text())
         time.sleep(0.001)
     time.sleep(clock.uniform(0.0, 3 * PAUSE))
-    victims = clock.choice([children, children[:1], children[1:]])
+    victims = clock.choice([children, [children[place[0]] if place else clock.choice(children)]])
     for child in victims:
         os.kill(child, signal.SIGKILL)
     began = time.monotonic()
@@ -154,7 +176,18 @@ def kill_once(folder, attempt, kills, clock):
     for child in children:
         os.waitpid(child, 0)
     in_save(folder).unlink(missing_ok=True)
-    return "between saves" if hold is None else "saving", len(victims), time.monotonic() - began
+    return len(victims), time.monotonic() - began
+
+
+def damaged(folder):
+    """Names of what looks like a checkpoint and is none."""
+    found = []
+    for path in CheckpointStore(folder / "checkpoints").paths():
+        try:
+            Checkpoint.open(path)
+        except DamagedError:
+            found.append(path.name)
+    return found
 
 
 def outcome(folder):
@@ -163,32 +196,38 @@ def outcome(folder):
     return losses, json.loads((folder / "end.json").read_text())
 
 
-def main():
-    root, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()  # imports torch's compiler: here, not in every fork
-    clock = random.Random(seed)
+def compare(root, kind, clock):
+    """Train with kills and without; return what differs."""
     calm, wild = root / "calm", root / "wild"
     for folder in (calm, wild):
-        folder.mkdir()
-    for child in start(calm, 0):
+        folder.mkdir(parents=True)
+    for child in start(calm, kind, 0):
         assert os.waitpid(child, 0)[1] == 0, (calm / "errors-0-0.txt").read_text()
-    met, left_alone = [], []
-    for attempt in range(kills):
-        when, victims, wait = kill_once(wild, attempt, kills, clock)
-        met.append(when)
+    places = [*HOLDS[kind], *[None] * len(HOLDS[kind])]
+    clock.shuffle(places)
+    kills, left_alone, broken = len(places), [], []
+    for attempt, place in enumerate(places):
+        last = -(-STEPS * (attempt + 1) // (kills + 1))
+        victims, wait = kill_once(wild, kind, attempt, last, place, clock)
+        broken += damaged(wild)
         if victims == 1:
             left_alone.append(wait)
-    for child in start(wild, kills):
+    for child in start(wild, kind, kills):
         assert os.waitpid(child, 0)[1] == 0, (wild / f"errors-{kills}-0.txt").read_text()
-    report = {
-        "killed": len(met),
-        "while saving": met.count("saving"),
+    return {
+        "killed": kills,
         "slowest end of a rank left alone": max(left_alone, default=0.0),
+        "damaged": broken,
         "same losses": outcome(calm)[0] == outcome(wild)[0],
         "same weights": outcome(calm)[1] == outcome(wild)[1],
         "left over": sorted(path.name for path in (wild / "checkpoints").glob(".tmp-*")),
     }
-    print(json.dumps(report))
+
+
+def main():
+    root, clock = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()  # imports torch's compiler: here, not in every fork
+    print(json.dumps({kind: compare(root / kind, kind, clock) for kind in HOLDS}))
 
 
 if __name__ == "__main__":
