@@ -154,6 +154,14 @@ def test_a_directory_is_its_visible_tar_files(folder):
         expand_shards(odd)
 
 
+def test_a_glob_in_a_folder_whose_name_has_brackets(folder):
+    inner = folder / "run [1]"
+    inner.mkdir()
+    for name in ("a-1.tar", "a-2.tar", "b.tar"):
+        (inner / name).touch()
+    assert names(expand_shards(f"{inner}/a-*.tar")) == ["a-1.tar", "a-2.tar"]
+
+
 def test_list_files_are_utf8(folder):
     (folder / "all.txt").write_bytes("\ufefftrain-000001.tar\r\n".encode())
     assert names(expand_shards(folder / "all.txt")) == ["train-000001.tar"]

@@ -97,7 +97,9 @@ def _expand_one(text: str, lister: _Lister) -> list[Shard]:
     if path.is_file():
         return _expand_list(path, lister) if path.suffix in {".txt", ".list"} else [_checked(path)]
     if glob.has_magic(text):
-        found = sorted(Path(name) for name in glob.glob(text, recursive=True))
+        # A folder that has brackets in its own name is no pattern.
+        plain = os.path.join(glob.escape(str(path.parent)), path.name)
+        found = sorted(Path(name) for name in glob.glob(text, recursive=True) or glob.glob(plain))
         if not found:
             raise DataError(f"no file matches '{text}': {_nearest(path)}")
         return [_checked(shard) for shard in found]
