@@ -264,6 +264,11 @@ def test_other_models_are_refused(name, message):
         from_timm(name, pretrained=False)
 
 
+def test_a_whole_model_is_told_to_give_its_encoder():
+    with pytest.raises(ValueError, match=r"a Linear; allowed: .*to_timm\(model\.encoder\)"):
+        to_timm(nn.Linear(2, 2))
+
+
 def test_parts_are_lost_only_where_they_are_named(device):
     fields = {"global_pool": "map", "class_token": False, "attn_drop_rate": 0.1, "patch_drop_rate": 0.2}
     model = scatter(VisionTransformer(**(TINY | fields))).to(device)

@@ -102,11 +102,15 @@ def to_timm(encoder: Encoder, *, class_token: bool = False) -> nn.Module:
         `reset_classifier` gives it a head.
 
     Raises:
-        ValueError: for an encoder with a part that timm's plain transformer has not, each field named.
+        ValueError: for an encoder with a part that timm's plain transformer has not, each field named; for what is no
+            encoder.
     """
     from timm.layers import LayerNorm, Mlp, SwiGLU
     from timm.models.vision_transformer import VisionTransformer
 
+    if not isinstance(encoder, Encoder):
+        kind = type(encoder).__name__  # type: ignore[unreachable]
+        raise ValueError(f"encoder: this is a {kind}; allowed: an Encoder, of an HJEPA to_timm(model.encoder)")
     config = encoder.config
     _check_export(config, class_token)
     blocks: list[Any] = list(encoder.transformer.blocks)
