@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -202,12 +203,21 @@ def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch, visible):
 
 
 @pytest.mark.distributed
-def test_a_failing_rank_shows_its_error_and_stops_the_other(tmp_path):
-    first, second = launch("failing_rank.py", tmp_path)
-    assert second[0] != 0
-    assert "rank 1 of 2 failed at step 3: the disk of this machine is gone" in second[2]
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_failing_rank_or_its_full_disk_shows_its_error_and_stops_the_other(kind, tmp_path):
+    first, second = launch("failing_rank.py", tmp_path, kind)
     assert first[0] != 0
+    assert second[0] != 0
+    assert "rank 1 of 2 failed at step 3: this machine is gone" in second[2]
     assert "rank 0 of 2 failed at step 3" in first[2]
+    told = r"rank {} of 2 failed at step \d+: \S*step_00000003: not saved"
+    assert re.search(
+        told.format(1) + r" \(.*File too large.*\); newest .* is whole: step_00000002; make room", second[2]
+    )
+    assert re.search(told.format(0) + "; another rank could not write its part, and says why", first[2])
+    folder = tmp_path / "full" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000001", "step_00000002"]
+    assert CheckpointStore(folder).newest().state["step"] == 2
 
 
 @pytest.mark.parametrize("collective", ["sum", "any", "from_main", "gather"])
