@@ -2,7 +2,9 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hjepa_eval import Classifier, FineTuneConfig, classify, finetune, layer_groups
 
@@ -130,6 +132,30 @@ def test_steps_are_those_of_adamw_by_hand(device):
     assert losses == pytest.approx([sum(by_hand[:4]) / 4, sum(by_hand[4:]) / 4], rel=1e-4)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.detach().cpu().double(), theirs.detach(), rtol=2e-3, atol=2e-3, msg=name)
+
+
+def test_a_wrapped_classifier_averages_its_gradients_and_trains_alike():
+    def average(averaged, bucket):
+        averaged.append(len(bucket.gradients()))
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    train, averaged, losses = striped(200, 0), [], []
+    config = FineTuneConfig(learning_rate=2e-2, layer_decay=0.5, epochs=2)
+    alone, inside = Classifier(encoder(), 6, 2), Classifier(encoder(), 6, 2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(inside)
+        wrapped.register_comm_hook(averaged, average)
+        for model in (alone, wrapped):
+            losses.append(finetune(model, lambda epoch: batches(*train), 4, config))
+    finally:
+        dist.destroy_process_group()
+    assert sum(averaged) == 8 * len(list(inside.parameters()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for (name, mine), theirs in zip(inside.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)
 
 
 def test_labels_that_no_class_has_are_refused(device):
