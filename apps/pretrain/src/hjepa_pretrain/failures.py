@@ -25,7 +25,7 @@ _NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C com
 # What safetensors, written in Rust, says where Python has an OSError.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
-_AGAIN = "start the same command again: it goes on from the last checkpoint"
+_AGAIN = "start again with the same run.dir: it goes on from the last checkpoint"
 
 
 class OtherRankError(ValueError):
@@ -43,7 +43,7 @@ class Stopped(BaseException):
             name: of the signal, or the setting that asked for it.
             remedy: what helps where the same command would stop here again.
         """
-        raise cls(f"stopped by {name}, not in training: nothing is lost, and the same command goes on{remedy}")
+        raise cls(f"stopped by {name}, not in training: nothing is lost, and the same run.dir goes on{remedy}")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
