@@ -172,15 +172,13 @@ def _plan(
     config: PretrainConfig, plain: DictConfig, sources: Sources, world: World, console: Console, started: float
 ) -> None:
     """Show what a run would do, and leave no run behind."""
-    if config.plan.show and world.is_main:
-        from hjepa_pretrain.plan import show_schedules  # matplotlib takes a while to import
+    from hjepa_pretrain.plan import find_learning_rate, show_schedules  # matplotlib takes a while to import
 
+    if config.plan.show and world.is_main:
         show_schedules(config, console)
     if config.plan.find_lr:
         _count_classes(config, plain, sources[0])
         limit = _time_limit(config, started)
-        from hjepa_pretrain.plan import find_learning_rate
-
         find_learning_rate(config, build_task(config), _stream(config, sources, world), world, console, limit)
 
 
@@ -405,10 +403,10 @@ def _levels(config: PretrainConfig) -> str:
 
 def _finish(config: PretrainConfig, trainer: Trainer, sources: Sources, folder: Path, console: Console) -> None:
     """Write weights, report and results; a run that was finished before only shows its table."""
-    from hjepa_pretrain.report import write_report
-
     results = measured_before(config, trainer.step, folder)
     if results is None or not all((folder / name).is_file() for name in _LEFT):
+        from hjepa_pretrain.report import write_report
+
         model = _final_model(config, trainer)
         # Those of an earlier end are not of the weights that come now.
         (folder / RESULTS_FILE).unlink(missing_ok=True)

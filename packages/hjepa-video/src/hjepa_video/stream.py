@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from jaxtyping import UInt8
@@ -22,6 +21,7 @@ from hjepa_data import Batch, ViewGroup
 from hjepa_data.errors import DataError, choice, refuse
 from hjepa_data.random import hash_int
 from hjepa_data.shards.index import Int64Array
+from hjepa_data.sources.layout import find_files
 from hjepa_data.stream import permutation
 from hjepa_video.clip import ClipError, ClipProblem, ShortClip, clip_start, probe_clip, read_clip
 from hjepa_video.transforms import random_view
@@ -50,26 +50,11 @@ def list_clips(folder: str | os.PathLike[str]) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give a folder with videos")
-    found: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-    for where, folders, names in os.walk(root, onerror=_unreadable, followlinks=True):
-        stat = os.stat(where)
-        if (stat.st_dev, stat.st_ino) in seen:
-            # A link leads back to it.
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = (Path(where, name) for name in names if not name.startswith("."))
-        found += [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
-    found.sort()
+    names = find_files(os.fspath(root), VIDEO_SUFFIXES, Counter(), other="not a video")
+    found = sorted(root / name for name in names)
     if not found:
         raise DataError(f"{root}: no video in it; allowed suffixes: {', '.join(sorted(VIDEO_SUFFIXES))}")
     return found
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise DataError(f"{error.filename}: the folder cannot be read ({error.strerror})") from None
 
 
 @dataclass(kw_only=True, slots=True)

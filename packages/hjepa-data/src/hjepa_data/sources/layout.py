@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -14,7 +14,7 @@ import numpy as np
 from hjepa_data.errors import DataError
 from hjepa_data.shards.index import Int64Array
 
-__all__ = ["Layout", "digest_of", "find_images", "read_layout"]
+__all__ = ["Layout", "digest_of", "find_files", "find_images", "read_layout"]
 
 _log = logging.getLogger(__name__)
 
@@ -88,11 +88,18 @@ def read_layout(folder: str | os.PathLike[str], *, labels: bool | None = None) -
 
 
 def find_images(folder: str, left_out: Counter[str]) -> Iterator[str]:
-    """List the image files below a folder, by the endings of their names.
+    """List the image files below a folder: `find_files` for images."""
+    return find_files(folder, _EXTENSIONS, left_out, other="not an image")
+
+
+def find_files(folder: str, endings: Collection[str], left_out: Counter[str], *, other: str) -> Iterator[str]:
+    """List the files below a folder whose names end so; hidden files and folders are left out.
 
     Args:
         folder: where; links are followed, each folder is read once.
+        endings: such as ".jpg", in lower case; names may have them in upper case.
         left_out: other files are counted here, by reason, and folders that are not read.
+        other: the reason for files of other endings.
 
     Yields:
         Their paths relative to the folder, with slashes: files before folders, each sorted.
@@ -104,35 +111,36 @@ def find_images(folder: str, left_out: Counter[str]) -> Iterator[str]:
     waiting = [""]
     while waiting:
         prefix = waiting.pop()
+        where = os.path.join(folder, prefix) if prefix else folder
         files: list[str] = []
         folders: list[str] = []
         try:
-            stat = os.stat(os.path.join(folder, prefix))
+            stat = os.stat(where)
             if (stat.st_dev, stat.st_ino) in seen:
                 # A link leads back to it.
                 left_out["folder read already"] += 1
                 continue
             seen.add((stat.st_dev, stat.st_ino))
-            with os.scandir(os.path.join(folder, prefix)) as entries:
+            with os.scandir(where) as entries:
                 for entry in sorted(entries, key=lambda entry: entry.name):
                     if entry.is_dir() and not entry.name.startswith("."):
                         folders.append(entry.name)
-                    elif reason := _reason(entry):
+                    elif reason := _reason(entry, endings, other):
                         left_out[reason] += 1
                     else:
                         files.append(entry.name)
         except OSError as error:
-            raise DataError(f"folder '{os.path.join(folder, prefix)}' cannot be read: {error.strerror}") from None
+            raise DataError(f"{where}: the folder cannot be read ({error.strerror})") from None
         yield from (prefix + name for name in files)
         waiting += [f"{prefix}{name}/" for name in reversed(folders)]
 
 
-def _reason(entry: os.DirEntry[str]) -> str | None:
-    """Say why a file is no image."""
+def _reason(entry: os.DirEntry[str], endings: Collection[str], other: str) -> str | None:
+    """Say why a file is left out."""
     if entry.name.startswith("."):
         return "hidden"
-    if os.path.splitext(entry.name)[1].lower() not in _EXTENSIONS:
-        return "not an image"
+    if os.path.splitext(entry.name)[1].lower() not in endings:
+        return other
     if not entry.is_file():
         return "broken link" if entry.is_symlink() else "not a file"
     return None
