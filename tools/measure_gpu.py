@@ -1,10 +1,11 @@
 """Measure what docs/performance.md says of a GPU, on the one that is here, in one command.
 
-`python tools/measure_gpu.py OUT.jsonl --photos 'photos/*.tar'` runs the commands of that page one after the other, each
-in a process of its own and the most telling first, and writes a line of JSON after each: the command, its exit code,
-its seconds, the end of what it printed, and its numbers. At the end it prints them as a Markdown table. What does not
-fit into `--minutes` is left out and named; what takes longer than `--each` is ended, and says where it was.
-`--only steps,masks` measures some groups; `--list` prints the commands.
+`python tools/measure_gpu.py OUT.jsonl --photos 'photos/*.tar'` runs the commands of that page, each in a process of its
+own, and writes a line of JSON after each: the command, its exit code, its seconds, the end of what it printed, and its
+numbers. At the end it prints them as a Markdown table. Steps come first, the most telling before the others:
+`--together` of them compile side by side, and while one is timed the others stand still. Then comes what runs alone.
+What does not fit into `--minutes` is left out and named; what takes longer than `--each` is ended, and says where it
+was. `--only steps,masks` measures some groups; `--list` prints the commands.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -20,10 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -34,7 +37,7 @@ _BASE = ("recipe=hjepa", "model=vit_base_patch16", "data.batch_size=256", "masks
 _LARGE = ("recipe=hjepa", "model=vit_large_patch16", "hjepa.predictor.depth=12", "data.batch_size=128")
 _FLAT = ("hjepa.pyramid.levels=1", "hjepa.level_weights.weights=[1.0]", "hjepa.pyramid.fpn=none")
 _SMALL = ("preset=small_images", "data.train=synthetic", "data.batch_size=256")
-_FAREWELL = 5.0  # seconds
+_FAREWELL, _LOOK = 5.0, 0.05  # seconds
 _QUIET = ("eval.at_end=false", "eval.every_steps=null")
 
 
@@ -99,6 +102,9 @@ ROWS = (
 )  # fmt: skip
 
 
+Found: TypeAlias = dict[str, Any] | None
+
+
 def _numbers(folder: Path) -> dict[str, Any]:
     """Return what a command has measured, from the files that it wrote."""
     found: dict[str, Any] = {}
@@ -115,50 +121,124 @@ def _numbers(folder: Path) -> dict[str, Any]:
     return found
 
 
-def measure(row: Row, photos: str, seconds: float) -> dict[str, Any]:
-    """Run a command for at most `seconds` and return what is known of it."""
-    script = row.program.startswith("tools/")
-    program = [str(ROOT / row.program)] if script else ["-m", row.program.replace("-", "_")]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+class Job:
+    """A row that is being measured.
+
+    Args:
+        row: what runs.
+        photos: where the shards lie.
+        seconds: until it is ended; those in which it stands still do not count.
+        turn: the file by which steps take turns.
+    """
+
+    def __init__(self, row: Row, photos: str, seconds: float, turn: Path | None = None) -> None:
+        self.row = row
+        self._place = tempfile.TemporaryDirectory()
+        self._folder = folder = Path(self._place.name)
         places = {"photos": photos, "json": str(folder / "row.json"), "run": str(folder / "run")}
         if any("{noise}" in word for word in row.words):
             places["noise"] = str(_write_noise(folder / "noise"))
         words = [_fill(word, places) for word in row.words]
+        if turn is not None and "throughput" in words:
+            words += ["--turn", str(turn)]
+        script = row.program.startswith("tools/")
+        program = [str(ROOT / row.program)] if script else ["-m", row.program.replace("-", "_")]
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")} if row.cold else {}
-        began = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, *program, *words],
-            # A program that has to be killed shows what it has printed, and where it is.
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **cache},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        try:
-            printed, _ = process.communicate(timeout=seconds)
-        except BaseException as error:
-            if isinstance(error, subprocess.TimeoutExpired):
-                process.send_signal(signal.SIGABRT)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(_FAREWELL)
-            # Its workers too, where it has any, which would hold the pipe and the GPU.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            printed, _ = process.communicate()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
+        self._began = time.monotonic()
+        self._ends, self._still = self._began + seconds, 0.0
+        with (folder / "printed").open("w") as printed:
+            self.process = subprocess.Popen(
+                [sys.executable, *program, *words],
+                # A program that has to be killed shows what it has printed, and where it is.
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **cache},
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def runs(self) -> bool:
+        """Say whether it goes on; one whose time is over is ended first."""
+        if self.process.poll() is None and not self._still and time.monotonic() > self._ends:
+            self.process.send_signal(signal.SIGABRT)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_FAREWELL)
+            self.kill()
+        return self.process.poll() is None
+
+    def stand_still(self, still: bool) -> None:
+        """Stop or continue it with its workers."""
+        if still == bool(self._still):
+            return
+        now = time.monotonic()
+        self._ends += 0.0 if still else now - self._still
+        self._still = now if still else 0.0
+        self._signal(signal.SIGSTOP if still else signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it with its workers, where it has any, which would hold the GPU."""
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def result(self) -> dict[str, Any]:
+        """Return what is known of it at its end, and forget its files."""
+        self.kill()
+        printed = (self._folder / "printed").read_text(errors="replace")
+        numbers = _numbers(self._folder)
+        self._place.cleanup()
         return {
-            "group": row.group,
-            "command": _shown(row),
-            "reach": row.reach,
-            "exit": process.returncode,
-            "seconds": round(time.monotonic() - began, 1),
-            **_numbers(folder),
+            "group": self.row.group,
+            "command": _shown(self.row),
+            "reach": self.row.reach,
+            "exit": self.process.returncode,
+            "seconds": round(time.monotonic() - self._began, 1),
+            **numbers,
             "printed": printed[-20000:],
         }
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+def measure(
+    rows: Sequence[Row], photos: str, *, each: float, end: float = math.inf, together: int = 1
+) -> Iterator[tuple[Row, Found]]:
+    """Run commands, and give what is known of each as it ends.
+
+    Args:
+        rows: what runs.
+        photos: where the shards lie.
+        each: seconds for a command.
+        end: of the clock `time.monotonic`; nothing begins after it, and what runs then is ended.
+        together: how many run side by side.
+
+    Yields:
+        A row, and what was found: None where there was no time for it.
+    """
+    waiting, running = list(rows), list[Job]()
+    with tempfile.TemporaryDirectory() as folder:
+        turn = Path(folder) / "turn"
+        turn.touch()
+        try:
+            while waiting or running:
+                timed = turn.read_text()
+                alone = next((job for job in running if str(job.process.pid) == timed), None)
+                for job in running:
+                    job.stand_still(alone not in (None, job))
+                left = end - time.monotonic()
+                if waiting and alone is None and len(running) < together:
+                    row = waiting.pop(0)
+                    if left > 0:
+                        running.append(Job(row, photos, min(each, left), turn if together > 1 else None))
+                    else:
+                        yield row, None
+                for job in [job for job in running if not job.runs()]:
+                    running.remove(job)
+                    yield job.row, job.result()
+                time.sleep(_LOOK)
+        finally:
+            for job in running:
+                job.result()
 
 
 def _write_noise(folder: Path) -> Path:
@@ -215,6 +295,7 @@ def main() -> None:
     parser.add_argument("output", nargs="?", type=Path, help="lines of JSON; those that are there stay")
     parser.add_argument("--photos", help="shards of 5,000 JPEGs or more; without, rows that read some are left out")
     parser.add_argument("--only", help=f"groups, with commas between: {', '.join(groups)}")
+    parser.add_argument("--together", type=int, default=4, help="steps that compile side by side (default 4)")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing after these, and end what runs then")
     parser.add_argument("--each", type=float, default=4.0, help="end a command after these minutes (default 4)")
     parser.add_argument("--list", action="store_true", help="print the commands and do nothing")
@@ -232,22 +313,28 @@ def main() -> None:
         options.output.touch()
     except OSError as error:
         parser.error(f"{options.output}: cannot be written ({error.strerror}); name a file in a folder that is there")
-    end, results, left = time.monotonic() + 60 * options.minutes, [], []
-    for row in rows:
-        needs_photos = any("{photos}" in word for word in row.words)
-        remaining = end - time.monotonic()
-        if remaining <= 0 or (needs_photos and options.photos is None):
-            left.append(f"{_shown(row)}: {'no --photos' if remaining > 0 else 'no time left'}")
-            continue
-        try:
-            results.append(measure(row, options.photos or "", min(remaining, 60 * options.each)))
-        except KeyboardInterrupt:
-            end = 0.0
-            left.append(f"{_shown(row)}: interrupted")
-            continue
-        with options.output.open("a") as file:
-            file.write(json.dumps(results[-1]) + "\n")
-        print(table(results[-1:]).splitlines()[-1], flush=True)
+    if options.together < 1:
+        parser.error(f"--together={options.together}: nothing would run; allowed: 1 and more")
+    results: list[dict[str, Any]] = []
+    blind = [row for row in rows if options.photos is None and any("{photos}" in word for word in row.words)]
+    left = [f"{_shown(row)}: no --photos" for row in blind]
+    todo = [row for row in rows if row not in blind]
+    steps = [row for row in todo if "throughput" in row.words]
+    others = [row for row in todo if row not in steps]
+    end = time.monotonic() + 60 * options.minutes
+    try:
+        for together, some in ((options.together, steps), (1, others)):
+            for row, found in measure(some, options.photos or "", each=60 * options.each, end=end, together=together):
+                todo.remove(row)
+                if found is None:
+                    left.append(f"{_shown(row)}: no time left")
+                    continue
+                results.append(found)
+                with options.output.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+                print(table([found]).splitlines()[-1], flush=True)
+    except KeyboardInterrupt:
+        left += [f"{_shown(row)}: interrupted" for row in todo]
     print(f"\n{table(results)}")
     print("".join(f"\nleft out: {line}" for line in left))
 

@@ -1,6 +1,9 @@
 """The training step: its speed, its parts, what it asks of the machine, and the plain step beside it."""
 
+import fcntl
 import json
+import os
+import threading
 import warnings
 from functools import partial
 
@@ -14,6 +17,7 @@ from hjepa_benchmark.throughput.count import graph_breaks, host_synchronisations
 from hjepa_benchmark.throughput.reference import PlainAttention, ReferenceStep
 from hjepa_benchmark.throughput.step import PREDICTOR, PYRAMID, TrainingStep
 from hjepa_pretrain import settings
+from hjepa_pretrain.baselines.supervised import Supervised
 from hjepa_train.precision import Precision
 
 CPU = torch.device("cpu")
@@ -193,6 +197,52 @@ def test_a_break_is_counted(step, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert graph_breaks(step) >= 1
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_break_of_a_compiled_step_is_counted_as_it_is_compiled(breaks, tiny, monkeypatch):
+    """HJEPA refuses to be cut; a baseline is cut, and is as slow as its pieces."""
+    tiny = [word for word in tiny if not word.startswith("masks.")]
+    compiled = ("trainer.compile=true", "trainer.compile_backend=eager")
+    words = ("recipe=supervised", "baseline.num_classes=3", "data.train=synthetic", *tiny, *compiled)
+    forward = Supervised.forward
+
+    def cut(model, inputs):
+        if breaks:
+            torch._dynamo.graph_break()
+        return forward(model, inputs)
+
+    monkeypatch.setattr(Supervised, "forward", cut)
+    monkeypatch.setattr(measure, "matmul_peak", lambda *_: 1e9)
+    found = measure.measure_throughput(settings.load(words)[0], steps=1, parts=False)
+    assert (found.graph_breaks > 0) is breaks
+
+
+def test_programs_that_take_turns_are_timed_one_at_a_time(tiny, tmp_path, monkeypatch):
+    turn, timing = tmp_path / "turn", measure._in_turn
+    said = []
+
+    def timed(*arguments):
+        said.append(turn.read_text())
+        return timing(*arguments)
+
+    monkeypatch.setattr(measure, "_in_turn", timed)
+    words = ["throughput", "recipe=hjepa", "--steps", "1", "--turn", str(turn), *tiny, "hjepa.pyramid.fpn_dim=32"]
+    program = threading.Thread(target=main, args=(words,))
+    with turn.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        program.start()
+        program.join(20)
+        assert program.is_alive()
+        assert said == []
+    program.join(120)
+    assert said == [str(os.getpid())]
+    assert turn.read_text() == ""
+
+
+def test_a_turn_that_cannot_be_taken_is_refused_at_once(tmp_path, capsys):
+    assert main(["throughput", "--turn", str(tmp_path / "absent" / "turn")]) == 2
+    assert "--turn=" in capsys.readouterr().err
 
 
 def test_a_step_moves_both_branches(config):

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{others[0]}: unknown; hjepa-benchmark {words[0]} --help lists what there is")
         if others:
             options.settings += others
-        for option in ("json", "out"):
+        for option in ("json", "out", "turn"):
             _check_output(option, getattr(options, option, None))
         options.run(options)
     except (ValueError, OSError, RuntimeError) as error:
@@ -137,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         "--no-parts", dest="parts", action="store_false", help="the whole step alone: less to compile, a GPU's time"
     )
     throughput.add_argument("--json", type=Path, help="also write the numbers to this file")
+    throughput.add_argument(
+        "--turn", type=Path, help="a file: of the programs that name it, which compile side by side, one is timed"
+    )
     throughput.add_argument("settings", nargs="*", metavar="key=value", help="any setting of hjepa-pretrain")
     throughput.set_defaults(run=_throughput)
 
@@ -223,7 +226,12 @@ def _throughput(options: argparse.Namespace) -> None:
     from hjepa_benchmark.throughput.measure import print_throughput
 
     print_throughput(
-        options.settings, steps=options.steps, reference=options.reference, parts=options.parts, output=options.json
+        options.settings,
+        steps=options.steps,
+        reference=options.reference,
+        output=options.json,
+        parts=options.parts,
+        turn=options.turn,
     )
 
 

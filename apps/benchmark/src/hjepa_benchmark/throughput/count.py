@@ -84,7 +84,7 @@ def matmul_peak(precision: Precision, device: torch.device, *, seconds: float = 
 
 
 def graph_breaks(step: TrainingStep) -> int:
-    """Places where `torch.compile` would cut the model's forward pass in two."""
+    """Places where `torch.compile` would cut the forward pass of a model that is not compiled."""
     config, batch = step.config, step.batch
     views = [normalize(view, config.data.mean, config.data.std) for view in batch.views]
     context, targets = step.draw_masks()
@@ -99,6 +99,14 @@ def graph_breaks(step: TrainingStep) -> int:
         logging.getLogger("torch._dynamo").setLevel(level)
         torch._dynamo.reset()
     return int(found.graph_break_count)
+
+
+def compiled_graph_breaks(first: Callable[[], object]) -> int:
+    """Places where the compiler cut what it compiled in the first call of it."""
+    counted = torch._dynamo.utils.counters["graph_break"]
+    counted.clear()
+    first()
+    return sum(counted.values())
 
 
 def host_synchronisations(step: TrainingStep) -> int | None:

@@ -1,10 +1,13 @@
 """Measures a step, prints the table, keeps the numbers."""
 
 import json
+import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from rich.table import Table
 
 from hjepa_benchmark.throughput.clock import milliseconds, wait
 from hjepa_benchmark.throughput.count import (
+    compiled_graph_breaks,
     graph_breaks,
     host_synchronisations,
     matmul_peak,
@@ -87,7 +91,7 @@ class Throughput:
 
 
 def measure_throughput(
-    config: PretrainConfig, *, steps: int, reference: bool = False, parts: bool = True
+    config: PretrainConfig, *, steps: int, reference: bool = False, parts: bool = True, turn: Path | None = None
 ) -> Throughput:
     """Times whole steps, then their parts; with a reference, step by step in turn.
 
@@ -96,6 +100,7 @@ def measure_throughput(
         steps: timed steps, after a few that are not.
         reference: also time a plain I-JEPA step at the same numbers of tokens.
         parts: also time the parts, each of which is compiled by itself.
+        turn: a file by which programs take turns: what is compiled is compiled beside them, and timed alone.
     """
     cuda = config.run.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -103,61 +108,73 @@ def measure_throughput(
     context, targets = step.draw_masks()
     counted = operations(step)
     step.recompute()
-    breaks = graph_breaks(step)
+    compiled = config.trainer.compile
+    breaks = 0 if compiled else graph_breaks(step)
     step.compile()
-    for number in range(step.every * _WARMUP):
-        step(number)
-    peak = None
-    if cuda:
-        wait(device)
-        torch.cuda.reset_peak_memory_stats()
-        for number in range(step.every):
-            step(number)
-        wait(device)
-        # A graph that is replayed allocates nothing: its memory is what torch keeps for it.
-        graphs = config.trainer.compile and config.trainer.compile_mode is not CompileMode.default
-        peak = (torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()) / 2**30
-    plain, held = None, torch.cuda.memory_allocated() if cuda else 0
-    if reference:
-        assert context is not None
-        assert targets is not None
-        plain = ReferenceStep(config, context, targets, device)
-        for _ in range(_WARMUP):
-            plain()
+    if compiled:
+        breaks = compiled_graph_breaks(partial(_repeat, step, step.every))
+    if turn is not None and parts:
+        step.parts(repeats=1, warmup=0)
         if cuda:
+            torch.cuda.empty_cache()
+    with _in_its_turn(turn):
+        _repeat(step, step.every * _WARMUP)
+        peak = None
+        if cuda:
+            wait(device)
             torch.cuda.reset_peak_memory_stats()
-    ours, theirs, timed = _in_turn(step, plain, steps, device)
-    length = statistics.median(ours)
-    found = None
-    if plain is not None:
-        found = Reference(
-            images_per_second=1e3 * len(step.batch) / statistics.median(theirs),
-            milliseconds=statistics.median(theirs),
-            operations=operations_of(plain.forward_backward),
-            peak_gib=_peak_of(plain, held, device) if cuda else None,
-            speedup=statistics.median(other / own for own, other in zip(ours, theirs, strict=True)),
+            _repeat(step, step.every)
+            wait(device)
+            # A graph that is replayed allocates nothing: its memory is what torch keeps for it.
+            graphs = config.trainer.compile and config.trainer.compile_mode is not CompileMode.default
+            peak = (torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()) / 2**30
+        plain, held = None, torch.cuda.memory_allocated() if cuda else 0
+        if reference:
+            assert context is not None
+            assert targets is not None
+            plain = ReferenceStep(config, context, targets, device)
+            for _ in range(_WARMUP):
+                plain()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+        ours, theirs, timed = _in_turn(step, plain, steps, device)
+        length = statistics.median(ours)
+        found = None
+        if plain is not None:
+            found = Reference(
+                images_per_second=1e3 * len(step.batch) / statistics.median(theirs),
+                milliseconds=statistics.median(theirs),
+                operations=operations_of(plain.forward_backward),
+                peak_gib=_peak_of(plain, held, device) if cuda else None,
+                speedup=statistics.median(other / own for own, other in zip(ours, theirs, strict=True)),
+            )
+            del plain
+        flops_peak = matmul_peak(config.trainer.precision, device)
+        return Throughput(
+            images_per_second=1e3 * len(step.batch) / length,
+            milliseconds=length,
+            steps=timed,
+            parts=step.parts(repeats=max(3, steps // step.every // 2), warmup=2) if parts else {},
+            operations=counted,
+            matmul_peak=flops_peak,
+            utilisation=counted / (length / 1e3) / flops_peak,
+            peak_gib=peak,
+            graph_breaks=breaks,
+            host_synchronisations=host_synchronisations(step),
+            context_tokens=None if context is None else context.shape[1],
+            target_tokens=None if targets is None else (targets.shape[1], targets.shape[2]),
+            reference=found,
         )
-        del plain
-    flops_peak = matmul_peak(config.trainer.precision, device)
-    return Throughput(
-        images_per_second=1e3 * len(step.batch) / length,
-        milliseconds=length,
-        steps=timed,
-        parts=step.parts(repeats=max(3, steps // step.every // 2), warmup=2) if parts else {},
-        operations=counted,
-        matmul_peak=flops_peak,
-        utilisation=counted / (length / 1e3) / flops_peak,
-        peak_gib=peak,
-        graph_breaks=breaks,
-        host_synchronisations=host_synchronisations(step),
-        context_tokens=None if context is None else context.shape[1],
-        target_tokens=None if targets is None else (targets.shape[1], targets.shape[2]),
-        reference=found,
-    )
 
 
 def print_throughput(
-    words: Sequence[str], *, steps: int, reference: bool, output: Path | None, parts: bool = True
+    words: Sequence[str],
+    *,
+    steps: int,
+    reference: bool,
+    output: Path | None,
+    parts: bool = True,
+    turn: Path | None = None,
 ) -> None:
     """Measures the run that these settings describe and prints a table.
 
@@ -170,6 +187,7 @@ def print_throughput(
         reference: also time a plain I-JEPA step.
         output: also write the numbers to this JSON file.
         parts: also time the parts.
+        turn: a file by which programs take turns; it is made.
 
     Raises:
         ValueError: a setting is wrong, or there is no step to time.
@@ -194,13 +212,35 @@ def print_throughput(
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads or threads)
     try:
-        found = measure_throughput(config, steps=steps, reference=reference, parts=parts)
+        found = measure_throughput(config, steps=steps, reference=reference, parts=parts, turn=turn)
     finally:
         torch.set_num_threads(threads)
     Console(soft_wrap=True).print(_table(found, config))
     if output is not None:
         content = {"command": ["hjepa-benchmark", "throughput", *words], **_about(config), **asdict(found)}
         output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def _in_its_turn(file: Path | None) -> Iterator[None]:
+    """Wait until no other program has its turn; meanwhile the file says which process has."""
+    if file is None:
+        yield
+        return
+    import fcntl  # not on Windows
+
+    with file.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        file.write_text(str(os.getpid()))
+        try:
+            yield
+        finally:
+            file.write_text("")
+
+
+def _repeat(step: TrainingStep, count: int) -> None:
+    for number in range(count):
+        step(number)
 
 
 def _in_turn(
@@ -214,10 +254,6 @@ def _in_turn(
     ours, theirs = [], []
     together = min(steps // step.every, _TOGETHER) if device.type == "cuda" else 1
 
-    def groups() -> None:
-        for number in range(together * step.every):
-            step(number)
-
     def plain_steps() -> None:
         assert plain is not None
         for _ in range(together):
@@ -225,7 +261,7 @@ def _in_turn(
 
     # Groups that would not fill the last turn are timed too: more than was asked for, never less.
     for _ in range(-(-steps // (step.every * together))):
-        ours.append(milliseconds(groups, device) / together / step.every)
+        ours.append(milliseconds(partial(_repeat, step, together * step.every), device) / together / step.every)
         if plain is not None:
             theirs.append(milliseconds(plain_steps, device) / together)
     return ours, theirs, len(ours) * together * step.every

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class TrainingStep:
             repeats: timed calls of each.
             warmup: calls before them.
         """
-        alone = self._alone()
+        alone = self._alone
         times: dict[str, list[float]] = {
             name: [] for name in (*(name for name, _, _ in alone), _WHOLE, UPDATE, EMA_PART)
         }
@@ -125,6 +125,7 @@ class TrainingStep:
             return "forward, backward"
         return PREDICTOR if self.predicts else "projectors, loss"
 
+    @cached_property
     def _alone(self) -> list[tuple[str, Callable[[], object], float]]:
         """Parts that can run by themselves: name, work, and how much of it a step has on average."""
         config, model = self.config, self.task.model
