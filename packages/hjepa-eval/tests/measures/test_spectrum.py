@@ -9,9 +9,9 @@ from hjepa_eval import alpha_req, effective_rank, isotropy, judge_collapse, lida
 
 
 def naive_rank(z, eps, centred):
-    """The formula, by eigenvalues of the Gram matrix in Python floats."""
+    """The formula, by singular values in Python floats."""
     z = z.double() - (z.double().mean(0) if centred else 0)
-    sigma = torch.linalg.eigvalsh(z.T @ z).clamp_min(0).sqrt().tolist()
+    sigma = torch.linalg.svdvals(z).tolist()
     total = sum(sigma)
     p = [s / total + eps for s in sigma]
     return math.exp(-sum(x * math.log(x) for x in p if x > 0))
@@ -58,6 +58,17 @@ def test_equal_the_published_formulas(device, seed, n, width, scale):
     assert rankme(z.to(device)).item() == pytest.approx(naive_rank(z, 1e-7, centred=False), rel=1e-5)
     assert effective_rank(z.to(device)).item() == pytest.approx(naive_rank(z, 0.0, centred=True), rel=1e-5)
     assert 1 - 1e-9 <= effective_rank(z.to(device)).item() <= min(n - 1, width) + 1e-9
+
+
+@pytest.mark.parametrize(("n", "width"), [(300, 120), (60, 120)])
+def test_what_is_rounding_in_a_gram_matrix_does_not_count(device, n, width):
+    generator = torch.Generator().manual_seed(0)
+    steep = torch.randn(n, width, generator=generator, dtype=torch.float64) * torch.logspace(0, -9, width)
+    assert rankme(steep.to(device)).item() == pytest.approx(naive_rank(steep, 1e-7, centred=False), rel=1e-5)
+    one = torch.randn(n, 1, generator=generator) @ torch.randn(1, width, generator=generator)
+    p = [1 + 1e-7] + [1e-7] * (min(n, width) - 1)
+    expected = math.exp(-sum(x * math.log(x) for x in p))
+    assert rankme(one.double().to(device)).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_spread_is_the_standard_deviation_of_each_dimension(device):

@@ -188,5 +188,9 @@ def _singular_values(z: Tensor, *, centred: bool) -> Tensor:
     check_finite(values, "z")
     if centred:
         values = values - values.mean(dim=0)
-    singular: Tensor = torch.linalg.svdvals(values)
-    return singular
+    # Through the smaller Gram matrix, which takes two thirds of the time on a core. What lies below a millionth or so of
+    # the largest is rounding there, and counts as nothing.
+    gram = values @ values.T if len(values) < values.shape[1] else values.T @ values
+    squares = torch.linalg.eigvalsh(gram).flip(0)
+    rounding = max(values.shape) * torch.finfo(squares.dtype).eps * squares[0]
+    return torch.where(squares > rounding, squares, 0).sqrt()
