@@ -126,7 +126,7 @@ def measure_throughput(
             _repeat(step, step.every)
             wait(device)
             # A graph that is replayed allocates nothing: its memory is what torch keeps for it.
-            graphs = config.trainer.compile and config.trainer.compile_mode is not CompileMode.default
+            graphs = compiled and config.trainer.compile_mode is not CompileMode.default
             peak = (torch.cuda.max_memory_reserved() if graphs else torch.cuda.max_memory_allocated()) / 2**30
         plain, held = None, torch.cuda.memory_allocated() if cuda else 0
         if reference:

@@ -188,8 +188,8 @@ def _singular_values(z: Tensor, *, centred: bool) -> Tensor:
     check_finite(values, "z")
     if centred:
         values = values - values.mean(dim=0)
-    # Through the smaller Gram matrix, which takes two thirds of the time on a core. What lies below a millionth or so
-    # of the largest is rounding there, and counts as nothing.
+    # The smaller Gram matrix is faster than a decomposition of the samples. What lies below a millionth or so of the
+    # largest is rounding there, and counts as nothing.
     gram = values @ values.T if len(values) < values.shape[1] else values.T @ values
     squares = torch.linalg.eigvalsh(gram).flip(0)
     rounding = max(values.shape) * torch.finfo(squares.dtype).eps * squares[0]
