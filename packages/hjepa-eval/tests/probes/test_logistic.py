@@ -96,6 +96,20 @@ def test_the_penalty_is_chosen_on_held_out_training_samples(device):
     assert probe.l2 > 1e-6
 
 
+def test_the_search_ends_where_two_weaker_penalties_in_a_row_are_worse(device):
+    (x, y), (held_x, _) = mixture(600, 64, 1), mixture(600, 64, 2)
+    probe = LogisticProbe().fit(x.to(device), y.to(device))
+    *_, best, worse, still_worse = probe.held_out_accuracy.values()
+    assert best == max(probe.held_out_accuracy.values()) > worse
+    assert best > still_worse
+    assert min(probe.held_out_accuracy) > min(probe.config.l2)
+    # What is fitted then, from where the search came to, is the one minimum that there is.
+    a, _ = (torch.from_numpy(part) for part in standardised(x, held_x))
+    ((weight, bias),) = fit_logistic(a.to(device), y.to(device), 10, [probe.l2])
+    least = penalised(weight, bias, a, y, probe.l2)
+    assert penalised(probe.weight, probe.bias, a, y, probe.l2) == pytest.approx(least, rel=1e-6)
+
+
 def test_a_function_of_the_seed(device):
     x, y = mixture(500, 16, 4, classes=3)
     x, y = x.to(device), y.to(device)

@@ -13,6 +13,7 @@ from hjepa_eval.probes.precision import full_precision
 SPARE = 64  # candidates beyond k, so that what float32 cannot tell apart is seldom more than they are
 VOTES = 2**24  # votes held at once: 128 MiB
 ROWS = 1024  # test rows of a tile: enough for a matrix product to run at full speed
+CACHED = 2**22  # bytes that a CPU reads over and over faster than it reads memory
 
 
 def knn_predict(
@@ -207,7 +208,7 @@ class _Search:
 
     def _cosines(self, row: Int[Tensor, " p"], index: Int[Tensor, " p"]) -> Float[Tensor, " p"]:
         # Each is summed in the same order wherever it stands, which matrix products do not promise: copies stay equal.
-        step = max(1, self.memory // (32 * self.bank.shape[1]))
+        step = _rows_at_once(self.bank, 32, self.memory)
         pieces = [
             (self.rows[a].double() * self.bank[b].double()).sum(dim=1) / (self.row_norms[a] * self.norms[b])
             for a, b in zip(torch.split(row, step), torch.split(index, step), strict=True)
@@ -228,7 +229,7 @@ def _without_copies(bank: Tensor, k: int, memory: int) -> Int[Tensor, " kept"] |
     """Positions of the bank without copies of a row beyond the first k; None where nothing is left out."""
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, (bank.shape[1],), generator=generator).to(bank.device)
-    step = max(1, memory // (32 * bank.shape[1]))
+    step = _rows_at_once(bank, 32, memory)
     bits = (part.double().view(torch.int64) for part in torch.split(bank, step))
     # The low bits of a float32 in 64 bits are 0 and would stay so under a product.
     key = torch.cat([((part ^ (part >> 29)) * factors).sum(dim=1) for part in bits])
@@ -245,9 +246,15 @@ def _without_copies(bank: Tensor, k: int, memory: int) -> Int[Tensor, " kept"] |
     return left.nonzero().flatten() if bool(same.any()) else None
 
 
+def _rows_at_once(rows: Tensor, bytes_each: int, memory: int) -> int:
+    """How many rows to turn into float64 at once, where each of their numbers takes so many bytes."""
+    held = min(memory, CACHED) if rows.is_cpu else memory
+    return max(1, held // (bytes_each * rows.shape[1]))
+
+
 def _norms(rows: Tensor, memory: int) -> Float[Tensor, " n"]:
     """Float64 norms; 1 for a row of zeros, whose cosines are all 0."""
-    step = max(1, memory // (16 * rows.shape[1]))
+    step = _rows_at_once(rows, 16, memory)
     norms = [part.double().square().sum(dim=1).sqrt() for part in torch.split(rows, step)]
     found = torch.cat(norms)
     check_finite(found)
