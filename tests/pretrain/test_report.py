@@ -24,11 +24,13 @@ def test_features_are_of_the_target_branch_where_there_is_one(recipe, branch):
     assert {features.name.branch for features in found.values()} == {branch}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_rows_on_the_way_are_of_every_level_and_ranks_of_the_whole_set(
-    pretrain, tiny, tmp_path, capsys, monkeypatch, read_rows
+    pretrain, tiny, tmp_path, capsys, monkeypatch, read_rows, precision
 ):
     monkeypatch.setattr(evaluation, "RANK_SAMPLES", 8)
     words = (*tiny, "run.steps=2", "eval.every_steps=9", "eval.online_samples=40", "eval.at_end=false")
+    words += (f"eval.precision={precision}",)
     assert pretrain.here(capsys, f"run.dir={tmp_path}/run", *words).code == 0
     config, _ = settings.load([f"run.dir={tmp_path}/run"])
     model, row = build_model(config), read_rows(tmp_path / "run")[0]
@@ -43,6 +45,20 @@ def test_rows_on_the_way_are_of_every_level_and_ranks_of_the_whole_set(
         found = knn_accuracy(bank.values, bank.labels, test[level].values, test[level].labels, ks=(20,))
         assert row[f"eval/{level}/knn_20"] == pytest.approx(found[20]), level
         assert row[f"eval/{level}/rankme"] == pytest.approx(float(rankme(bank.some(8).values)), rel=1e-4), level
+
+
+def test_features_are_of_the_precision_that_is_asked_for():
+    pixels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = Images(pixels=pixels, labels=torch.zeros(4).long())
+    single, half = (
+        level_features(build_model(config), images, config, torch.device("cpu"))
+        for config in (settings.load([f"eval.precision={one}"])[0] for one in ("fp32", "bf16"))
+    )
+    for level, wanted in single.items():
+        found = half[level]
+        assert found.values.dtype == torch.float32, level
+        error = (found.values - wanted.values).norm() / wanted.values.norm()
+        assert 1e-4 < error < 3e-2, (level, error)
 
 
 def test_no_reading_is_no_all_clear():

@@ -21,6 +21,7 @@ from hjepa_train import (
     TrainerConfig,
 )
 from hjepa_train.plan import MachineConfig
+from hjepa_train.precision import Precision
 
 # More than any machine has cores; thousands end the process in which they start.
 _MAX_THREADS = 1024
@@ -221,6 +222,8 @@ class EvaluationConfig:
     """Images of each kind for the measurements on the way."""
     k: int = 20
     """Neighbours that vote."""
+    precision: Precision = Precision.fp32
+    """Arithmetic of the encoder while it is measured; `bf16` takes a fraction of the time."""
     at_end: bool = True
     """Measure every level at the end, beside the untrained encoder and raw pixels."""
 

@@ -22,6 +22,7 @@ from hjepa_pretrain.demo.shards import demo_shards
 from hjepa_pretrain.model import Model, build_model, feature_branch
 from hjepa_pretrain.results import PIXELS, TRAINED, UNTRAINED, branch_of
 from hjepa_train import DivergedError, Trainer
+from hjepa_train.precision import Precision, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -196,13 +197,15 @@ def level_features(
 ) -> Mapping[str, FeatureSet]:
     """Extract the features of every level in one pass, as `feature_function` names them, by level."""
     model.eval()
-    features = feature_function(model, subject=subject)
+    features = feature_function(model, subject=subject, precision=config.eval.precision)
     found = extract(features, images.batches(config.data.mean, config.data.std), device=device)
     model.train()
     return {one.name.level: one for one in found.values()}
 
 
-def feature_function(model: Model, *, subject: str = TRAINED) -> Callable[[Tensor], dict[FeatureName, Tensor]]:
+def feature_function(
+    model: Model, *, subject: str = TRAINED, precision: Precision = Precision.fp32
+) -> Callable[[Tensor], dict[FeatureName, Tensor]]:
     """Return what maps normalised images to the features of every level, of the target branch where there is one.
 
     Tokens are pooled by their mean; what the model gives as a vector has the pooling `none`.
@@ -210,6 +213,7 @@ def feature_function(model: Model, *, subject: str = TRAINED) -> Callable[[Tenso
     Args:
         model: in evaluation mode when it is called.
         subject: trained or untrained, for the name of the branch.
+        precision: arithmetic of the model.
 
     Raises:
         DivergedError: when it is called, where features are not finite.
@@ -218,7 +222,8 @@ def feature_function(model: Model, *, subject: str = TRAINED) -> Callable[[Tenso
     levels = every_level(model, branches=(branch,))
 
     def features(images: Tensor) -> dict[FeatureName, Tensor]:
-        found = levels(images)
+        with autocast(precision, images.device):
+            found = levels(images)
         _finite({name.level: values for name, values in found.items()})
         return {replace(name, branch=branch_of(subject, branch)): values for name, values in found.items()}
 
@@ -266,14 +271,15 @@ class OnlineEvaluation:
         """Return the measurements of the model as it is."""
         config, k, device = self._config, self._config.eval.k, trainer.world.device
         trainer.module.eval()
-        banks, tests = (
-            extract(
-                lambda pixels: _finite(trainer.call("all_features", pixels)),
-                images.batches(config.data.mean, config.data.std),
-                device=device,
+        with autocast(config.eval.precision, device):
+            banks, tests = (
+                extract(
+                    lambda pixels: _finite(trainer.call("all_features", pixels)),
+                    images.batches(config.data.mean, config.data.std),
+                    device=device,
+                )
+                for images in (self._train, self._test)
             )
-            for images in (self._train, self._test)
-        )
         trainer.module.train()
         row: dict[str, float] = {}
         for level, features in banks.items():

@@ -14,6 +14,7 @@ from hjepa_models import Pooling, coarsen
 from hjepa_pretrain.evaluation import Images, feature_function
 from hjepa_pretrain.model import Model, build_model, feature_branch, load_run
 from hjepa_pretrain.results import PIXELS, TRAINED, UNTRAINED, branch_of
+from hjepa_train.precision import autocast
 
 _BATCH = 256
 _SIDE = 32
@@ -75,7 +76,8 @@ def tokens_of(run: Run, model: Model, images: Images, levels: list[str]) -> dict
     model.eval()
     parts: dict[str, list[Tensor]] = {level: [] for level in levels}
     for pixels, _ in _batches(images):
-        every = model.all_features(normalized(run, pixels.to(run.device)), pool="none")
+        with autocast(run.config.eval.precision, run.device):
+            every = model.all_features(normalized(run, pixels.to(run.device)), pool="none")
         for level, tokens in every.items():
             if str(level) in parts:
                 parts[str(level)].append(tokens.float().cpu())
@@ -88,7 +90,7 @@ def normalized(run: Run, pixels: Tensor) -> Tensor:
 
 
 def _features_of(model: Model, run: Run, name: str) -> Callable[[Tensor], dict[FeatureName, Tensor]]:
-    features = feature_function(model, subject=name)
+    features = feature_function(model, subject=name, precision=run.config.eval.precision)
     return lambda pixels: features(normalized(run, pixels))
 
 
