@@ -25,6 +25,7 @@ from hjepa_models.layers.attention_pool import AttentionPool
 from hjepa_models.layers.norm import normalize
 from hjepa_models.objectives import DISTANCES
 from hjepa_models.state import StateConfig
+from hjepa_models.step import Step
 
 GRID = (4, 6)
 
@@ -463,7 +464,8 @@ def test_centred_targets_are_the_tokens_less_their_mean_over_the_batch(device):
     model = small_config("detached", center_targets=True, with_global=True).build(device=device)
     images, context, target = batch(device, views=2)
     full = [model.encoder(view) for view in images]
-    _, wanted = model._target_tokens(images[0], full, len(context), target.flatten(1), model.plan(0))
+    step = Step(model, torch.ones(model.config.pyramid.levels, device=device), torch.tensor(0), model.plan(0))
+    _, wanted = step.target_tokens(images[0], full, len(context), target.flatten(1))
     tokens = full[0].double()
     for image, places in enumerate(target.flatten(1).tolist()):
         for number, place in enumerate(places):

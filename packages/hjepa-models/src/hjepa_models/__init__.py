@@ -15,7 +15,7 @@ from hjepa_models.encoder import Encoder, EncoderConfig
 from hjepa_models.export import export_features, export_onnx, output_names
 from hjepa_models.global_level import GlobalConfig, GlobalLevel, GlobalObjective, ProjectorNorm
 from hjepa_models.grid import Grid, coarsen, gather_tokens, grid_coordinates, num_tokens, sincos_positions
-from hjepa_models.hjepa import HJEPA, HJEPAOutput, StepPlan
+from hjepa_models.hjepa import HJEPA
 from hjepa_models.layers.attention import AttentionBackend
 from hjepa_models.layers.block import Block, DropPathSchedule, MlpKind
 from hjepa_models.layers.flexi import FlexiPatchEmbed, resize_patch_weights
@@ -72,6 +72,7 @@ from hjepa_models.state import (
     StateConfig,
     latent_overshooting,
 )
+from hjepa_models.step import HJEPAOutput, StepPlan
 
 __version__ = "0.1.0"
 

@@ -2,67 +2,26 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hjepa_models._validation import coerce_choice
-from hjepa_models.canvas import Canvas, dense_canvas, scatter_to_canvas
-from hjepa_models.config import ONLINE_TARGETS, WITHOUT_EMA, Branch, FeaturePool, HJEPAConfig, Prediction, Targets
-from hjepa_models.crops import relate_crops
-from hjepa_models.distributed import all_reduce_mean, world_size
-from hjepa_models.encoder import Encoder, tokens_per_axis
-from hjepa_models.features import FeatureBranch, named_maps
+from hjepa_models.canvas import Canvas
+from hjepa_models.config import WITHOUT_EMA, Branch, FeaturePool, HJEPAConfig, Prediction, Targets
+from hjepa_models.encoder import Encoder
+from hjepa_models.features import FeatureBranch
 from hjepa_models.global_level import GlobalLevel
-from hjepa_models.grid import Grid, gather_tokens, num_tokens
-from hjepa_models.inputs import check_masks, check_views, count_whole, pair_of_crops, spread_masks
-from hjepa_models.layers.norm import normalize
+from hjepa_models.inputs import check_masks, check_views, pair_of_crops
 from hjepa_models.layers.patch import PixelProjection
-from hjepa_models.layers.upsampler import children_index, sample_children, upsampling_ratio
 from hjepa_models.losses import PredictionLosses
-from hjepa_models.objectives import LevelAverages, LevelWeighting, adaptive_weights, mean_token, sigreg
-from hjepa_models.predictor import Predictor, PredictorMode
+from hjepa_models.objectives import LevelAverages, LevelWeighting
+from hjepa_models.predictor import Predictor
 from hjepa_models.pretrained import PretrainedMixin
 from hjepa_models.pyramid import Pyramid
-
-
-@dataclass(slots=True)
-class HJEPAOutput:
-    """What a step returns.
-
-    Attributes:
-        loss: weighted sum of all terms.
-        level_losses: the unweighted, detached loss of each level computed at this step: "0", "1", ..., "global",
-            "map0", ... (of the stem's maps), and of each term that is on: "vicreg", "sigreg", "disentanglement",
-            "instance", "state". A level whose weight is 0 at this step has no key.
-        embeddings: detached mean features, one row per image: "encoder" (all tokens of the first view: of the online
-            encoder where views are encoded whole, else of the target's; the visible tokens where whole images are not
-            encoded), each predicted level ("0", ...: its wanted tokens on the target side, at steps that predict, one
-            row for each image of each predicted view; 0 where crops do not overlap), "global" (the projected first
-            view) and "map0", ... (pooled).
-    """
-
-    loss: Float[Tensor, ""]
-    level_losses: dict[str, Float[Tensor, ""]]
-    embeddings: dict[str, Float[Tensor, "B D"]]
-
-
-class StepPlan(NamedTuple):
-    """What of a step is decided before it runs; a compiled step has one graph for each plan.
-
-    Attributes:
-        predicts: whether the predicted term is computed.
-        active: whether each level has weight.
-        output_patch: pixels of an output token.
-    """
-
-    predicts: bool
-    active: tuple[bool, ...]
-    output_patch: Grid
+from hjepa_models.step import HJEPAOutput, StepInputs, StepPlan, run_step
 
 
 class HJEPA(nn.Module, PretrainedMixin):
@@ -163,7 +122,7 @@ class HJEPA(nn.Module, PretrainedMixin):
         Args:
             options: of `torch.compile`; `fullgraph=True` and `dynamic=False` unless given.
         """
-        self._compiled_step = torch.compile(HJEPA._step, **({"fullgraph": True, "dynamic": False} | options))
+        self._compiled_step = torch.compile(run_step, **({"fullgraph": True, "dynamic": False} | options))
 
     def forward(
         self,
@@ -210,38 +169,8 @@ class HJEPA(nn.Module, PretrainedMixin):
         # Filled on the device: a tensor made of a list would be copied there.
         weights = [torch.full((), weight, device=device) for weight in self.config.level_weights.level_weights(step)]
         clock = torch.full((), step, dtype=torch.int64, device=device)
-        run = self._compiled_step or HJEPA._step
-        return run(self, views, context_index, target_index, pair, torch.stack(weights), clock, plan)
-
-    def _step(
-        self,
-        views: Sequence[Tensor],
-        context_index: Tensor | None,
-        target_index: Tensor | None,
-        crops: Float[Tensor, "2 B 5"] | None,
-        weights: Float[Tensor, " L"],
-        step: Int[Tensor, ""],
-        plan: StepPlan,
-    ) -> HJEPAOutput:
-        output = HJEPAOutput(torch.zeros((), device=views[0].device), {}, {})
-        scales = None
-        if self.config.encodes_views:
-            scales = self.encode_views(views if self.global_level is not None else views[:2])
-        full = None if scales is None else [tokens for tokens, *_ in scales]
-        if full is not None:
-            output.embeddings["encoder"] = full[0].detach().mean(1)
-        if crops is not None:
-            assert full is not None
-            self._view_term(views, full, crops, weights, step, plan, output)
-        elif plan.predicts:
-            assert context_index is not None
-            assert target_index is not None
-            self._masked_term(views, full, context_index, target_index, weights, step, plan, output)
-        if scales is not None and self.global_level is not None:
-            self._global_term(scales, count_whole(views), step, output)
-        elif not plan.predicts:
-            output.loss = output.loss + 0.0 * self.predictor.mask_token.sum()
-        return output
+        inputs = StepInputs(views, context_index, target_index, pair)
+        return (self._compiled_step or run_step)(self, inputs, torch.stack(weights), clock, plan)
 
     def encode_views(self, views: Sequence[Tensor]) -> list[tuple[Float[Tensor, "B N _"], ...]]:
         """Encode all views with gradient, those of one shape in one batch.
@@ -256,191 +185,6 @@ class HJEPA(nn.Module, PretrainedMixin):
             found |= zip(same, zip(*(scale.chunk(len(same)) for scale in together), strict=True), strict=True)
         return [found[number] for number in range(len(views))]
 
-    def _masked_term(
-        self,
-        views: Sequence[Tensor],
-        full: list[Tensor] | None,
-        context_index: Tensor,
-        target_index: Tensor,
-        weights: Tensor,
-        step: Tensor,
-        plan: StepPlan,
-        output: HJEPAOutput,
-    ) -> None:
-        config = self.config
-        context_index, target_index, rows = spread_masks(
-            context_index, target_index, config.masked_views, len(views[0])
-        )
-        images = torch.cat([view[:rows] for view in views[: config.masked_views]])
-        grid = self.encoder.grid_of(images)
-        index, output_grid = self._output_index(images, target_index.flatten(1), grid, step, plan)
-        # The gradient branch runs first, so that the half-precision weights that autocast keeps are made with gradient.
-        context = self.encoder(images, context_index)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and config.targets is Targets.online):
-            whole, wanted = self._target_tokens(images, full, rows, index, plan)
-            canvas = scatter_to_canvas(wanted, index, output_grid)
-            targets = self.target_levels(canvas, self._few_known(index))
-        if full is None:
-            seen = context if whole is None else whole
-            output.embeddings["encoder"] = seen[:rows].detach().mean(1)
-        predicted, terms = self._predict(context, context_index, target_index, grid, wanted, step)
-        if config.encoder.output_patch_size:
-            canvas = scatter_to_canvas(predicted, target_index.flatten(1), grid)
-            predicted = self.encoder.upsample(canvas, output_grid, index)
-        predictions = self.pyramid(scatter_to_canvas(predicted, index, output_grid), self._few_known(index))
-        if self.level_averages is not None:
-            weights = adaptive_weights(self.level_averages(step), weights)
-        terms |= self.losses.regularizers(predicted, wanted, predictions, weights)
-        terms |= self.losses.instance(context, whole)
-        if config.sigreg_weight:
-            seen = full if whole is None or full is not None else whole.chunk(config.masked_views)
-            assert seen is not None
-            terms["sigreg"] = (config.sigreg_weight, self._sigreg(seen, step))
-        self._add_levels(predictions, targets, index, weights, step, plan, output, self._single_tokens(predicted))
-        self._add_terms(terms, output)
-
-    def _single_tokens(self, predicted: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"] | None:
-        """Return the finest level of predictions that differ by block where a place is in several, else None.
-
-        On a canvas such predictions are averaged, which spares them what they differ by. A level that looks at its
-        neighbours, or is upsampled, needs the canvas.
-        """
-        config, pyramid = self.config, self.pyramid
-        alike = config.predictor.mode is PredictorMode.joint and config.predictor.state is None
-        if alike or config.encoder.output_patch_size or pyramid.looks_around:
-            return None
-        tokens: Tensor = pyramid.finest(predicted.to(torch.promote_types(predicted.dtype, torch.float32)))
-        return tokens
-
-    def _view_term(
-        self,
-        views: Sequence[Tensor],
-        full: list[Tensor],
-        crops: Float[Tensor, "2 B 5"],
-        weights: Tensor,
-        step: Tensor,
-        plan: StepPlan,
-        output: HJEPAOutput,
-    ) -> None:
-        """Predict the first view from the second, and the second from the first."""
-        grid = self.encoder.grid_of(views[0])
-        relation = relate_crops(crops.flatten(0, 1), crops.flip(0).flatten(0, 1), grid)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.targets is Targets.online):
-            target = self.target_encoder
-            whole = torch.cat(full[:2]) if target is None else target(torch.cat(list(views[:2])))
-            wanted = self._wanted(whole)
-            targets = self.target_levels(Canvas(wanted, relation.inside, grid))
-        predicted = self.predictor.across(torch.cat(full[1::-1]), relation, grid)
-        values = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
-        predictions = self.pyramid(Canvas(values, relation.inside, grid))
-        if self.level_averages is not None:
-            weights = adaptive_weights(self.level_averages(step), weights)
-        self._add_levels(predictions, targets, None, weights, step, plan, output)
-        terms = self.losses.regularizers(predicted, wanted, predictions, weights, relation.inside)
-        if self.config.sigreg_weight:
-            terms["sigreg"] = (self.config.sigreg_weight, self._sigreg(full, step))
-        self._add_terms(terms, output)
-
-    @staticmethod
-    def _sigreg(views: Sequence[Float[Tensor, "B N D"]], step: Tensor) -> Float[Tensor, ""]:
-        return sigreg(torch.stack([tokens.mean(1) for tokens in views]), step)
-
-    def _add_terms(self, terms: dict[str, tuple[float, Tensor]], output: HJEPAOutput) -> None:
-        for name, (weight, term) in terms.items():
-            output.level_losses[name] = term.detach()
-            output.loss = output.loss + weight * term
-
-    def _output_index(
-        self, images: Tensor, target_index: Int[Tensor, "B K"], grid: Grid, step: Tensor, plan: StepPlan
-    ) -> tuple[Int[Tensor, "B O"], Grid]:
-        """Return the places that the loss scores, inside the hidden patches, and the grid that they are counted on."""
-        config = self.config
-        if not config.encoder.output_patch_size:
-            return target_index, grid
-        output_grid = tokens_per_axis(tuple(images.shape[2:]), plan.output_patch)
-        if config.output_tokens:
-            # A schedule may start at patches that hold fewer.
-            count = min(config.output_tokens, num_tokens(upsampling_ratio(grid, output_grid)))
-            return sample_children(target_index, grid, output_grid, count, step), output_grid
-        return children_index(target_index, grid, output_grid), output_grid
-
-    def _target_tokens(
-        self, images: Tensor, full: list[Tensor] | None, rows: int, index: Tensor, plan: StepPlan
-    ) -> tuple[Float[Tensor, "B N D"] | None, Float[Tensor, "B O D"]]:
-        """Return the target branch's tokens of whole images, if there are any, and the layer-normed ones at `index`."""
-        config = self.config
-        if self.projection is not None:
-            return None, normalize(self.projection(images, index, plan.output_patch))
-        if config.targets in ONLINE_TARGETS:
-            masked = None if full is None else torch.cat([view[:rows] for view in full[: config.masked_views]])
-            whole: Tensor = self.encoder(images) if masked is None else masked
-            return whole, self._wanted(whole, index)
-        assert self.target_encoder is not None
-        if not config.encoder.output_patch_size:
-            whole = self.target_encoder(images)
-            return whole, self._wanted(whole, index)
-        patch = config.target_patch_size or plan.output_patch
-        whole = self.target_encoder(images, processing_patch_size=patch)
-        if patch == plan.output_patch:
-            return whole, normalize(gather_tokens(whole, index))
-        sizes = tuple(images.shape[2:])
-        canvas = dense_canvas(whole, tokens_per_axis(sizes, patch))
-        finer = self.target_encoder.upsample(canvas, tokens_per_axis(sizes, plan.output_patch), index)
-        return whole, normalize(finer)
-
-    def _wanted(self, whole: Float[Tensor, "B N D"], index: Int[Tensor, "B K"] | None = None) -> Float[Tensor, "B K D"]:
-        """Return layer-normed tokens, all or those at `index`; centred by place if it is so set."""
-        if self.config.center_targets:
-            if len(whole) * world_size() < 2:
-                raise ValueError(
-                    "center_targets=True: one image less its own mean is 0 everywhere; "
-                    "allowed: two or more, over all processes; give more images, or leave center_targets out"
-                )
-            whole = whole - all_reduce_mean(whole.detach().mean(0, keepdim=True))
-        return normalize(whole if index is None else gather_tokens(whole, index))
-
-    def _predict(
-        self,
-        context: Tensor,
-        context_index: Tensor,
-        target_index: Tensor,
-        grid: Grid,
-        wanted: Tensor,
-        step: Tensor,
-    ) -> tuple[Float[Tensor, "B K D"], dict[str, tuple[float, Tensor]]]:
-        """Return the predicted tokens of all blocks, and the term of a hybrid state."""
-        condition, terms = None, {}
-        if self.predictor.state is not None:
-            blocks = rearrange(wanted.detach(), "b (m k) d -> b m k d", m=target_index.shape[1]).mean(2)
-            condition, divergence = self.predictor.rollout(context, target_index, grid, step, blocks)
-            assert divergence is not None
-            terms["state"] = (1.0, divergence.loss)
-            if not self.training:
-                condition, _ = self.predictor.rollout(context, target_index, grid, step)
-        return self.predictor(context, context_index, target_index, grid, condition).flatten(1, 2), terms
-
-    def _add_levels(
-        self,
-        predictions: list[Canvas],
-        targets: list[Canvas],
-        index: Tensor | None,
-        weights: Tensor,
-        step: Tensor,
-        plan: StepPlan,
-        output: HJEPAOutput,
-        tokens: Tensor | None = None,
-    ) -> None:
-        losses = torch.zeros_like(weights)
-        for level, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-            output.embeddings[str(level)] = mean_token(target.values, target.weight).detach()
-            if plan.active[level]:
-                single = (index, tokens) if level == 0 else ()
-                loss = self.losses.level(prediction, target, *single)
-                output.level_losses[str(level)] = losses[level] = loss.detach()
-                output.loss = output.loss + weights[level] * loss
-        if self.level_averages is not None and self.training:
-            self.level_averages.observe(step, losses)
-
     def target_levels(self, canvas: Canvas, few: Int[Tensor, "B K"] | None = None) -> list[Canvas]:
         """Return the target side of every level, by the path of predictions.
 
@@ -452,22 +196,6 @@ class HJEPA(nn.Module, PretrainedMixin):
             return self.pyramid.pool(canvas)
         levels: list[Canvas] = self.target_pyramid(canvas, few)
         return levels
-
-    def _few_known(self, index: Int[Tensor, "B K"]) -> Int[Tensor, "B K"] | None:
-        """Return the places of tokens where they are few among many: on an output grid finer than the patches."""
-        return index if self.config.encoder.output_patch_size else None
-
-    def _global_term(self, scales: list[tuple[Tensor, ...]], whole: int, step: Tensor, output: HJEPAOutput) -> None:
-        assert self.global_level is not None
-        losses = []
-        levels = {"global": self.global_level} | dict(named_maps(self.map_levels))
-        for (name, level), views in zip(levels.items(), zip(*scales, strict=True), strict=True):
-            pooled = torch.stack([level.pooled(view) for view in views])
-            z = level(pooled)
-            losses.append(level.loss(z, step, whole))
-            output.level_losses[name] = losses[-1].detach()
-            output.embeddings[name] = (z if level is self.global_level else pooled)[0].detach()
-        output.loss = output.loss + self.global_level.config.weight * torch.stack(losses).mean()
 
     @torch.no_grad()
     def features(
