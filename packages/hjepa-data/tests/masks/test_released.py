@@ -187,3 +187,15 @@ def test_a_size_that_only_one_step_in_thousands_draws():
     assert masks.targets.shape == (3, 2, 200)
     for context, targets in zip(masks.context, masks.targets, strict=True):
         assert not set(context.tolist()) & set(targets.flatten().tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_grid_of_thousands_of_cells_is_planned_in_seconds():
+    config = ReleasedMaskConfig(grid=(96, 96))
+    assert config.build(seed=0)(0, torch.arange(2)).context.shape == (2, config.context_cells)
+
+
+def test_the_budget_of_a_large_grid_is_that_of_counted_cells():
+    """The number that marking each of the 4,096 cells of each trial gave."""
+    assert ReleasedMaskConfig(grid=(64, 64)).context_cells == 1271

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-__all__ = ["blocked_cells", "cell_of_block", "line_origin", "line_table", "lines", "take_candidate"]
+__all__ = ["blocked_cells", "cell_of_block", "free_cells", "line_origin", "line_table", "lines", "take_candidate"]
 
 
 def line_table(longest: int) -> Float[Tensor, " L"]:
@@ -55,6 +55,27 @@ def blocked_cells(
     # the cells of the context alone.
     count = crossed[..., 0, :height].transpose(-1, -2) @ crossed[..., 1, :width]
     return (count >= 0).flatten(-2)
+
+
+def free_cells(start: Int[Tensor, "*B M1 2"], size: Int[Tensor, "M1 2"]) -> Int[Tensor, "*B"]:
+    """Count the cells of the last rectangle that lie in no other: those that ``blocked_cells`` leaves free.
+
+    The edges of the others cut each axis into 2 M - 1 pieces, each of which they cover as a whole or not at all: on a
+    large grid those are far fewer than its cells.
+
+    Args:
+        start: of the target rectangles and of the context's.
+        size: their sides.
+    """
+    low, high = start[..., -1:, :], start[..., -1:, :] + size[-1]
+    first = start[..., :-1, :].clamp(low, high)
+    end = (start[..., :-1, :] + size[:-1]).clamp(low, high)
+    edge = torch.cat([first, end], dim=-2).sort(dim=-2).values
+    piece, length = edge[..., :-1, None, :], edge.diff(dim=-2).float()
+    crossed = ((first[..., None, :, :] <= piece) & (piece < end[..., None, :, :])).float()
+    covered = (crossed[..., 0] @ crossed[..., 1].transpose(-1, -2)).clamp_(max=1)
+    area = (length[..., 0][..., None, :] @ covered @ length[..., 1][..., None]).flatten(-3)
+    return size[-1].prod() - area.long()
 
 
 def cell_of_block(cells: int, grid_width: int) -> Int[Tensor, "W1 cells"]:

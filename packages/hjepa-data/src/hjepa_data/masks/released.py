@@ -38,6 +38,7 @@ from hjepa_data.masks.budget import MaskConfig, check_scale, check_tokens
 from hjepa_data.masks.rectangles import (
     blocked_cells,
     cell_of_block,
+    free_cells,
     line_origin,
     line_table,
     take_candidate,
@@ -49,6 +50,8 @@ __all__ = ["ReleasedMaskConfig", "ReleasedMasks"]
 _RELEASED = 8
 _SIZES, _PLACES, _TARGET_CELLS = 0, 1, 2
 _TRIALS = 4096
+# So few trials at a time that torch starts no threads, which would wait for one another.
+_PART = 128
 _MINIMUM_CELLS = 1 << 23
 _LEVELS = 1024
 _MIN_SUCCESS = 0.25
@@ -300,12 +303,15 @@ def _constants(config: ReleasedMaskConfig) -> _Constants:
 
 def _trials(config: ReleasedMaskConfig, number: int) -> Iterator[tuple[tuple[Size, Size], float, Int[Tensor, " T"]]]:
     """Draw the number of free cells often, for each pair of sizes and with its probability."""
-    constants, blocks = _constants(config), config.num_targets
+    blocks, grid = config.num_targets, torch.tensor(config.spatial)
     for index, ((target, context), probability) in enumerate(config.sizes().items()):
-        random = bits(0, _RELEASED, index, torch.arange(number), n=(blocks + 1) * 2).view(number, blocks + 1, 2)
-        places, origin = _sizes_of_boxes(constants, blocks, target, context)
-        blocked = blocked_cells(constants.lines, below(leading(random), places), origin, config.spatial)
-        yield (target, context), probability, config.num_cells - blocked.sum(-1)
+        size = torch.tensor([target] * blocks + [context])
+        counts = []
+        for trial in torch.split(torch.arange(number), _PART):
+            random = bits(0, _RELEASED, index, trial, n=(blocks + 1) * 2).view(-1, blocks + 1, 2)
+            # Blocks land on all of the grid but its last row and column.
+            counts.append(free_cells(below(leading(random), grid - size), size))
+        yield (target, context), probability, torch.cat(counts)
 
 
 def _sizes_of_boxes(constants: _Constants, blocks: int, target: Size, context: Size) -> tuple[Tensor, ...]:
