@@ -441,6 +441,18 @@ def test_a_fraction_for_val_beside_splits_is_refused(splits, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("fraction", "split", "allowed"), [(0.01, "val", "at least"), (0.999, "train", "at most")])
+def test_a_fraction_that_leaves_a_split_without_images_is_refused(classes, tmp_path, capsys, fraction, split, allowed):
+    make = (classes, tmp_path / "out", "--workers", 1, "--val-fraction")
+    code, _, err = call(capsys, *make, fraction)
+    assert code == 2
+    found = re.search(rf"val_fraction={fraction}: .* none of the 30 images into {split}; allowed: {allowed} (\S+) for", err)
+    assert found, err
+    assert not (tmp_path / "out").exists()
+    assert call(capsys, *make, found[1])[0] == 0
+    assert {path.name[:-11] for path in (tmp_path / "out").glob("*.tar")} == {"train", "val"}
+
+
 def test_val_comes_before_test_in_the_next_command(splits, tmp_path, capsys):
     code, out, _ = call(capsys, splits, tmp_path / "out", "--workers", 1)
     assert code == 0

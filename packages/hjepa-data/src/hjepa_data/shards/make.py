@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
+from math import ceil, floor
 from pathlib import Path
 
 from PIL import Image
@@ -167,7 +168,7 @@ def plan_folder(folder: Path, config: MakeConfig) -> MakePlan:
         The plan.
 
     Raises:
-        DataError: no such folder, no image in it, or it has splits and there is to be another.
+        DataError: no such folder, no image in it, it has splits and there is to be another, or a split gets no image.
     """
     layout = read_layout(folder, labels=config.labels)
     if layout.by_split:
@@ -193,7 +194,7 @@ def plan_sources(sources: Mapping[str, Source], classes: Sequence[str], config: 
         The plan.
 
     Raises:
-        DataError: there are several splits, and there is to be another.
+        DataError: there are several splits, and there is to be another, or a split gets no image.
     """
     if len(sources) > 1:
         _refuse_fraction(config, list(sources))
@@ -251,6 +252,7 @@ class _Planner:
 
     def plan(self, source: Source, classes: list[str]) -> MakePlan:
         """Cut the images of each split into shards."""
+        self._check_fraction()
         # Train on the first, evaluate on the second.
         splits = sorted(self._by_split, key=lambda name: (not name.startswith("train"), name.startswith("test"), name))
         shards = [
@@ -261,6 +263,22 @@ class _Planner:
             )
         ]
         return MakePlan(source, shards, classes, self._left_out, splits)
+
+    def _check_fraction(self) -> None:
+        """Refuse a fraction that leaves either split without an image."""
+        fraction = self._config.val_fraction
+        if not fraction or len(self._by_split) > 1:
+            return
+        (images,) = self._by_split.values()
+        places = [_place_of(digest) for digest, _ in images]
+        if "val" in self._by_split:
+            missing, allowed = "train", f"at most {floor(max(places) * 1000) / 1000}"
+        else:
+            missing, allowed = "val", f"at least {ceil(min(places) * 1000) / 1000}"
+        raise DataError(
+            f"val_fraction={fraction}: the hash of its name puts none of the {len(places)} images into {missing}; "
+            f"allowed: {allowed} for these images, or 0 for no split"
+        )
 
 
 def make_shards(
@@ -372,8 +390,13 @@ def _key(name: str) -> str:
 
 
 def _split_of(digest: bytes, val_fraction: float) -> str:
+    return "val" if _place_of(digest) < val_fraction else "train"
+
+
+def _place_of(digest: bytes) -> float:
+    """Place in [0, 1] by which an image is told to be of train or val."""
     # The last bytes, since the first ones order the files.
-    return "val" if int.from_bytes(digest[8:], "big") < val_fraction * 2.0**64 else "train"
+    return int.from_bytes(digest[8:], "big") / 2.0**64
 
 
 def _cut(images: list[_Image], config: MakeConfig) -> Iterator[list[_Image]]:
