@@ -11,17 +11,21 @@ import zlib
 import pytest
 from PIL import Image
 
-from hjepa_data import ShardSource, write_shards
+from hjepa_data import DataError, ShardSource, write_shards
 from hjepa_data.shards.check import PICKLES, CheckConfig, check_shard, check_shards
 from hjepa_data.shards.index import index_path, index_shard
 
 
-def write_tar(path, members):
+def write_tar(path, members, links=(), kind=tarfile.SYMTYPE):
     with tarfile.open(path, "w") as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+        for name in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "a.jpg"
+            tar.addfile(info)
     return path
 
 
@@ -197,6 +201,18 @@ def test_images_of_every_kind_of_damage(tmp_path, jpeg):
     assert "60,000 x 60,000 pixels, more than 89,478,485" in str(report.damage[4])
     assert "65,500 x 65,500 pixels" in str(report.damage[5])
     assert report.damaged_members == 7
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_are_named(tmp_path, jpeg, kind):
+    shard = write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(1))], links=("b.jpg", "b.cls", "notes"), kind=kind)
+    report = check(shard)
+    assert found(report) == [("b.jpg", "link"), ("b.cls", "link")]
+    assert "tar -h --hard-dereference" in report.damage[0].what
+    assert (report.members, report.images) == (4, 1)
+    assert index_shard(shard).keys == ["a"]
+    with pytest.raises(DataError, match=r"holds no image among its 1 members, such as the link 'b\.jpg'"):
+        index_shard(write_tar(tmp_path / "b.tar", [], links=("b.jpg",), kind=kind))
 
 
 def test_limits(tmp_path, jpeg):

@@ -188,7 +188,11 @@ def _check(file: int, report: ShardReport, config: CheckConfig) -> None:
                 report.add("", "sha256", f"has sha256 {actual[:16]}..., its index says {stored.index.sha256[:16]}...")
     first = {sample.offset: key for key, sample in found.items()}
     for member in members:
-        if _ending(member) in IMAGE_EXTENSIONS:
+        ending = _ending(member)
+        if member.link and ending in {*IMAGE_EXTENSIONS, "cls"}:
+            what = "is a link, which no reader follows; make the tar of the files themselves: tar -h --hard-dereference"
+            report.add(member.name, "link", what)
+        elif ending in IMAGE_EXTENSIONS:
             report.images += 1
             _check_image(file, member, sums.get(first.get(member.offset, "")), report, config)
 

@@ -100,8 +100,8 @@ _CHECK = (
     _SHARDS
     + """
 Each line of damage is 'shard: member: what'. What is damage: a tar that is cut off or overwritten, an image that is
-empty, cut off, too large or cannot be decoded, bytes that differ from the checksums of the index, samples that the
-index lacks or misplaces. JPEG and WebP have no checksums of their own: only an index tells that their bytes flipped.
+empty, cut off, too large, a link or cannot be decoded, bytes that differ from the checksums of the index, samples that
+the index lacks or misplaces. JPEG and WebP have no checksums of their own: only an index tells of flipped bytes.
 
 examples:
   hjepa-shards check shards --workers 8

@@ -328,8 +328,9 @@ def scan_shard(shard: Path, *, allow_truncated: bool = False) -> ShardIndex:
             "truncated shards to use those"
         )
     if not found:
+        link = next((f", such as the link '{member.name}'" for member in members if member.link), "")
         raise DataError(
-            f"shard '{shard}' holds no image among its {len(members)} members; images are named "
+            f"shard '{shard}' holds no image among its {len(members)} members{link}; images are files named "
             f"<key>.{'|'.join(IMAGE_EXTENSIONS)}"
         )
     rows = np.array([(s.offset, s.size, s.label) for s in found.values()], dtype=np.int64)
@@ -339,8 +340,8 @@ def scan_shard(shard: Path, *, allow_truncated: bool = False) -> ShardIndex:
 def group_members(file: int, members: list[Member]) -> dict[str, Sample]:
     """Group members into samples by key: the path up to the first dot of the file name.
 
-    Only images and class numbers count; nothing else is read, and no object is ever made of it. Where a key occurs
-    again, its first image and its first class number count.
+    Only images and class numbers count; nothing else is read, and no object is ever made of it; links are not followed.
+    Where a key occurs again, its first image and its first class number count.
 
     Args:
         file: the tar, an open file descriptor.
@@ -353,7 +354,7 @@ def group_members(file: int, members: list[Member]) -> dict[str, Sample]:
     for member in members:
         folder, slash, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
-        if not dot or not stem:
+        if not dot or not stem or member.link:
             continue
         sample = samples.setdefault(folder + slash + stem, Sample())
         extension = extension.lower()

@@ -23,15 +23,17 @@ class Member:
         name: its path in the tar.
         offset: byte at which its content starts.
         size: bytes of content.
+        link: whether it is a link to another file, symbolic or hard, and has no content of its own.
     """
 
     name: str
     offset: int
     size: int
+    link: bool = False
 
 
 def scan_tar(file: int) -> tuple[list[Member], str | None, int]:
-    """List the regular files of a tar by its headers.
+    """List the regular files of a tar, and its links, by its headers.
 
     Args:
         file: an open file descriptor.
@@ -69,8 +71,9 @@ def scan_tar(file: int) -> tuple[list[Member], str | None, int]:
             override |= _pax(os.pread(file, size, content))
         elif kind == b"L":
             override["path"] = os.pread(file, size, content).rstrip(b"\0").decode("utf-8", "backslashreplace")
-        elif kind in {b"0", b"\0", b"7"}:
-            members.append(Member(name=override.get("path") or _name(header), offset=content, size=size))
+        elif kind in {b"0", b"\0", b"7", b"1", b"2"}:
+            name, link = override.get("path") or _name(header), kind in {b"1", b"2"}
+            members.append(Member(name=name, offset=content, size=size, link=link))
             override = {}
         elif kind not in {b"g", b"K"}:
             override = {}
