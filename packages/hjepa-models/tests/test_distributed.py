@@ -45,7 +45,7 @@ def run(script, tmp_path):
 @pytest.mark.distributed
 def test_two_processes_equal_one_in_loss_gradients_and_statistics(tmp_path):
     run("two_process_step.py", tmp_path)
-    for step in ("sigreg", "vicreg", "nt_xent", "view"):
+    for step in ("sigreg", "vicreg", "nt_xent", "view", "drawn"):
         one, two = (load_file(tmp_path / f"{step}_{world}.safetensors") for world in (1, 2))
         assert one.keys() == two.keys()
         assert len(one) > 40

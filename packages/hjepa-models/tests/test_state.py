@@ -196,11 +196,14 @@ def test_noise_is_a_pure_function_of_seed_step_and_row(device):
 
 def test_rows_go_on_over_processes(device, monkeypatch):
     assert global_rows(3, device).tolist() == [0, 1, 2]
+    assert global_rows(6, device, views=2).tolist() == [0, 1, 2, 3, 4, 5]
     model = build(device)
     actions, embeddings = sequence(device, batch=4)
     together = model.observe(actions, embeddings, 5)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    assert global_rows(4, device, views=2).tolist() == [2, 3, 6, 7]
     second = model.observe(actions[2:], embeddings[2:], 5)
     assert torch.equal(second.z, together.z[2:])
 

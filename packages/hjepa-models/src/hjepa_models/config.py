@@ -106,8 +106,7 @@ class HJEPAConfig:
             spans all processes. A level of one token has no other in its image: its loss is 0 then.
         level_weights: weight of each level over the steps; one weight per level.
         global_level: the level above all grids, over several views; None leaves it out.
-        masked_views: how many of the views carry masked prediction, the first ones. With two or more, what is drawn by
-            row (output tokens, the noise of a hybrid state) is another draw on another number of processes.
+        masked_views: how many of the views carry masked prediction, the first ones.
         predict_every: prediction is part of every k-th step only: of step k - 1 (counted from 0), 2k - 1, ...
         instance_weight: weight of the instance contrast: projected and pooled context tokens of the first masked view
             against those of the second, or against the target tokens of the whole image where one view is masked; 0 is

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hjepa_models.distributed import rank
+from hjepa_models.distributed import rank, world_size
 
 # The increment and the two odd multipliers of splitmix64 as signed 64-bit integers; products wrap around.
 _INCREMENT = 0x9E3779B97F4A7C15 - 2**64
@@ -78,9 +78,17 @@ def gumbel(
     return -(-uniform(seed, shape, device).log()).log()
 
 
-def global_rows(batch: int, device: torch.device | None = None) -> Int[Tensor, " B"]:
-    """Return the index of each row of this process within the rows of all processes, which hold equally many."""
-    return torch.arange(rank() * batch, (rank() + 1) * batch, device=device)
+def global_rows(batch: int, device: torch.device | None = None, views: int = 1) -> Int[Tensor, " B"]:
+    """Return the index of each row of this process within the rows of all processes, which hold equally many.
+
+    Args:
+        batch: rows of this process, view after view.
+        device: where the numbers are made.
+        views: how many views the rows are of: those of all processes lie view after view too.
+    """
+    images = batch // views
+    row = torch.arange(rank() * images, (rank() + 1) * images, device=device)
+    return (torch.arange(views, device=device).unsqueeze(1) * (world_size() * images) + row).flatten()
 
 
 def _as_tensor(value: int | Tensor, device: torch.device | None) -> Tensor:

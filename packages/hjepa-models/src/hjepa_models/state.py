@@ -287,9 +287,10 @@ class HybridState(nn.Module):
         embeddings: Float[Tensor, "B T E"],
         seed: int | Int[Tensor, ""],
         state: State | None = None,
+        views: int = 1,
     ) -> Rollout:
         """Do the same as `observe`, so that hooks of the module see it."""
-        return self.observe(actions, embeddings, seed, state)
+        return self.observe(actions, embeddings, seed, state, views)
 
     def observe(
         self,
@@ -297,6 +298,7 @@ class HybridState(nn.Module):
         embeddings: Float[Tensor, "B T E"],
         seed: int | Int[Tensor, ""],
         state: State | None = None,
+        views: int = 1,
     ) -> Rollout:
         """Follow a sequence whose embeddings are seen.
 
@@ -307,6 +309,7 @@ class HybridState(nn.Module):
                 place and the row's place in the batch of all processes. A tensor never makes a compiled program compile
                 anew, on whatever device it lies.
             state: the state before the first step; None means `initial`.
+            views: how many views the rows are of, view after view.
 
         Returns:
             The states and both laws of every step.
@@ -321,7 +324,7 @@ class HybridState(nn.Module):
                 "for each embedding"
             )
         start = self.initial(len(actions)) if state is None else state
-        keys = self._keys(seed, _Stream.observe, len(actions), actions.device)
+        keys = self._keys(seed, _Stream.observe, len(actions), actions.device, views)
         h, z, posterior_logits = self._follow(start, actions, keys, self.training, embeddings)
         return Rollout(start, h, z, posterior_logits, self.prior(h))
 
@@ -332,6 +335,7 @@ class HybridState(nn.Module):
         seed: int | Int[Tensor, ""],
         *,
         sample: bool | None = None,
+        views: int = 1,
     ) -> Imagination:
         """Go on from a state without seeing anything.
 
@@ -340,20 +344,24 @@ class HybridState(nn.Module):
             actions: what leads into each step.
             seed: of the noise, as in `observe`; the same seed gives other noise there.
             sample: draw the stochastic part, or take its mode; None means to draw in training only.
+            views: how many views the rows are of, view after view.
 
         Returns:
             The states and the prior of every step.
         """
-        keys = self._keys(seed, _Stream.imagine, len(actions), actions.device)
+        keys = self._keys(seed, _Stream.imagine, len(actions), actions.device, views)
         return Imagination(*self._follow(state, actions, keys, self.training if sample is None else sample))
 
-    def loss(self, rollout: Rollout, actions: Float[Tensor, "B T A"], seed: int | Int[Tensor, ""]) -> KLBalance:
+    def loss(
+        self, rollout: Rollout, actions: Float[Tensor, "B T A"], seed: int | Int[Tensor, ""], views: int = 1
+    ) -> KLBalance:
         r"""Return what trains prior and posterior: `kl_balance`, its dynamics term overshot where the config says so.
 
         Args:
             rollout: what `observe` gave.
             actions: the actions that it was given.
             seed: the seed that it was given.
+            views: likewise.
 
         Returns:
             The weighted loss, and the plain one-step divergence to watch.
@@ -364,7 +372,7 @@ class HybridState(nn.Module):
         if distance == 1:
             return kl_balance(*laws, config.free_bits, config.dynamics, config.representation)
         rest = kl_balance(*laws, config.free_bits, 0.0, config.representation)
-        overshot = latent_overshooting(self, rollout, actions, distance, config.discount, config.free_bits, seed)
+        overshot = latent_overshooting(self, rollout, actions, distance, config.discount, config.free_bits, seed, views)
         return KLBalance(rest.loss + config.dynamics * overshot, rest.kl)
 
     def _follow(
@@ -390,8 +398,10 @@ class HybridState(nn.Module):
             return logits.log_softmax(-1)
         return ((1 - config.unimix) * logits.softmax(-1) + config.unimix / config.num_classes).log()
 
-    def _keys(self, seed: int | Tensor, stream: _Stream, batch: int, device: torch.device) -> Int[Tensor, " B"]:
-        return fold_in(fold_in(seed, int(stream), device), global_rows(batch, device))
+    def _keys(
+        self, seed: int | Tensor, stream: _Stream, batch: int, device: torch.device, views: int
+    ) -> Int[Tensor, " B"]:
+        return fold_in(fold_in(seed, int(stream), device), global_rows(batch, device, views))
 
     def _sample(
         self, logits: Float[Tensor, "*B G C"], keys: Int[Tensor, "*B"], step: int, draw: bool
@@ -408,6 +418,7 @@ def latent_overshooting(
     discount: float = 1.0,
     free_bits: float = 1.0,
     seed: int | Int[Tensor, ""] = 0,
+    views: int = 1,
 ) -> Float[Tensor, ""]:
     r"""Divergence of the prior that is rolled on for 1 to D steps from the posterior states.
 
@@ -425,6 +436,7 @@ def latent_overshooting(
         discount: γ.
         free_bits: f in nats.
         seed: of the draws; the noise is a pure function of seed, row, start and distance.
+        views: how many views the rows are of, view after view.
 
     Returns:
         The unweighted loss.
@@ -438,7 +450,7 @@ def latent_overshooting(
     """
     batch, steps = actions.shape[:2]
     check_distance(distance, steps)
-    rows = module._keys(seed, _Stream.overshoot, batch, actions.device)
+    rows = module._keys(seed, _Stream.overshoot, batch, actions.device, views)
     keys = fold_in(rows.unsqueeze(1), torch.arange(steps, device=actions.device))
     h, z = rollout.previous
     terms = []

@@ -252,21 +252,23 @@ class Step:
         if config.output_tokens:
             # A schedule may start at patches that hold fewer.
             count = min(config.output_tokens, num_tokens(upsampling_ratio(grid, output_grid)))
-            return sample_children(target_index, grid, output_grid, count, self.number), output_grid
+            return sample_children(
+                target_index, grid, output_grid, count, self.number, config.masked_views
+            ), output_grid
         return children_index(target_index, grid, output_grid), output_grid
 
     def _predicted(
         self, context: Tensor, context_index: Tensor, target_index: Tensor, grid: Grid, wanted: Tensor
     ) -> tuple[Float[Tensor, "B K D"], dict[str, tuple[float, Tensor]]]:
         """Return the predicted tokens of all blocks, and the term of a hybrid state."""
-        predictor, condition, terms = self.model.predictor, None, {}
+        predictor, condition, terms, views = self.model.predictor, None, {}, self.config.masked_views
         if predictor.state is not None:
             blocks = rearrange(wanted.detach(), "b (m k) d -> b m k d", m=target_index.shape[1]).mean(2)
-            condition, divergence = predictor.rollout(context, target_index, grid, self.number, blocks)
+            condition, divergence = predictor.rollout(context, target_index, grid, self.number, blocks, views)
             assert divergence is not None
             terms["state"] = (1.0, divergence.loss)
             if not self.model.training:
-                condition, _ = predictor.rollout(context, target_index, grid, self.number)
+                condition, _ = predictor.rollout(context, target_index, grid, self.number, views=views)
         return predictor(context, context_index, target_index, grid, condition).flatten(1, 2), terms
 
     def _single_tokens(self, predicted: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"] | None:

@@ -330,14 +330,16 @@ def test_drawn_children_differ_between_steps_rows_and_tokens(device):
     assert len({tuple(draw) for draw in places.flatten(0, 2).tolist()}) == 64
 
 
-def test_processes_draw_what_one_would(device, monkeypatch):
-    index = torch.arange(4, device=device).expand(6, -1)
-    whole = sample_children(index, (2, 2), (8, 8), 3, 7)
+@pytest.mark.parametrize("views", [1, 2])
+def test_processes_draw_what_one_would(device, monkeypatch, views):
+    index = torch.arange(4, device=device).expand(12, -1)
+    whole = sample_children(index, (2, 2), (8, 8), 3, 7, views).view(views, 2, 6 // views, -1)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        part = sample_children(index[:3], (2, 2), (8, 8), 3, 7)
-        assert torch.equal(part, whole[3 * rank : 3 * rank + 3])
+        part = sample_children(index[:6], (2, 2), (8, 8), 3, 7, views)
+        assert torch.equal(part, whole[:, rank].flatten(0, 1))
 
 
 def test_steps_share_one_graph(device):

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from hjepa_models import EncoderConfig, GlobalConfig, HJEPAConfig, PredictorConfig, PyramidConfig
+from hjepa_models import EncoderConfig, GlobalConfig, HJEPAConfig, PredictorConfig, PyramidConfig, StateConfig
 
 BATCH = 8
 
 
-def step(objective: str, rows: slice, prediction: str = "hidden") -> tuple[torch.Tensor, torch.nn.Module]:
-    """Return the loss of these rows of a fixed batch and the model with its gradients."""
-    config = HJEPAConfig(
+def config(objective: str, prediction: str = "hidden") -> HJEPAConfig:
+    """Return a model with a global level."""
+    return HJEPAConfig(
         encoder=EncoderConfig(image_size=(16, 16), patch_size=(4, 4), embed_dim=24, depth=1, num_heads=2),
         predictor=PredictorConfig(depth=1, embed_dim=16, num_heads=2),
         pyramid=PyramidConfig(levels=3, fpn="concat", fpn_dim=16),
@@ -25,6 +25,34 @@ def step(objective: str, rows: slice, prediction: str = "hidden") -> tuple[torch
         center_targets=prediction == "view",
         vicreg_weight=0.1,
     )
+
+
+def drawn() -> HJEPAConfig:
+    """Return a model with everything that is drawn by row, of two views."""
+    state = StateConfig(hidden_dim=16, num_groups=4, num_classes=4, overshooting=2)
+    return HJEPAConfig(
+        encoder=EncoderConfig(
+            image_size=(16, 16), patch_size=(4, 4), embed_dim=24, depth=1, num_heads=2, output_patch_size=(1, 1)
+        ),
+        predictor=PredictorConfig(depth=1, embed_dim=16, num_heads=2, state=state),
+        pyramid=PyramidConfig(levels=3, fpn="concat", fpn_dim=16),
+        targets="projection",
+        output_tokens=2,
+        masked_views=2,
+    )
+
+
+STEPS = {
+    "sigreg": config("sigreg"),
+    "vicreg": config("vicreg"),
+    "nt_xent": config("nt_xent"),
+    "view": config("vicreg", "view"),
+    "drawn": drawn(),
+}
+
+
+def step(config: HJEPAConfig, rows: slice) -> tuple[torch.Tensor, torch.nn.Module]:
+    """Return the loss of these rows of a fixed batch and the model with its gradients."""
     model = config.build(seed=1)
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(BATCH, 3, 16, 16, generator=generator)[rows] for _ in range(2)]
@@ -44,13 +72,8 @@ def main(rank: int, world: int, store: str, folder: str) -> None:
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     share = BATCH // world
-    for name, objective, prediction in (
-        ("sigreg", "sigreg", "hidden"),
-        ("vicreg", "vicreg", "hidden"),
-        ("nt_xent", "nt_xent", "hidden"),
-        ("view", "vicreg", "view"),
-    ):
-        loss, model = step(objective, slice(rank * share, (rank + 1) * share), prediction)
+    for name, model_config in STEPS.items():
+        loss, model = step(model_config, slice(rank * share, (rank + 1) * share))
         results = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         results |= {key: buffer * 1.0 for key, buffer in model.named_buffers()} | {"loss": loss}
         if world > 1:

@@ -192,7 +192,12 @@ def children_index(index: Int[Tensor, "B K"], grid: Grid, output_grid: Grid) -> 
 
 
 def sample_children(
-    index: Int[Tensor, "B K"], grid: Grid, output_grid: Grid, count: int, seed: int | Int[Tensor, ""]
+    index: Int[Tensor, "B K"],
+    grid: Grid,
+    output_grid: Grid,
+    count: int,
+    seed: int | Int[Tensor, ""],
+    views: int = 1,
 ) -> Int[Tensor, "B K*count"]:
     """Draw output tokens inside coarse tokens, without replacement and uniformly.
 
@@ -205,6 +210,7 @@ def sample_children(
         output_grid: tokens per axis of the output grid, a multiple of it.
         count: output tokens per coarse token.
         seed: e.g. the step; a number or a tensor, which spares a compiled step another compilation.
+        views: how many views the rows are of, view after view.
 
     Returns:
         Flat positions on the output grid: coarse token after coarse token, rising inside each; with the largest `count`
@@ -222,7 +228,7 @@ def sample_children(
         )
     device = index.device
     seed = seed.to(device) if isinstance(seed, Tensor) else seed
-    token_seed = fold_in(fold_in(seed, global_rows(len(index), device)).unsqueeze(1), index)
+    token_seed = fold_in(fold_in(seed, global_rows(len(index), device, views)).unsqueeze(1), index)
     order = fold_in(token_seed.unsqueeze(-1), torch.arange(places, device=device)).argsort(-1)
     chosen = order[..., :count].sort(-1).values
     corner = _first_child(index, grid, output_grid, ratio)
