@@ -73,14 +73,19 @@ def test_levels_match_whatever_an_earlier_version_called_their_pooling():
         assert (found.level, found.interval.value) == ("pooled", gain)
 
 
-def test_mce_of_another_suite_is_noted():
-    runs = [candidate(name, [True]) for name in "abc"]
-    for run, corruptions in zip(runs, (5, 15, 5), strict=True):
-        details = {"corruptions": corruptions, "severities": 3}
-        run.results.measurements.append(Measurement(metric="mce", name=NAME, value=0.9, n=50, details=details))
+@pytest.mark.parametrize("other", [(15, 3, 50), (5, 1, 50), (5, 3, 1_000)])
+def test_mce_over_other_changes_or_images_is_noted(other):
+    runs = [candidate(name, [True]) for name in "abcd"]
+    for run, (corruptions, severities, images) in zip(runs[1:], ((5, 3, 50), other, (5, 3, 50)), strict=True):
+        details = {"corruptions": corruptions, "severities": severities}
+        run.results.measurements.append(Measurement(metric="mce", name=NAME, value=0.9, n=images, details=details))
+    # The first one has no mCE.
     (note,) = _notes(runs, [])
-    assert note.startswith("b: mCE is over other corruptions")
-    assert _notes([runs[0], runs[2]], []) == []
+    assert "over 5 corruptions at 3 severities of 50 images in b; " in note
+    assert f"{other[0]} corruptions at {other[1]} severities of {other[2]:,} images in c; " in note
+    assert "Do not compare it, nor what is added by corruptions, of c with that of b; " in note
+    assert "same --suite and --corruption-images" in note
+    assert _notes([runs[0], runs[1], runs[3]], []) == []
 
 
 @pytest.mark.parametrize(

@@ -211,12 +211,14 @@ def _notes(runs: Sequence[Candidate], differences: Sequence[Difference]) -> list
             f"{', '.join(others)}: trained neither on as many images nor for as long as {runs[0].name}, see the costs: "
             "a difference may be that of the budget."
         )
-    changes = {run.name: _changes_of_mce(run) for run in runs}
-    others = [name for name, change in changes.items() if change and change != changes[runs[0].name]]
-    if others and changes[runs[0].name]:
+    changes = {run.name: over for run in runs if (over := _changes_of_mce(run))}
+    first = next(iter(changes), "")
+    others = [name for name in changes if changes[name] != changes[first]]
+    if others:
         notes.append(
-            f"{', '.join(others)}: mCE is over other corruptions, severities or images than that of {runs[0].name}; "
-            "--suite full measures all alike."
+            f"mCE is over {'; '.join(f'{over} in {name}' for name, over in changes.items())}. Do not compare it, nor "
+            f"what is added by corruptions, of {', '.join(others)} with that of {first}; to measure them alike: "
+            "hjepa-benchmark suite RUN_DIR, with the same --suite and --corruption-images for each."
         )
     if any(key in ("model", SEED) or key.startswith("hjepa.encoder.") for key in differing_settings(runs)):
         notes.append("mCE is over the untrained encoder of each run, which another encoder or seed makes another one.")
@@ -230,10 +232,13 @@ def _other_budget(run: Candidate, first: Candidate) -> bool:
     return bool(known) and all(abs(own - other) > 0.1 * max(own, other) for own, other in known)
 
 
-def _changes_of_mce(run: Candidate) -> tuple[object, ...]:
-    """How many corruptions, severities and images the mCE of a run is over; nothing where it has none."""
+def _changes_of_mce(run: Candidate) -> str:
+    """Say how many corruptions, severities and images the mCE of a run is over; nothing where it has none."""
     one = next((one for one in run.trained() if one.metric == "mce"), None)
-    return () if one is None else (one.details.get("corruptions"), one.details.get("severities"), one.n)
+    if one is None:
+        return ""
+    corruptions, severities = (one.details.get(key, "?") for key in ("corruptions", "severities"))
+    return f"{corruptions} corruptions at {severities} severities of {one.n:,} images"
 
 
 def _settings(runs: Sequence[Candidate]) -> Table:
