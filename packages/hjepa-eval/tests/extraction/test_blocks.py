@@ -188,6 +188,17 @@ def test_levels_of_both_branches_come_with_their_names_from_one_pass_for_all_poo
         level_features(model, poolings=("max",))
 
 
+@pytest.mark.parametrize(("pairs", "branch"), [([], "online"), ([("encoder", "target encoder")], "target")])
+def test_levels_are_of_the_branch_that_a_model_has(pairs, branch):
+    class Averaged(Hierarchy):
+        def ema_pairs(self):
+            return pairs
+
+    assert {name.branch for name in level_features(Averaged())(torch.ones(2, 3, 4))} == {branch}
+    asked = level_features(Averaged(), branches=("target",))
+    assert {name.branch for name in asked(torch.ones(2, 3, 4))} == {"target"}
+
+
 class HierarchicalTower(Tower):
     def all_features(self, images, pool, branch):
         tokens = self(images)

@@ -65,13 +65,13 @@ def open_encoder(
 
 
 def level_features(
-    model: HierarchicalModel, *, branches: Sequence[str] = ("target",), poolings: Sequence[str] = ("mean",)
+    model: HierarchicalModel, *, branches: Sequence[str] | None = None, poolings: Sequence[str] = ("mean",)
 ) -> Callable[[Tensor], dict[FeatureName, Tensor]]:
     """A feature function for ``extract``: every level of a model with a hierarchy, by branch and pooling.
 
     Args:
         model: What has ``all_features``, which is called once for each branch.
-        branches: Encoder branches.
+        branches: Encoder branches; None: "target", but "online" of a model whose ``ema_pairs()`` are none.
         poolings: "mean" or "flatten" of the tokens. What is a vector already stays as it is, under the pooling "none".
 
     Returns:
@@ -83,6 +83,10 @@ def level_features(
     pools: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda x: x.mean(dim=1), "flatten": lambda x: x.flatten(1)}
     if not poolings or not set(poolings) <= set(pools):
         raise ValueError(f"poolings={tuple(poolings)}: none, or unknown; allowed: {', '.join(pools)}")
+
+    if branches is None:
+        averaged = getattr(model, "ema_pairs", None)
+        branches = ("target",) if averaged is None or averaged() else ("online",)
 
     def features(images: Tensor) -> dict[FeatureName, Tensor]:
         found = {}
