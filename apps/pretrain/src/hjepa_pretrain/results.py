@@ -114,7 +114,10 @@ def results_table(results: Results, width: int) -> Table:
     """Return the results as a table for a terminal of so many columns."""
     columns = COLUMNS if width >= _WIDE else _NARROW
     table = Table(title="What was learned", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.caption, table.caption_justify = results_caption(results, whitened=columns is COLUMNS), "left"
+    caption = results_caption(results, whitened=columns is COLUMNS)
+    if columns is _NARROW:
+        caption += f"; left out in fewer than {_WIDE} columns: {', '.join(COLUMNS[len(_NARROW) :])}"
+    table.caption, table.caption_justify = caption, "left"
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < _NAMES else "right", no_wrap=True)
     rows = [row[: len(columns)] for row in result_rows(results)]
