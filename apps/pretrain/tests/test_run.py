@@ -52,6 +52,14 @@ def test_the_results_of_a_run_that_begins_again_are_new(words, tmp_path, caplog)
     assert (folder / "model.safetensors").read_bytes() != before
 
 
+def test_fewer_steps_than_a_checkpoint_has_are_refused_by_the_name_that_was_given(words, tmp_path, capsys):
+    folder = f"run.dir={tmp_path / 'run'}"
+    assert main([*words, folder, "run.steps=2"]) == 0
+    capsys.readouterr()
+    assert main([folder, "run.steps=1"]) == 2
+    assert "hjepa-pretrain: run.steps=1: " in capsys.readouterr().err
+
+
 def test_the_name_of_a_folder_is_no_markup(words, tmp_path, capsys):
     folder = tmp_path / "a [b] c[/d] :smile:"
     assert main([f"run.dir={folder}", *words]) == 0

@@ -32,6 +32,7 @@ from hjepa_pretrain.task import PretrainTask, build_task
 from hjepa_pretrain.train_time import LONG, measure_step
 from hjepa_train import (
     Callback,
+    CheckpointError,
     CollapseMonitor,
     EarlyStop,
     Measure,
@@ -156,7 +157,10 @@ def pretrain(config: PretrainConfig, plain: DictConfig, words: list[str], consol
                 _plan(config, plain, sources, world, console, started)
                 return Outcome.DONE
             trainer = _prepare(config, plain, words, sources, world, folder, console, started, held)
-            outcome = trainer.fit()
+            try:
+                outcome = trainer.fit()
+            except CheckpointError as error:
+                raise CheckpointError(settings.in_full(str(error), words)) from error
         finally:
             leave_world()
         if outcome is Outcome.DONE and world.is_main:

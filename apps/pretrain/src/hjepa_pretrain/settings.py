@@ -96,7 +96,7 @@ def load(words: Sequence[str], *, steps: int | None = None, quiet: bool = False)
         SettingsError: an unknown key, a value of the wrong type or range, or a change that a resumed run cannot take.
     """
     overrides = _parse(words)
-    given = {key: value for one in overrides for key, value in _set(one.key_or_group, one.value())}
+    given = _given(overrides)
     _check(given)
     stored = _stored(given)
     try:
@@ -115,7 +115,7 @@ def load(words: Sequence[str], *, steps: int | None = None, quiet: bool = False)
             _shorten_warmup(plain)
         config = OmegaConf.to_object(plain)
     except (OmegaConfBaseException, ValueError, AssertionError) as error:
-        raise SettingsError(_in_full(one_line(error), given)) from error
+        raise SettingsError(in_full(one_line(error), words)) from error
     if not isinstance(config, PretrainConfig):
         raise SettingsError(f"the configuration is a {type(config).__name__}, not a PretrainConfig; check conf/")
     # A configuration that is refused gets the one line that says why.
@@ -164,6 +164,11 @@ def plain_keys() -> list[str]:
         OmegaConf.update(tree, part, OmegaConf.structured(kind), merge=False)
     masks = {f"masks.{part.name}" for law in MASK_LAWS.values() for part in fields(law)}
     return sorted(masks.union(_dotted(OmegaConf.to_container(tree, enum_to_str=True))))
+
+
+def _given(overrides: Sequence[Override]) -> dict[str, Any]:
+    """Return the values that overrides set, by dotted names."""
+    return {key: value for one in overrides for key, value in _set(one.key_or_group, one.value())}
 
 
 def _parse(words: Sequence[str]) -> list[Override]:
@@ -477,8 +482,14 @@ def one_line(error: BaseException) -> str:
     return f"{key[1]}: {reason[0].rstrip('.')}{wanted}"
 
 
-def _in_full(line: str, given: Mapping[str, object]) -> str:
-    """Give a field the name that the user wrote: the class that refuses it does not know where it stands."""
+def in_full(line: str, words: Sequence[str]) -> str:
+    """Give a field the name that the user wrote: the class that refuses it does not know where it stands.
+
+    Args:
+        line: says `field=value: what is wrong`.
+        words: of the command line.
+    """
+    given = _given(_parse(words))
     name, _, rest = line.partition("=")
     found = [key for key in given if key.endswith(f".{name}")]
     if not found and "." in name:
