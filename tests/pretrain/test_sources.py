@@ -66,6 +66,21 @@ def test_several_are_measured_on_and_their_classes_have_names(pretrain, tiny, fo
     assert load_pair(config, sources, 1, 1)[0].classes == CLASS_NAMES
 
 
+def test_a_folder_with_the_mark_of_a_mixture_in_its_name(folder, shards, tmp_path):
+    odd = folder.rename(tmp_path / "my + photos")
+    more = tmp_path / "more + shards {d}"
+    more.mkdir()
+    shutil.copy(shards / "train-000000.tar", more)
+    size = len(ShardSource(more))
+    for text, count in (
+        (f"{odd}", 60), (f"{more}/train-000000.tar", size), (f"{more}/train-{{000000..000000}}.tar", size),
+        (f"{more} + {odd}", size + 60), (f"{odd} + {more}/*.tar", size + 60),
+    ):  # fmt: skip
+        assert len(open_pair(text, None)[0]) == count
+    with pytest.raises(DataError, match="no such shard 'none'"):
+        open_pair("none + there", None)
+
+
 def test_images_that_are_in_both_are_named_however_they_are_written(shards, caplog):
     train, held_out = f"{shards}/train-*.tar", f"{shards}/eval-*.tar"
     open_pair(train, held_out)

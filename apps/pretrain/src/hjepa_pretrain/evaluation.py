@@ -100,7 +100,7 @@ def open_pair(train: str, held_out: str | None, weights: Sequence[float] | None 
     """Open images to learn from and held-out ones.
 
     Args:
-        train: what `data.train` names: one source, or several as in ``A + B``.
+        train: what `data.train` names: one source, or several as in ``A + B``; a path that is there is one.
         held_out: likewise; None for none.
         weights: of the sources of `train`.
 
@@ -116,7 +116,21 @@ def open_pair(train: str, held_out: str | None, weights: Sequence[float] | None 
 
 
 def _names(sources: str | None) -> list[str]:
-    return [] if sources is None else [name.strip() for name in sources.split(_AND)]
+    """Return the names of several sources; a path that is there may have the mark between them in its own name."""
+    parts = [] if sources is None else sources.split(_AND)
+    names = []
+    while parts:
+        joined = (_AND.join(parts[:count]).strip() for count in range(len(parts), 1, -1))
+        names.append(next(filter(_is_path, joined), parts[0].strip()))
+        parts = parts[names[-1].count(_AND) + 1 :]
+    return names
+
+
+def _is_path(name: str) -> bool:
+    """Tell whether there is such a file or folder, or a folder of a pattern that holds the mark of a mixture."""
+    path = os.path.expanduser(name)
+    folder = os.path.dirname(path)
+    return os.path.lexists(path) or (_AND in folder and os.path.isdir(folder))
 
 
 def _places(opened: Sequence[tuple[str, Source]]) -> set[str]:

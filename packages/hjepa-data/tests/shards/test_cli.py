@@ -446,7 +446,8 @@ def test_a_fraction_that_leaves_a_split_without_images_is_refused(classes, tmp_p
     make = (classes, tmp_path / "out", "--workers", 1, "--val-fraction")
     code, _, err = call(capsys, *make, fraction)
     assert code == 2
-    found = re.search(rf"val_fraction={fraction}: .* none of the 30 images into {split}; allowed: {allowed} (\S+) for", err)
+    said = rf"val_fraction={fraction}: .* none of the 30 images into {split}; allowed: {allowed} (\S+) for"
+    found = re.search(said, err)
     assert found, err
     assert not (tmp_path / "out").exists()
     assert call(capsys, *make, found[1])[0] == 0

@@ -162,6 +162,20 @@ def test_a_glob_in_a_folder_whose_name_has_brackets(folder):
     assert names(expand_shards(f"{inner}/a-*.tar")) == ["a-1.tar", "a-2.tar"]
 
 
+@pytest.mark.parametrize("name", ["run {d}", "run {1,2}"])
+def test_braces_in_a_name_that_is_there_are_no_pattern(folder, name):
+    inner = folder / name
+    inner.mkdir()
+    for shard in ("a-0.tar", "a-1.tar", "b{c}.tar"):
+        (inner / shard).touch()
+    assert names(expand_shards(inner)) == ["a-0.tar", "a-1.tar", "b{c}.tar"]
+    assert names(expand_shards(inner / "b{c}.tar")) == ["b{c}.tar"]
+    (folder / "all.txt").write_text(f"{name}/a-{{0..1}}.tar\n{name}/b*.tar\n")
+    assert names(expand_shards(folder / "all.txt")) == ["a-0.tar", "a-1.tar", "b{c}.tar"]
+    with pytest.raises(DataError, match=r"1 of the 2 shards .*, the first is '.*/a-2.tar'"):
+        expand_shards(f"{inner}/a-{{1..2}}.tar")
+
+
 def test_list_files_are_utf8(folder):
     (folder / "all.txt").write_bytes("\ufefftrain-000001.tar\r\n".encode())
     assert names(expand_shards(folder / "all.txt")) == ["train-000001.tar"]

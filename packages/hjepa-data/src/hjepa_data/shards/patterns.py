@@ -35,7 +35,7 @@ def expand_shards(pattern: Pattern) -> list[Path]:
     Args:
         pattern: ``dir/train-{000000..000099}.tar`` (braces), ``dir/*.tar`` (a glob), a directory (its ``*.tar``), a
             text file with one pattern a line (``.txt`` or ``.list``; relative lines are taken from its folder), one tar
-            file, or a list of those.
+            file, or a list of those. Braces in the name of a file or folder that is there are no pattern.
 
     Returns:
         Paths of tar files in the order of the pattern; globs and directories are sorted.
@@ -86,7 +86,7 @@ def _expand_one(text: str, lister: _Lister) -> list[Shard]:
         return _expand_url(text, lister)
     if not text:
         raise DataError("a shard pattern is empty; give a tar file, a glob, braces or a directory")
-    if _BRACE.search(text):
+    if _BRACE.search(text, _existing(text)):
         return _expand_braces(text, lister)
     path = Path(text)
     if path.is_dir():
@@ -128,7 +128,7 @@ def _refuse_commands(text: str) -> None:
 
 
 def _expand_braces(text: str, lister: _Lister) -> list[Shard]:
-    names = _braces(text)
+    names = _braces(text, _existing(text))
     for name in names:
         _refuse_commands(name)
     if any(glob.has_magic(name) for name in names):
@@ -142,8 +142,15 @@ def _expand_braces(text: str, lister: _Lister) -> list[Shard]:
     return [_checked(Path(name)) for name in names]
 
 
-def _braces(text: str) -> list[str]:
-    match = _BRACE.search(text)
+def _existing(text: str) -> int:
+    """Return the length of the part of a path that is there as it is written: braces in it are those of a name."""
+    while text and not os.path.lexists(text):
+        text = os.path.dirname(text)
+    return len(text)
+
+
+def _braces(text: str, start: int = 0) -> list[str]:
+    match = _BRACE.search(text, start)
     if match is None:
         return [text]
     body = match.group(1)
@@ -160,7 +167,7 @@ def _braces(text: str) -> list[str]:
     else:
         raise DataError(f"'{text}': {{{body}}} is no range such as {{000000..000099}} and no list such as {{a,b}}")
     head, tail = text[: match.start()], text[match.end() :]
-    return [name for choice in choices for name in _braces(head + choice + tail)]
+    return [name for choice in choices for name in _braces(head + choice + tail, start)]
 
 
 def _expand_list(path: Path, lister: _Lister) -> list[Shard]:
@@ -171,15 +178,12 @@ def _expand_list(path: Path, lister: _Lister) -> list[Shard]:
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise DataError(f"list file '{path}' names no shard; write one pattern a line")
-    for line in lines:
+    texts = [line if "://" in line else os.path.join(path.parent, os.path.expanduser(line)) for line in lines]
+    for line, text in zip(lines, texts, strict=True):
         # Before its folder is put in front of it.
-        for name in [line, *_braces(line)]:
+        for name in [line, *_braces(line, max(0, _existing(text) + len(line) - len(text)))]:
             _refuse_commands(name)
-    found: list[Shard] = []
-    for line in lines:
-        text = line if "://" in line else os.path.join(path.parent, os.path.expanduser(line))
-        found += _expand_one(text, lister)
-    return found
+    return [shard for text in texts for shard in _expand_one(text, lister)]
 
 
 def _checked(path: Path) -> Path:
