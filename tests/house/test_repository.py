@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -43,6 +44,22 @@ def test_no_index_host_is_named() -> None:
 @pytest.mark.parametrize("folder", ["simple", "packages"])
 def test_an_index_host_would_be_seen(folder: str) -> None:
     assert INDEX_HOST.search(f'source = {{ registry = "https://mirror.example:8080/{folder}/torch/" }}')
+
+
+@pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)
+def test_text_has_an_encoding(member: Member) -> None:
+    """Else it is that of the locale, in which a file that is written on one machine cannot be read on another."""
+    found = [
+        f"{path}:{call.lineno}"
+        for path in sorted(member.source.rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Attribute)
+        and call.func.attr in ("read_text", "write_text")
+        and len(call.args) < (2 if call.func.attr == "write_text" else 1)
+        and "encoding" not in {keyword.arg for keyword in call.keywords}
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("member", MEMBERS.values(), ids=MEMBERS)

@@ -13,6 +13,7 @@ from hjepa_pretrain.dry_run import step_cost_of
 from hjepa_pretrain.evaluation import Images, level_features, load_pair, open_sources
 from hjepa_pretrain.model import build_model
 from hjepa_pretrain.report import figures
+from hjepa_pretrain.report.page import page
 from hjepa_pretrain.report.write import loss_section, rank_section
 
 
@@ -125,3 +126,7 @@ def test_a_dry_run_counts_local_views(tiny):
     words = ("recipe=lejepa", "data.views=2", "data.local_size=[16,16]", "plan.dry=true", "model=vit_nano_patch8")
     few, many = (step_cost_of(settings.load([*tiny, *words, f"data.local_views={count}"])[0]).flops for count in (0, 4))
     assert many > 1.4 * few
+
+
+def test_a_page_may_name_a_file_whose_name_is_no_text():
+    assert rb"<h1>r\udcfcn</h1>" in page("r\udcfcn", "", []).encode()

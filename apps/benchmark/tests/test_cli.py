@@ -1,5 +1,6 @@
 """The commands, on a tiny run."""
 
+import io
 import json
 import os
 import shutil
@@ -255,6 +256,14 @@ def test_wrong_input_is_one_line_and_code_2(arguments, expected, capsys, tmp_pat
     assert expected in message
     assert len(message.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_that_has_not_all_letters_is_told_them(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert main(["compare", "one"]) == 2
+    print("±", flush=True)
+    assert shown.buffer.getvalue() == b"\\xb1\n"
 
 
 def test_an_interruption_is_one_line(monkeypatch, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Runs in odd folders, stopped at odd moments, begun again; in this process, on shards of a few images."""
 
 import errno
+import io
 import os
 import resource
 import shutil
@@ -50,6 +51,15 @@ def test_the_results_of_a_run_that_begins_again_are_new(words, tmp_path, caplog)
     assert "holds no checkpoint: the run begins again" in caplog.text
     assert "data.eval: not given, so nothing is measured" in caplog.text
     assert (folder / "model.safetensors").read_bytes() != before
+
+
+def test_a_terminal_that_has_not_all_letters_is_told_them(words, tmp_path, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    folder = tmp_path / "rün"
+    assert main([f"run.dir={folder}", *words]) == 0
+    assert rb"r\xfcn" in shown.buffer.getvalue()
+    assert "rün" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_fewer_steps_than_a_checkpoint_has_are_refused_by_the_name_that_was_given(words, tmp_path, capsys):

@@ -30,6 +30,7 @@ def test_a_word_that_names_no_data_leaves_the_demo(words):
         (["data.eval="], "data.eval=''"),
         (["data.train="], "data.train=''"),
         (["run.seed=99999999999999999999"], "run.seed=99999999999999999999"),
+        (["run.dir=r\udcfcn"], "no text in the encoding of file names"),
         (["run.threads=100000"], "run.threads=100000: too few or too many; allowed: 1 to 1024"),
         (["run.time_limit=1h30"], "run.time_limit=1h30"),
         (["run.time_limit=0"], "run.time_limit=0"),

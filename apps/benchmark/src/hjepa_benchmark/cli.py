@@ -1,6 +1,7 @@
 """`hjepa-benchmark suite|compare|sweep|probes|quantize|throughput|loader ...`."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: 75, where a signal stopped a run that `sweep` trains, which is saved.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and classes hold letters that not every terminal has.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if words and words[0].startswith("suite="):
         words = ["suite", *words[1:], "--suite", words[0].removeprefix("suite=")]
     try:

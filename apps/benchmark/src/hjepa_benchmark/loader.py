@@ -94,4 +94,4 @@ def print_loader(
             "torch": torch.__version__,
             "rows": [asdict(row) for row in rows],
         }
-        output.write_text(json.dumps(found, indent=2) + "\n")
+        output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """`hjepa-pretrain key=value ...`, also `python -m hjepa_pretrain` under torchrun."""
 
+import io
 import logging
 import os
 import signal
@@ -45,6 +46,9 @@ _PATIENCE = 10.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program and returns its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and classes hold letters that not every terminal has.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if any(word in ("-h", "--help") for word in words):
         print(USAGE, end="")
         return 0

@@ -1,6 +1,7 @@
 """The whole configuration of a run, typed: what `conf/` fills, the command line overrides and `config.yaml` keeps."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 from hjepa_data.masks import MaskConfig
@@ -49,6 +50,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
+        if self.dir is not None and self.dir.encode(errors="replace").decode() != self.dir:
+            raise ValueError(
+                f"run.dir={self.dir}: no text in the encoding of file names, {sys.getfilesystemencoding()}; allowed: a "
+                "name that is; PYTHONUTF8=1 makes it UTF-8"
+            )
         if self.steps < 1:
             raise ValueError(f"run.steps={self.steps}: nothing to train; allowed: 1 and more")
         if abs(self.seed) >= 2**32:

@@ -148,7 +148,7 @@ def save(plain: DictConfig, sittings: list[dict[str, Any]], folder: Path) -> Non
 def read_provenance(folder: Path) -> list[dict[str, Any]]:
     """Returns where the sittings of a stored run came from; none where there is no run."""
     path = folder / CONFIG_FILE
-    content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return list(content.get("provenance", []))
 
 
@@ -396,7 +396,7 @@ def _stored(given: Mapping[str, object]) -> DictConfig | None:
         return None
     path = Path(str(given["run.dir"])) / CONFIG_FILE
     try:
-        content = dict(yaml.safe_load(path.read_text()))
+        content = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
         content.pop("provenance", None)
         law = {"masks": OmegaConf.structured(MASK_LAWS[content.get("mask_law", "multiblock")])}
         merged = OmegaConf.merge(OmegaConf.structured(PretrainConfig), law, content)

@@ -231,6 +231,21 @@ def test_classes_that_are_no_utf8_are_listed_as_text(tmp_path, capsys, jpeg):
     assert call(capsys, "show", out, "--out", tmp_path / "sheet.html")[0] == 0
 
 
+@pytest.mark.parametrize("name", ["käse", "猫"])
+def test_a_terminal_that_has_not_all_letters_is_told_them(tmp_path, jpeg, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "ö.jpg").write_bytes(jpeg(1))
+    for variable, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
+        monkeypatch.setenv(variable, value)
+    made = run(tmp_path, tmp_path / "out", "--workers", 1)
+    assert made.returncode == 0, made.stderr
+    assert f"1 class ({name.encode('ascii', 'backslashreplace').decode()})" in made.stdout
+    assert json.loads((tmp_path / "out" / "classes.json").read_text(encoding="utf-8")) == [name]
+    shown = run("show", tmp_path / "out", "--out", tmp_path / "sheet.html")
+    assert shown.returncode == 0, shown.stderr
+    assert name in (tmp_path / "sheet.html").read_text(encoding="utf-8")
+
+
 def test_make_is_the_name_of_the_old_form(classes, tmp_path, capsys):
     assert call(capsys, classes, tmp_path / "old", "--workers", 1)[0] == 0
     assert call(capsys, "make", classes, tmp_path / "new", "--workers", 1)[0] == 0

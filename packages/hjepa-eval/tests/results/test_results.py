@@ -31,6 +31,16 @@ def results(model="run a", value=0.5, n=100, **more):
     )
 
 
+def test_a_terminal_that_has_not_all_letters_is_told_them(tmp_path, monkeypatch):
+    write_results(results("rün"), tmp_path / "r.json")
+    for options in ([], ["--markdown"]):
+        shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr("sys.stdout", shown)
+        assert main([str(tmp_path / "r.json"), *options]) == 0
+        shown.flush()
+        assert rb"r\xfcn" in shown.buffer.getvalue()
+
+
 def test_what_is_written_is_read_again(tmp_path):
     write_results(results(), tmp_path / "r.json")
     found = read_results(tmp_path / "r.json")

@@ -115,7 +115,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
     weights = {key: value.cpu().contiguous() for key, value in state.items()}
     save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     config = {"model": type(model).__name__, "config": dataclasses.asdict(cast(Any, described))}
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # safetensors leaves a file to its owner alone; who may read the one may read the other.
     (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
 
@@ -215,7 +215,7 @@ def read_config(cls: type[nn.Module], folder: Path) -> Any:  # noqa: ANN401
     Raises:
         ValueError: for a file that is missing or damaged, or the config of another class.
     """
-    content = _read(folder, CONFIG_NAME, lambda path: json.loads(path.read_text()))
+    content = _read(folder, CONFIG_NAME, lambda path: json.loads(path.read_text(encoding="utf-8")))
     name = cls.__name__
     content = content if isinstance(content, dict) else {}
     if content.get("model") != name:

@@ -95,7 +95,7 @@ def read_candidates(folders: Sequence[Path]) -> list[Candidate]:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The stored configuration of a run, by dotted names."""
-    content = yaml.safe_load((folder / settings.CONFIG_FILE).read_text())
+    content = yaml.safe_load((folder / settings.CONFIG_FILE).read_text(encoding="utf-8"))
     return dict(_leaves(content))
 
 

@@ -92,7 +92,7 @@ def show(runs: list[Candidate], *, groups: Groups, page_file: Path | None, outpu
         print(f"\npage: {page_file}")
     if output is not None:
         content = {**_content(runs, differences, metrics), "groups": _group_numbers(groups, metrics)}
-        output.write_text(json.dumps(content, indent=1) + "\n")
+        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def measure_missing(folders: Sequence[Path], suite: str) -> None:

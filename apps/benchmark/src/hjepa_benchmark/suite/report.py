@@ -368,6 +368,6 @@ def _about(run: Run, results: Results) -> Section:
         textwrap.fill(f"{key}: {value}", 100, subsequent_indent="  ") if key == "versions" else f"{key}: {value}"
         for key, value in results.about.items()
     )
-    config = (run.folder / settings.CONFIG_FILE).read_text()
+    config = (run.folder / settings.CONFIG_FILE).read_text(encoding="utf-8")
     body = code(facts) + f"<details><summary>{settings.CONFIG_FILE} of the run</summary>{code(config)}</details>"
     return Section(title="Command, versions, configuration", body=body)

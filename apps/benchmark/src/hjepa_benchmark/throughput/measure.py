@@ -218,7 +218,7 @@ def print_throughput(
     Console(soft_wrap=True).print(_table(found, config))
     if output is not None:
         content = {"command": ["hjepa-benchmark", "throughput", *words], **_about(config), **asdict(found)}
-        output.write_text(json.dumps(content, indent=2) + "\n")
+        output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -231,11 +231,11 @@ def _in_its_turn(file: Path | None) -> Iterator[None]:
 
     with file.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        file.write_text(str(os.getpid()))
+        file.write_text(str(os.getpid()), encoding="utf-8")
         try:
             yield
         finally:
-            file.write_text("")
+            file.write_text("", encoding="utf-8")
 
 
 def _repeat(step: TrainingStep, count: int) -> None:

@@ -71,7 +71,8 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
             images = "".join(_image(section.title, data) for data in section.pictures)
             parts.append(f"<div class=row>{images}</div>")
         parts.append(section.body)
-    return "\n".join(parts)
+    # Names of files may hold bytes that are no text.
+    return "\n".join(parts).encode("utf-8", "backslashreplace").decode()
 
 
 def _image(title: str, data: bytes) -> str:

@@ -54,7 +54,8 @@ def write_report(
         train, test = images
         sections += [*_masks(config, test), *_views(config, test)]
         sections += [feature_section(config, model, test), neighbour_section(config, model, train, test)]
-    sections += [_speed(rows), Section(title="Configuration", body=code((folder / "config.yaml").read_text()))]
+    written = (folder / "config.yaml").read_text(encoding="utf-8")
+    sections += [_speed(rows), Section(title="Configuration", body=code(written))]
     path = folder / "report.html"
     subtitle = f"{config.recipe}, {config.model}, {results.about['steps']:,} steps of {config.data.batch_size} images"
     path.write_text(page(f"hjepa run {folder.resolve().name}", subtitle, sections), "utf-8")
@@ -71,7 +72,7 @@ def read_rows(folder: Path, steps: float = math.inf) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [row for row in rows if row["step"] <= steps]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error}); remove the line, or the file: curves are drawn of it") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import re
 import sys
@@ -132,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 1 damage found, 2 wrong input, 130 interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and classes hold letters that not every terminal has.
+        sys.stdout.reconfigure(errors="backslashreplace")
     out = Console()
     log = Console(stderr=True)
     try:

@@ -1,6 +1,7 @@
 """Merge results files into one table: python -m hjepa_eval.results A.json B.json [--markdown]."""
 
 import argparse
+import io
 import sys
 from typing import NoReturn
 
@@ -18,6 +19,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and classes hold letters that not every terminal has.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _Parser(prog="python -m hjepa_eval.results", description="Merge results into one table.")
     parser.add_argument("files", nargs="+", help="results files that hjepa-eval wrote")
     parser.add_argument("--metrics", nargs="+", default=(), help="columns, in this order; all without it")
