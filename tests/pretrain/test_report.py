@@ -6,6 +6,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.font_manager import fontManager
 
 from hjepa_eval import knn_accuracy, rankme
 from hjepa_pretrain import evaluation, settings
@@ -95,6 +98,50 @@ def test_names_of_classes_are_no_mathematics():
     image = np.zeros((1, 4, 4, 3), np.uint8)
     names = ["from_$5_to_$10"]
     assert figures.neighbours(image, image[None], names, [names]).startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def no_fallback(monkeypatch):
+    with plt.rc_context({"font.family": ["sans-serif"]}):
+        monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if "DejaVu" in font.name])
+        yield
+
+
+def draw_neighbours(name):
+    image = np.zeros((1, 4, 4, 3), np.uint8)
+    return figures.neighbours(image, image[None], [name], [[name]])
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_letters_that_no_font_has_are_one_line(caplog):
+    assert draw_neighbours("猫 dog 犬").startswith(b"\x89PNG")
+    (line,) = caplog.messages
+    assert line.startswith("no font has 猫犬, drawn as boxes")
+
+
+@pytest.mark.usefixtures("no_fallback")
+def test_letters_come_from_a_font_that_is_installed(tmp_path, caplog):
+    before = draw_neighbours("猫")
+    caplog.clear()
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    pen.lineTo((500, 900))
+    pen.lineTo((1000, 0))
+    pen.closePath()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "cat"])
+    font.setupCharacterMap({ord("猫"): "cat"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 0)})
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": "Noto Sans CJK JP", "styleName": "Regular"})
+    font.setupOS2(sTypoAscender=900, sTypoDescender=-100)
+    font.setupPost()
+    font.save(tmp_path / "cjk.ttf")
+    fontManager.addfont(tmp_path / "cjk.ttf")
+    figures.use_fonts()
+    assert draw_neighbours("猫") != before
+    assert caplog.messages == []
 
 
 def test_the_page_counts_the_steps_that_were_done(pretrain, tiny, tmp_path, capsys):

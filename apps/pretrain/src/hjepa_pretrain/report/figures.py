@@ -1,6 +1,9 @@
 """Figures of a run, drawn off screen: numbers in, SVG bytes out; of images, PNG bytes."""
 
 import io
+import logging
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,28 +11,59 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 COLORS = ("#0b6e99", "#d9730d", "#0f7b6c", "#6940a5", "#ad1a72", "#64473a")
 _CONTEXT, _TARGET = (0.05, 0.45, 0.75), (0.95, 0.45, 0.10)
+# Chinese, Japanese and Korean letters of class names, which matplotlib's own font has not: Linux, macOS, Windows.
+_CJK = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+    "Droid Sans Fallback", "IPAGothic", "NanumGothic", "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo",
+    "Arial Unicode MS", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
+)  # fmt: skip
+_MISSING = re.compile(r"Glyph (\d+) .*missing from font")
+
+
+def use_fonts() -> None:
+    """Let text take letters that matplotlib's own font has not from fonts that are installed."""
+    installed = {font.name for font in fontManager.ttflist}
+    plt.rcParams["font.family"] = ["sans-serif", *(name for name in _CJK if name in installed)]
+
+
+use_fonts()
 
 
 def png(figure: Figure) -> bytes:
     """Renders a figure to PNG bytes and closes it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
+    return _saved(figure, format="png", dpi=110)
 
 
 def svg(figure: Figure) -> bytes:
     """Renders a figure to SVG bytes, the same for the same numbers, and closes it."""
-    buffer = io.BytesIO()
     with plt.rc_context({"svg.hashsalt": "hjepa"}):
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+        return _saved(figure, format="svg", metadata={"Date": None})
+
+
+def _saved(figure: Figure, **options: Any) -> bytes:  # noqa: ANN401
+    """Save a figure and close it; letters that no font has are one line, not a warning each."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", _MISSING.pattern)
+        figure.savefig(buffer, bbox_inches="tight", **options)
     plt.close(figure)
+    missing: dict[str, None] = {}
+    for one in caught:
+        if found := _MISSING.match(str(one.message)):
+            missing[chr(int(found[1]))] = None
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if missing:
+        logger.warning("no font has %s, drawn as boxes; install one that has, such as Noto Sans CJK", "".join(missing))
     return buffer.getvalue()
 
 
