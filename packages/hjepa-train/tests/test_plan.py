@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hjepa_train import FSDPConfig, ParallelConfig, TrainerConfig
-from hjepa_train.parallel import wrap
+from hjepa_train.parallel import gradient_sync, wrap
 from hjepa_train.plan import MachineConfig, StepCost, _fake_world, fake_tensors, plan_step, sent_bytes, step_cost
 from hjepa_train.protocols import StepOutput
 from hjepa_train.sharded import is_sharded
@@ -22,26 +23,49 @@ def config(kind="single", accumulate=1, **fsdp):
     return TrainerConfig(steps=1, precision="fp32", accumulate=accumulate, parallel=parallel)
 
 
+class Sent(TorchDispatchMode):
+    """Counts the bytes that a rank would send for the collectives of the fake group, by ring algorithms."""
+
+    def __init__(self, copies):
+        super().__init__()
+        self.count, self.copies = 0, copies
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_allgather_base_", "_reduce_scatter_base_"):
+            self.count += abs(args[0].nbytes - args[1].nbytes)
+        elif name == "allreduce_":
+            self.count += sum(2 * tensor.nbytes * (self.copies - 1) // self.copies for tensor in args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("width", [8, 6])
+@pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"kind": "ddp"}, 2 * 400 * 7 / 8),
-        ({"kind": "ddp", "accumulate": 4}, 2 * 400 * 7 / 8),
-        # Trained weights twice and frozen ones once are gathered, gradients are scattered.
-        ({"kind": "fsdp"}, (2 * 400 + 80) * 7 / 8 + 400 * 7 / 8),
-        ({"kind": "fsdp", "param_dtype": "bf16"}, (2 * 200 + 40) * 7 / 8 + 400 * 7 / 8),
-        ({"kind": "fsdp", "reshard_after_forward": False}, (400 + 80) * 7 / 8 + 400 * 7 / 8),
-        ({"kind": "fsdp", "accumulate": 2}, 2 * (2 * 400 + 80) * 7 / 8 + 400 * 7 / 8),
-        # Four copies on two ranks each: each rank averages its half of the gradient over the copies.
-        ({"kind": "fsdp", "shard_size": 2}, (2 * 400 + 80) / 2 + 400 / 2 + 2 * 200 * 3 / 4),
-    ],
+    "fsdp", [{}, {"param_dtype": "bf16"}, {"reshard_after_forward": False}, {"shard_size": 2, "reduce_dtype": "bf16"}]
 )
-def test_bytes_sent(fields, expected):
-    assert sent_bytes(config(**fields), 8, trained=100, frozen=20) == expected
+def test_bytes_planned_are_those_that_fsdp_sends(fsdp, accumulate, width):
+    settings = config("fsdp", accumulate=accumulate, **fsdp)
+    with _fake_world(4) as world:
+        wrapped = wrap(Branches(width), settings.parallel, world, (ToyBlock,))
+        with Sent(copies=2) as sent:
+            for micro in range(accumulate):
+                with gradient_sync(wrapped, enabled=micro == accumulate - 1):
+                    loss, *_ = wrapped(torch.rand(4, width), 0)
+                    loss.backward()
+    with torch.device("meta"):
+        plan = plan_step(Branches(width), COST, settings, 4, MachineConfig(), (ToyBlock,))
+    assert sent.count > 0
+    assert plan.sent_bytes == sent.count
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_ddp_averages_once_a_step(accumulate):
+    assert sent_bytes(config("ddp", accumulate), 8, gathered=120, trained=100) == 2 * 400 * 7 / 8
 
 
 def test_one_process_sends_nothing():
-    assert sent_bytes(config(), 1, trained=100, frozen=20) == 0
+    assert sent_bytes(config(), 1, gathered=120, trained=100) == 0
 
 
 def _module():
@@ -74,19 +98,21 @@ def test_a_plan_counts_the_shards_of_a_rank():
 
 
 class Branches(nn.Module):
-    """Two trained blocks, a frozen copy of them, and a layer that is in no block."""
+    """Three trained blocks, a frozen copy of two, which runs between them, and a layer that is in no block."""
 
-    def __init__(self):
+    def __init__(self, width=8):
         super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.online = nn.Sequential(ToyBlock(8, 0.0), ToyBlock(8, 0.0))
+        self.first = nn.Linear(width, width)
+        self.online = nn.Sequential(ToyBlock(width, 0.0), ToyBlock(width, 0.0))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.predictor = ToyBlock(width, 0.0)
 
     def forward(self, batch, step):
         values = self.first(batch)
+        context = self.online(values)
         with torch.no_grad():
             target = self.target(values)
-        return StepOutput(loss=(self.online(values) - target).square().mean())
+        return StepOutput(loss=(self.predictor(context) - target).square().mean())
 
 
 @pytest.mark.parametrize("reshard", [True, False])

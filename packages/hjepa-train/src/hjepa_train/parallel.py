@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -300,9 +301,15 @@ def _shard(adapter: nn.Module, config: FSDPConfig, world: World, blocks: tuple[t
         "mp_policy": MixedPrecisionPolicy(param_dtype=config.param_dtype.dtype, reduce_dtype=config.reduce_dtype.dtype),
         "offload_policy": CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
     }
+    learning = []
     for child in adapter.modules():
         if isinstance(child, blocks):
-            fully_shard(child, **options)
+            block = fully_shard(child, **options)
+            if any(parameter.requires_grad for parameter in child.parameters()):
+                learning.append(block)
+    # Else the backward pass gathers early what ran before a block, also where that is frozen and not needed again.
+    for before, block in pairwise(learning):
+        block.set_modules_to_backward_prefetch([before])
     # What is left at the root is used until the end of the forward pass; its backward begins at once.
     fully_shard(adapter, **options | {"reshard_after_forward": None if config.reshard_after_forward else False})
     # Weights are gathered for `forward` alone, unless another method is named.

@@ -81,7 +81,7 @@ class Plan:
     host_bytes: int
     """FSDP with `cpu_offload`: weights, gradients and optimizer state that lie in the memory of the host."""
     bus_bytes: int
-    """Likewise: a step, between host and device; weights as they are gathered, gradients once."""
+    """Likewise: a step, between host and device; weights as often as they are gathered, gradients once."""
     sent_bytes: int
     """A step, gathering and averaging; statistics of the losses are a few kilobytes more."""
     flops: int
@@ -202,7 +202,6 @@ def plan_step(
     sharded = config.parallel.kind is ParallelKind.fsdp
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
     trained = sum(count for count, learns in sizes if learns)
-    frozen = sum(count for count, learns in sizes if not learns)
     gathered = _gathered(module, config.parallel.fsdp, blocks) if sharded else 0
     with _fake_world(world_size) as world:
         if sharded:
@@ -212,20 +211,20 @@ def plan_step(
         buffers = sum(_bytes(buffer) for buffer in module.buffers())
         gradients = sum(_bytes(parameter) for parameter in module.parameters() if parameter.requires_grad)
         optimizer = _optimizer_bytes(module, config)
+        again = _gathered_again(module, blocks) if sharded and config.parallel.fsdp.reshard_after_forward else 0
     host = bus = 0
     if sharded and config.parallel.fsdp.cpu_offload:
         host = weights + gradients + optimizer
         # What is fetched are float32 shards, which the device casts.
-        again = gradients if config.parallel.fsdp.reshard_after_forward else 0
         bus = config.accumulate * (weights + again) + gradients
+    sent = sent_bytes(config, world_size, gathered=(weights + again) // 4, trained=gradients // 4)
     if sharded and config.accumulate > 1:
         # Until the last micro-batch each rank keeps whole gradients.
         gradients += trained * config.parallel.fsdp.reduce_dtype.dtype.itemsize
-    sent = sent_bytes(config, world_size, trained=trained, frozen=frozen)
     flops = cost.flops * config.accumulate
     return Plan(
         world_size=world_size,
-        parameters=trained + frozen,
+        parameters=sum(count for count, _ in sizes),
         trained=trained,
         parameter_bytes=weights + buffers,
         gradient_bytes=gradients,
@@ -242,28 +241,37 @@ def plan_step(
     )
 
 
-def sent_bytes(config: TrainerConfig, world_size: int, *, trained: int, frozen: int) -> int:
+def sent_bytes(config: TrainerConfig, world_size: int, *, gathered: int, trained: int) -> int:
     r"""Return the bytes that a rank sends in a step, by ring algorithms.
 
-    Gathering or scattering n bytes over W ranks sends $n (W-1)/W$, an average twice that. DDP averages float32
-    gradients once a step. FSDP gathers trained weights for the forward and, where they were freed, for the backward
-    pass of each micro-batch, frozen ones once; it scatters gradients once a step, and averages them over its copies.
+    Gathering or scattering over $W$ ranks sends $W-1$ shards, an average of n bytes $2n (W-1)/W$. DDP, whose shard is
+    everything, averages float32 gradients once a step. FSDP gathers weights in each micro-batch; it scatters gradients
+    once a step, and averages them over its copies.
 
     Args:
         config: Parallelism and accumulation.
-        world_size: W.
-        trained: Parameters with a gradient.
-        frozen: Parameters without.
+        world_size: Number of ranks.
+        gathered: Parameters of a shard, each as often as a micro-batch gathers it.
+        trained: Those of a shard that have a gradient.
     """
-    if config.parallel.kind is not ParallelKind.fsdp:
-        return 2 * _ring(4 * trained, world_size)
-    fsdp: FSDPConfig = config.parallel.fsdp
-    ranks = world_size if fsdp.shard_size is None else fsdp.shard_size
-    weight, gradient = fsdp.param_dtype.dtype.itemsize, fsdp.reduce_dtype.dtype.itemsize
-    gathers = 2 if fsdp.reshard_after_forward else 1
-    gathered = config.accumulate * _ring(weight * (gathers * trained + frozen), ranks)
-    copies = world_size // ranks
-    return gathered + _ring(gradient * trained, ranks) + 2 * _ring(math.ceil(gradient * trained / ranks), copies)
+    shards, weight, gradient = 1, 4, 4
+    if config.parallel.kind is ParallelKind.fsdp:
+        fsdp: FSDPConfig = config.parallel.fsdp
+        shards = world_size if fsdp.shard_size is None else fsdp.shard_size
+        weight, gradient = fsdp.param_dtype.dtype.itemsize, fsdp.reduce_dtype.dtype.itemsize
+    copies = world_size // shards
+    within = (shards - 1) * (config.accumulate * weight * gathered + gradient * trained)
+    return within + 2 * gradient * trained * (copies - 1) // copies
+
+
+def _gathered_again(module: nn.Module, blocks: Sequence[type[nn.Module]]) -> int:
+    """Count the bytes of a rank's shards of what is freed after the forward pass and gathered for the backward.
+
+    That is a block that learns; the root, which holds what is in no block, stays in between.
+    """
+    wrapped = (child for child in module.modules() if isinstance(child, tuple(blocks)))
+    learning = nn.ModuleList(child for child in wrapped if any(p.requires_grad for p in child.parameters()))
+    return sum(_bytes(parameter) for parameter in learning.parameters())
 
 
 def _gathered(module: nn.Module, config: FSDPConfig, blocks: Sequence[type[nn.Module]]) -> int:
@@ -275,10 +283,6 @@ def _gathered(module: nn.Module, config: FSDPConfig, blocks: Sequence[type[nn.Mo
         # The root, which holds what is in no block, is never freed before its backward pass.
         kept += biggest - _size(wrapped)
     return (kept + biggest) * config.param_dtype.dtype.itemsize
-
-
-def _ring(count: int, ranks: int) -> int:
-    return count * (ranks - 1) // ranks
 
 
 def _size(module: nn.Module) -> int:
