@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import re
 import threading
 import time
 
@@ -59,12 +60,17 @@ def test_steps_go_on_while_a_checkpoint_is_written(device, tmp_path, slow_disk, 
         trainer.fit()
     assert [path.name for path in trainer.store.paths()] == ["step_00000007", "step_00000004"]
     assert torch.equal(trainer.store.at(7).tensors()["model/mask_token"], trainer.module.mask_token.detach().cpu())
-    (line,) = [record.message for record in caplog.records if "training stalled" in record.message]
-    assert line.startswith("2 checkpoints: training stalled")
+    lines = [record.message for record in caplog.records if "checkpoint" in record.message]
+    assert [re.sub(r"\d+\.\d+", "x", line).split(" (")[0] for line in lines] == [
+        "checkpoint of step 4: training stalled x s",
+        "checkpoint of step 7: training stalled x s",
+        "checkpoint of step 7: waited x s more until it was written",
+        "2 checkpoints: training stalled x s each",
+    ]
     assert any("checkpoint/stall_seconds" in row and "train/loss" in row for row in rows.rows)
 
 
-def test_the_wait_for_the_last_checkpoint_is_told(device, tmp_path, monkeypatch):
+def test_the_wait_for_the_last_checkpoint_is_told(device, tmp_path, monkeypatch, caplog):
     trainer = build(device, tmp_path, steps=2)
     write, now, waiting = store_module.write_tensors, [0.0], threading.Event()
     wait = trainer._saver.wait
@@ -82,8 +88,10 @@ def test_the_wait_for_the_last_checkpoint_is_told(device, tmp_path, monkeypatch)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(store_module, "write_tensors", slow)
     monkeypatch.setattr(trainer._saver, "wait", wait_and_tell)
-    trainer.fit()
+    with caplog.at_level(logging.INFO):
+        trainer.fit()
     assert trainer._saver.times.stalls == [0.5]
+    assert "checkpoint of step 2: waited 0.500 s more until it was written" in caplog.messages
 
 
 class Counts(Callback):

@@ -207,6 +207,8 @@ class Trainer:
         stall = time.perf_counter() - began
         self._stall = (self._stall or 0.0) + stall
         self._saver.times.stalls.append(stall)
+        if self.world.is_main:
+            logger.info("checkpoint of step %d: training stalled %.3f s", self.step, stall)
 
     def restore(self) -> None:
         """Go to the newest whole checkpoint of the run directory, if there is one; all ranks call it."""
@@ -250,7 +252,9 @@ class Trainer:
             self._saver.wait()
             if times.stalls and self.world.is_main:
                 ended_at = time.perf_counter()
-                times.stalls[-1] += ended_at - waiting
+                waited = ended_at - waiting
+                times.stalls[-1] += waited
+                logger.info("checkpoint of step %d: waited %.3f s more until it was written", self.step, waited)
                 logger.info(times.summary(ended_at - began))
         return ended
 
