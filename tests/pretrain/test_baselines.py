@@ -114,7 +114,7 @@ def test_mae_predicts_the_normalised_pixels_of_hidden_patches_only():
             patch = images[row, :, top : top + 8, left : left + 8].double()
             wanted = model.encoder.patchify(images)[row, place].double()
             assert torch.equal(wanted.sort().values, patch.flatten().sort().values)
-            wanted = (wanted - wanted.mean()) / (wanted.var(unbiased=False) + 1e-6).sqrt()
+            wanted = (wanted - wanted.mean()) / (wanted.var(unbiased=True) + 1e-6).sqrt()
             total += float((guess[row, number].double() - wanted).square().mean())
     assert float(loss) == pytest.approx(total / 4, rel=1e-5)
 

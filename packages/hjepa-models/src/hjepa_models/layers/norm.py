@@ -12,7 +12,7 @@ class GlobalBatchNorm(nn.Module):
     """Batch norm over the rows (and places) of every process, so that the split of a batch does not change the result.
 
     The statistics go through a differentiable mean over processes that hold equally many rows; the running ones, used
-    in evaluation, follow with `momentum`.
+    in evaluation, follow with `momentum`, the variance as torch's: without bias.
     """
 
     running_mean: Float[Tensor, " D"]
@@ -46,23 +46,22 @@ class GlobalBatchNorm(nn.Module):
         if not self.training:
             return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if world_size() == 1:
-            # One fused pass forward and one backward, which also gives the statistics.
-            out, mean, inverse = torch.native_batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps)
-            self._track(mean, inverse.square().reciprocal() - self.eps, track)
-            return out
+            running = (self.running_mean, self.running_var) if track else (None, None)
+            return functional.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
         axes, shape = [axis for axis in range(x.ndim) if axis != 1], (1, -1, *(1,) * (x.ndim - 2))
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = all_reduce_mean(x.mean(axes))
         centred = x - mean.view(shape)
         variance = all_reduce_mean(centred.square().mean(axes))
-        self._track(mean, variance, track)
+        if track:
+            self._track(mean, variance, x.numel() // x.shape[1] * world_size())
         return centred * (torch.rsqrt(variance + self.eps) * self.weight).view(shape) + self.bias.view(shape)
 
     @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor, track: bool) -> None:
-        if track:
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        unbiased = variance * (count / (count - 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
 
 def normalize(tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"]:
