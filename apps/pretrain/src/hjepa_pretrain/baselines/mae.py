@@ -18,7 +18,8 @@ class MAE(Baseline):
     The decoder is the H-JEPA's predictor with a map to pixels; it sees visible tokens and positions of hidden ones.
 
     Source:
-        He et al. 2021 (arXiv 2111.06377), sections 3 and 4.1 (normalised pixels).
+        He et al. 2021 (arXiv 2111.06377), sections 3 and 4.1 (normalised pixels); facebookresearch/mae divides by the
+        deviation without bias, which the paper leaves open.
     """
 
     masked = True
@@ -47,6 +48,7 @@ class MAE(Baseline):
         guess = self.pixels(self.decoder(seen, context_index, target_index).flatten(1, 2))
         wanted = gather_tokens(self.encoder.patchify(images), target_index.flatten(1)).float()
         if self.normalize_pixels:
-            wanted = functional.layer_norm(wanted, wanted.shape[-1:], eps=1e-6)
+            variance, mean = torch.var_mean(wanted, dim=-1, keepdim=True)
+            wanted = (wanted - mean) * (variance + 1e-6).rsqrt()
         loss = functional.mse_loss(guess.float(), wanted)
         return scored(loss, seen.mean(1), pixels=loss)
