@@ -7,6 +7,7 @@ from hjepa_benchmark.throughput.step import synthetic_batch
 from hjepa_models.layers.patch import StemNorm
 from hjepa_pretrain import settings
 from hjepa_pretrain.task import build_task
+from hjepa_train import parameter_groups
 
 WHOLE = ("hjepa_global", "simclr", "lejepa", "supervised")
 HIDDEN = ("ijepa", "hjepa", "hjepa_contrast", "mae")
@@ -25,6 +26,15 @@ def test_a_recipe_trains_with_a_preset(preset, recipe):
     loss.backward()
     assert loss.isfinite()
     assert all(parameter.grad is not None for parameter in task.model.encoder.parameters())
+
+
+def test_learned_pooling_is_not_pulled_to_the_mean_by_weight_decay():
+    words = ["data.train=synthetic", "recipe=hjepa", "preset=demo", "hjepa.pyramid.pooling=learned", "run.device=cpu"]
+    task = build_task(settings.load(words)[0])
+    decay, _ = parameter_groups(task)
+    pulled = {id(parameter) for parameter in decay["params"]}
+    assert len(task.model.pyramid.cell_logits) == 2
+    assert not any(id(logits) in pulled for logits in task.model.pyramid.cell_logits)
 
 
 @pytest.mark.parametrize(("preset", "hue"), [("none", 0.2), ("demo", 0.5), ("small_images", 0.1)])

@@ -28,9 +28,11 @@ def test_a_name_counts_only_at_the_end(device):
     learned = ("registers", "table", "frequencies")  # tokens and positions
     for name in learned:
         module.register_parameter(name, nn.Parameter(torch.zeros(1, 4, 2, device=device)))
+    for name in ("cell_logits", "maps"):
+        module[name] = nn.ParameterList([torch.zeros(4, 2, device=device)])
     decay, rest = (_names(module, group) for group in parameter_groups(module))
-    assert decay == {"tokenizer.weight"}
-    assert rest == {*learned, "tokenizer.bias"}
+    assert decay == {"tokenizer.weight", "maps.0"}
+    assert rest == {*learned, "tokenizer.bias", "cell_logits.0"}
 
 
 def test_rates_reach_the_groups(device):

@@ -44,8 +44,11 @@ class OptimizerConfig:
     """LARS: largest relative change of a matrix in a step of learning rate 1."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
-    no_decay_names: tuple[str, ...] = ("bias", "token", "position", "pos_embed", "register", "table", "frequencies")
-    """A parameter whose own name (after the last dot) contains one of these words has no weight decay."""
+    no_decay_names: tuple[str, ...] = (
+        "bias", "token", "position", "pos_embed", "register", "table", "frequencies", "logits",
+    )  # fmt: skip
+    """A parameter whose own name (after the last dot, or that of the list that it is in) contains one of these words
+    has no weight decay."""
     fused: bool | None = None
     """One kernel for all parameters; None means fused on CUDA and for-each on a CPU."""
 
@@ -128,8 +131,10 @@ def decays(name: str, parameter: torch.Tensor, no_decay_names: tuple[str, ...]) 
     True
     >>> decays("norm.weight", torch.zeros(4), ("token",)), decays("mask_token", torch.zeros(1, 1, 4), ("token",))
     (False, False)
+    >>> decays("cell_logits.0", torch.zeros(4, 2), ("logits",))
+    False
     """
-    leaf = name.rpartition(".")[2]
+    leaf = next((word for word in reversed(name.split(".")) if not word.isdigit()), "")
     return parameter.ndim > 1 and not any(word in leaf for word in no_decay_names)
 
 
