@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hjepa_benchmark.throughput.step import synthetic_batch
+from hjepa_models.canvas import dense_canvas
 from hjepa_models.layers.patch import StemNorm
 from hjepa_pretrain import settings
 from hjepa_pretrain.task import build_task
@@ -26,6 +27,27 @@ def test_a_recipe_trains_with_a_preset(preset, recipe):
     loss.backward()
     assert loss.isfinite()
     assert all(parameter.grad is not None for parameter in task.model.encoder.parameters())
+
+
+@pytest.mark.parametrize("preset", ["none", "demo", "small_images"])
+def test_targets_of_hjepa_go_through_no_top_down_path_whose_collapse_would_please_the_loss(preset):
+    words = ["recipe=hjepa", f"preset={preset}", "data.train=synthetic", "hjepa.encoder.depth=1"]
+    config, _ = settings.load(words)
+    model = build_task(config).model.eval()
+    assert len(model.pyramid.top_down) == 2
+    image = torch.rand(2, 3, *config.data.image_size)
+    canvas = dense_canvas(model.target_encoder(image), model.encoder.grid_of(image))
+
+    def targets():
+        return [level.values for level in model.target_levels(canvas)]
+
+    before = targets()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if not name.startswith("target_encoder."):
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    for one, other in zip(before, targets(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_learned_pooling_is_not_pulled_to_the_mean_by_weight_decay():
