@@ -188,6 +188,27 @@ def test_an_mlflow_that_is_not_there_is_one_line(train, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [("nonsense://y", "MLFLOW_TRACKING_URI=nonsense://y: "), (None, "mlflow_uri=null and no MLFLOW_TRACKING_URI, so ")],
+)
+def test_an_mlflow_that_no_setting_names_says_where_it_was_looked_for(train, monkeypatch, variable, expected):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+
+    def refused(**_):
+        raise mlflow.exceptions.MlflowException("No store for it. More.")
+
+    # The whole package would make the default, a database in the working folder.
+    monkeypatch.setattr(mlflow, "MlflowClient", refused)
+    with pytest.raises(ValueError, match="No store for it; allowed: a server") as caught:
+        train([MLflowLog(None, experiment="tests")])
+    assert str(caught.value).startswith(expected)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "tensorboard", "wandb", "mlflow"])
 def test_the_main_rank_alone_logs(kind, tmp_path, monkeypatch):
     if kind in ("wandb", "mlflow"):

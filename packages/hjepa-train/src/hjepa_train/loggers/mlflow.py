@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -61,10 +62,10 @@ class MLflowLog(Callback):
             self._client.update_run(self._id, status="RUNNING")
         except mlflow.exceptions.MlflowException as error:
             self._client = None
-            where = "mlflow's default" if self.uri is None else self.uri
             raise ValueError(
-                f"mlflow_uri={where}: {one_line(error).split('. ')[0]}; allowed: a server, with the whole "
-                "package mlflow a database, or a folder where MLFLOW_ALLOW_FILE_STORE=true is set"
+                f"{self._where(mlflow)}: {one_line(error).split('. ')[0]}; allowed: a server (http://HOST:PORT), with "
+                "the whole package (pip install mlflow) a database, or a folder where MLFLOW_ALLOW_FILE_STORE=true is "
+                "set; give one, or leave mlflow out of loggers"
             ) from error
 
     def on_row(self, trainer: Trainer, row: Mapping[str, float]) -> None:
@@ -105,6 +106,15 @@ class MLflowLog(Callback):
 
     def _mlflow(self) -> Any:  # noqa: ANN401
         return load("mlflow", "loggers=mlflow", "hjepa-train[mlflow]")
+
+    def _where(self, mlflow: Any) -> str:  # noqa: ANN401
+        """Name the place where runs should be kept by the setting that gave it."""
+        if self.uri is not None:
+            return f"mlflow_uri={self.uri}"
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        if given:
+            return f"MLFLOW_TRACKING_URI={given}"
+        return f"mlflow_uri=null and no MLFLOW_TRACKING_URI, so mlflow's default {mlflow.get_tracking_uri()}"
 
     def _last_step(self) -> int:
         """Return the last step that has a row; a run that was killed has some after its checkpoint."""
