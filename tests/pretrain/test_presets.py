@@ -50,6 +50,16 @@ def test_targets_of_hjepa_go_through_no_top_down_path_whose_collapse_would_pleas
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("steps", [500, 5_000])
+@pytest.mark.parametrize("preset", ["demo", "small_images"])
+@pytest.mark.parametrize("recipe", ["hjepa", "ijepa"])
+def test_the_moving_average_of_a_short_run_keeps_up_with_it(recipe, preset, steps):
+    words = [f"recipe={recipe}", f"preset={preset}", "data.train=synthetic", f"run.steps={steps}"]
+    trainer = settings.load(words)[0].trainer
+    looks_back = 1 / (1 - trainer.ema_momentum.values(0, trainer.length))
+    assert 0.01 * steps < looks_back < 0.05 * steps
+
+
 def test_learned_pooling_is_not_pulled_to_the_mean_by_weight_decay():
     words = ["data.train=synthetic", "recipe=hjepa", "preset=demo", "hjepa.pyramid.pooling=learned", "run.device=cpu"]
     task = build_task(settings.load(words)[0])
