@@ -179,6 +179,20 @@ def test_buffers_that_differ_between_ranks_go_on_as_if_undisturbed(kind, tmp_pat
         assert [line in err for _, _, err in outputs] == [True, False]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_compiled_step_of_several_buckets_trains_like_a_plain_one(tmp_path):
+    main, other = launch("compiled.py", tmp_path)
+    assert main[0] == other[0] == 0, main[2] + other[2]
+    outcomes = json.loads(main[1].splitlines()[-1])
+    assert outcomes.keys() == {"kept", "ToyBlock"}
+    for outcome in outcomes.values():
+        # torch cuts the graph of a step where a bucket is full, to send it while the backward pass goes on.
+        assert outcome["graphs"] > 1
+        assert outcome["moved"] > 25
+        assert outcome["far"] < 1e-3
+
+
 @pytest.mark.parametrize(("visible", "expected"), [(4, 3), (1, 0)])
 def test_a_rank_takes_its_gpu_or_the_only_one_that_it_is_shown(monkeypatch, visible, expected):
     taken = []
