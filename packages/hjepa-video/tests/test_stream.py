@@ -2,6 +2,7 @@ import itertools
 import math
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,6 +220,12 @@ def test_another_list_or_seed_is_no_continuation(folder, tmp_path):
         config().build(paths, seed=0).load_state_dict({"epoch": 0, "position": 4})
     # A state from before streams said what they hold.
     config().build(renamed, seed=0).load_state_dict({key: state[key] for key in state if key != "contents"})
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_that_is_no_list_is_not_taken_letter_by_letter(folder, kind):
+    with pytest.raises(ValueError, match=r"paths=.*clips.*one path.*list_clips\(folder\)"):
+        config().build(kind(folder), seed=0)
 
 
 def test_wrong_input_is_refused(folder, tmp_path):

@@ -145,6 +145,8 @@ class ClipStream(Iterator[Batch]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if isinstance(paths, str | bytes | os.PathLike):
+            refuse("paths", paths, "one path, and no list of them", "allowed: list_clips(folder), or [path]")
         if not paths:
             raise DataError("no videos: the list of paths is empty; give at least one video file")
         if not 0 <= rank < world_size:
