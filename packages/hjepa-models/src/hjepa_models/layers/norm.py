@@ -46,8 +46,8 @@ class GlobalBatchNorm(nn.Module):
         if not self.training:
             return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if world_size() == 1:
-            running = (self.running_mean, self.running_var) if track else (None, None)
-            return functional.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
+            mean, variance = (self.running_mean, self.running_var) if track else (None, None)
+            return functional.batch_norm(x, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
         axes, shape = [axis for axis in range(x.ndim) if axis != 1], (1, -1, *(1,) * (x.ndim - 2))
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = all_reduce_mean(x.mean(axes))
