@@ -96,6 +96,27 @@ def test_a_worker_that_ends_or_hangs_is_named_while_next_waits(shards, tmp_path,
     assert set(multiprocessing.active_children()) <= set(others)
 
 
+@pytest.mark.timeout(60)
+def test_a_worker_that_dies_with_the_lock_of_the_loader_holds_up_nobody(shards, tmp_path, monkeypatch):
+    check = loader._check_workers
+
+    def check_and_seize(batches):
+        try:
+            check(batches)
+        except WorkerError:
+            # As one that is killed while it looks whether the loader has ended.
+            assert batches._workers_done_event._cond.acquire(timeout=30)
+            raise
+
+    monkeypatch.setattr(loader, "_check_workers", check_and_seize)
+    stream = config(2).build(Faulty(shards, tmp_path / "log", FAULTS["exited"][0]), seed=SEED)
+    with pytest.raises(WorkerError, match="ended with exit code 3") as caught:
+        list(stream)
+    del caught
+    assert len(take(stream, 3)) == 3
+    stream.close()
+
+
 def test_a_worker_without_memory_is_an_error(shards, tmp_path):
     stream = config(1).build(Faulty(shards, tmp_path / "log", out_of_memory), seed=SEED)
     with pytest.raises(WorkerError, match="ran out of memory"):

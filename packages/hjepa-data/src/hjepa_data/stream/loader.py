@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
+import threading
 import time
 import warnings
 import weakref
@@ -212,6 +213,8 @@ def _guarded(batches: Any, config: WorkerConfig) -> Iterator[Loaded]:  # noqa: A
         # The loader's own way to end workers waits for each of them.
         for worker in batches._workers:
             worker.kill()
+        # One that has died as it looked at the event, as each does with each task, holds its lock for ever.
+        batches._workers_done_event = threading.Event()
         raise
     except MemoryError:
         raise WorkerError(
