@@ -20,7 +20,10 @@ def test_two_ranks_train_like_one(pretrain, tiny, tmp_path, read_losses, read_ro
     assert one.code == 0, one.err
     assert two.code == 0, two.err
     # Only the first rank speaks.
-    assert two.out.count("run folder:") == two.out.count("report:") == two.err.count("training stalled") == 1
+    assert two.out.count("run folder:") == two.out.count("report:") == 1
+    assert (
+        two.err.count("checkpoint of step 5: training stalled") == two.err.count("1 checkpoint: training stalled") == 1
+    )
     alone, together = (dict(read_losses(tmp_path / name)) for name in ("one", "two"))
     assert alone.keys() == together.keys() == set(range(1, 6))
     for step, loss in alone.items():
