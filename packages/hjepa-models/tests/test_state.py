@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from hjepa_models.objectives.kl import categorical_kl, dynamics_kl, kl_balance
-from hjepa_models.random import fold_in, global_rows, gumbel
+from hjepa_models.random import fold_in, gumbel, row_seeds
 from hjepa_models.state import (
     State,
     StateConfig,
@@ -125,7 +125,7 @@ def naive_rollout(model, actions, embeddings, noise):
 
 
 def noise_of(seed, stream, batch, steps, shape, device):
-    seeds = [[fold_in(fold_in(fold_in(seed, stream), row), step) for step in range(steps)] for row in range(batch)]
+    seeds = [[fold_in(fold_in(fold_in(seed, row), stream), step) for step in range(steps)] for row in range(batch)]
     return [[gumbel(int(key), shape).to(device) for key in row] for row in seeds]
 
 
@@ -195,15 +195,19 @@ def test_noise_is_a_pure_function_of_seed_step_and_row(device):
 
 
 def test_rows_go_on_over_processes(device, monkeypatch):
-    assert global_rows(3, device).tolist() == [0, 1, 2]
-    assert global_rows(6, device, views=2).tolist() == [0, 1, 2, 3, 4, 5]
+    assert row_seeds(7, 3, device).tolist() == [int(fold_in(7, row)) for row in range(3)]
+    of_two = row_seeds(7, 8, device, views=2)
+    assert of_two.tolist() == [int(fold_in(7, row)) for row in range(8)]
+    assert torch.equal(row_seeds(of_two, 8), of_two)
     model = build(device)
     actions, embeddings = sequence(device, batch=4)
     together = model.observe(actions, embeddings, 5)
+    some = model.observe(actions[1:3], embeddings[1:3], row_seeds(5, 4, device)[1:3])
+    assert torch.equal(some.z, together.z[1:3])
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    assert global_rows(4, device, views=2).tolist() == [2, 3, 6, 7]
+    assert torch.equal(row_seeds(7, 4, device, views=2), of_two[[2, 3, 6, 7]])
     second = model.observe(actions[2:], embeddings[2:], 5)
     assert torch.equal(second.z, together.z[2:])
 
@@ -357,7 +361,7 @@ def test_overshooting_equals_a_naive_float64_loop_over_starts(device, training, 
                 for ahead in range(d):
                     h = model.advance(State(h, z), actions[b, t + ahead])
                     prior = model.prior(h)
-                    key = fold_in(fold_in(fold_in(fold_in(6, 2), b), t), ahead)
+                    key = fold_in(fold_in(fold_in(fold_in(6, b), 2), t), ahead)
                     noise = gumbel(int(key), (3, 4)).to(device) if training else None
                     z = straight_through_sample(prior, noise).flatten()
                 kl = categorical_kl(rollout.posterior_logits[b, t + d - 1], prior).sum()

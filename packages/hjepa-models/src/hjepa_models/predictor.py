@@ -216,9 +216,8 @@ class Predictor(nn.Module):
         context: Float[Tensor, "B Kc D"],
         target_index: Int[Tensor, "B M Kt"],
         grid: Grid,
-        seed: int | Int[Tensor, ""],
+        seed: int | Int[Tensor, "*R"],
         targets: Float[Tensor, "B M D"] | None = None,
-        views: int = 1,
     ) -> tuple[Float[Tensor, "B M P"], KLBalance | None]:
         """Roll the hybrid state over the blocks, and say what it adds to their mask tokens.
 
@@ -228,9 +227,8 @@ class Predictor(nn.Module):
             context: tokens of the visible patches.
             target_index: flat positions of the blocks.
             grid: tokens per axis.
-            seed: of the noise, e.g. the step.
+            seed: of the noise, e.g. the step; or one for each row.
             targets: mean target of each block, which the posterior sees; None foresees the blocks by the prior.
-            views: how many views the rows are of, view after view.
 
         Returns:
             What to give to `forward` as its condition, and the divergence where there are targets.
@@ -245,6 +243,6 @@ class Predictor(nn.Module):
         places = sincos_positions(coordinates, self.config.embed_dim)
         actions, start = places[target_index].mean(2), self.state.initial(len(context), context.mean(1))
         if targets is None:
-            return self.condition(self.state.imagine(start, actions, seed, views=views).features), None
-        seen = self.state.observe(actions, targets, seed, start, views)
-        return self.condition(seen.features), self.state.loss(seen, actions, seed, views)
+            return self.condition(self.state.imagine(start, actions, seed).features), None
+        seen = self.state.observe(actions, targets, seed, start)
+        return self.condition(seen.features), self.state.loss(seen, actions, seed)

@@ -78,17 +78,23 @@ def gumbel(
     return -(-uniform(seed, shape, device).log()).log()
 
 
-def global_rows(batch: int, device: torch.device | None = None, views: int = 1) -> Int[Tensor, " B"]:
-    """Return the index of each row of this process within the rows of all processes, which hold equally many.
+def row_seeds(
+    seed: int | Int[Tensor, "*R"], batch: int, device: torch.device | None = None, views: int = 1
+) -> Int[Tensor, " B"]:
+    """Return a seed for each row, by its place among the rows of all processes, which hold equally many.
 
     Args:
+        seed: of all rows, e.g. the step; one for each row is returned as it is.
         batch: rows of this process, view after view.
-        device: where the numbers are made.
+        device: where the seeds are made.
         views: how many views the rows are of: those of all processes lie view after view too.
     """
+    if isinstance(seed, Tensor) and seed.ndim:
+        return seed.to(device)
     images = batch // views
     row = torch.arange(rank() * images, (rank() + 1) * images, device=device)
-    return (torch.arange(views, device=device).unsqueeze(1) * (world_size() * images) + row).flatten()
+    place = torch.arange(views, device=device).unsqueeze(1) * (world_size() * images) + row
+    return fold_in(seed.to(device) if isinstance(seed, Tensor) else seed, place.flatten(), device)
 
 
 def _as_tensor(value: int | Tensor, device: torch.device | None) -> Tensor:

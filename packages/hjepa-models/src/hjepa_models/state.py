@@ -12,7 +12,7 @@ from hjepa_models._validation import check_not_negative, check_positive
 from hjepa_models.initialization import construct, initialize
 from hjepa_models.objectives.kl import KLBalance, dynamics_kl, kl_balance
 from hjepa_models.objectives.overshooting import check_distance
-from hjepa_models.random import fold_in, global_rows, gumbel
+from hjepa_models.random import fold_in, gumbel, row_seeds
 
 
 class _Stream(IntEnum):
@@ -285,20 +285,18 @@ class HybridState(nn.Module):
         self,
         actions: Float[Tensor, "B T A"],
         embeddings: Float[Tensor, "B T E"],
-        seed: int | Int[Tensor, ""],
+        seed: int | Int[Tensor, "*R"],
         state: State | None = None,
-        views: int = 1,
     ) -> Rollout:
         """Do the same as `observe`, so that hooks of the module see it."""
-        return self.observe(actions, embeddings, seed, state, views)
+        return self.observe(actions, embeddings, seed, state)
 
     def observe(
         self,
         actions: Float[Tensor, "B T A"],
         embeddings: Float[Tensor, "B T E"],
-        seed: int | Int[Tensor, ""],
+        seed: int | Int[Tensor, "*R"],
         state: State | None = None,
-        views: int = 1,
     ) -> Rollout:
         """Follow a sequence whose embeddings are seen.
 
@@ -306,10 +304,10 @@ class HybridState(nn.Module):
             actions: what leads into each step.
             embeddings: what is seen there.
             seed: of the noise, e.g. the training step; the noise of a step is a pure function of the seed, the step's
-                place and the row's place in the batch of all processes. A tensor never makes a compiled program compile
-                anew, on whatever device it lies.
+                place and the row's place in the batch of all processes, or of the step's place and the row's own seed
+                where each has one (`row_seeds`). A tensor never makes a compiled program compile anew, on whatever
+                device it lies.
             state: the state before the first step; None means `initial`.
-            views: how many views the rows are of, view after view.
 
         Returns:
             The states and both laws of every step.
@@ -324,7 +322,7 @@ class HybridState(nn.Module):
                 "for each embedding"
             )
         start = self.initial(len(actions)) if state is None else state
-        keys = self._keys(seed, _Stream.observe, len(actions), actions.device, views)
+        keys = self._keys(seed, _Stream.observe, len(actions), actions.device)
         h, z, posterior_logits = self._follow(start, actions, keys, self.training, embeddings)
         return Rollout(start, h, z, posterior_logits, self.prior(h))
 
@@ -332,10 +330,9 @@ class HybridState(nn.Module):
         self,
         state: State,
         actions: Float[Tensor, "B T A"],
-        seed: int | Int[Tensor, ""],
+        seed: int | Int[Tensor, "*R"],
         *,
         sample: bool | None = None,
-        views: int = 1,
     ) -> Imagination:
         """Go on from a state without seeing anything.
 
@@ -344,24 +341,20 @@ class HybridState(nn.Module):
             actions: what leads into each step.
             seed: of the noise, as in `observe`; the same seed gives other noise there.
             sample: draw the stochastic part, or take its mode; None means to draw in training only.
-            views: how many views the rows are of, view after view.
 
         Returns:
             The states and the prior of every step.
         """
-        keys = self._keys(seed, _Stream.imagine, len(actions), actions.device, views)
+        keys = self._keys(seed, _Stream.imagine, len(actions), actions.device)
         return Imagination(*self._follow(state, actions, keys, self.training if sample is None else sample))
 
-    def loss(
-        self, rollout: Rollout, actions: Float[Tensor, "B T A"], seed: int | Int[Tensor, ""], views: int = 1
-    ) -> KLBalance:
+    def loss(self, rollout: Rollout, actions: Float[Tensor, "B T A"], seed: int | Int[Tensor, "*R"]) -> KLBalance:
         r"""Return what trains prior and posterior: `kl_balance`, its dynamics term overshot where the config says so.
 
         Args:
             rollout: what `observe` gave.
             actions: the actions that it was given.
             seed: the seed that it was given.
-            views: likewise.
 
         Returns:
             The weighted loss, and the plain one-step divergence to watch.
@@ -372,7 +365,7 @@ class HybridState(nn.Module):
         if distance == 1:
             return kl_balance(*laws, config.free_bits, config.dynamics, config.representation)
         rest = kl_balance(*laws, config.free_bits, 0.0, config.representation)
-        overshot = latent_overshooting(self, rollout, actions, distance, config.discount, config.free_bits, seed, views)
+        overshot = latent_overshooting(self, rollout, actions, distance, config.discount, config.free_bits, seed)
         return KLBalance(rest.loss + config.dynamics * overshot, rest.kl)
 
     def _follow(
@@ -398,10 +391,8 @@ class HybridState(nn.Module):
             return logits.log_softmax(-1)
         return ((1 - config.unimix) * logits.softmax(-1) + config.unimix / config.num_classes).log()
 
-    def _keys(
-        self, seed: int | Tensor, stream: _Stream, batch: int, device: torch.device, views: int
-    ) -> Int[Tensor, " B"]:
-        return fold_in(fold_in(seed, int(stream), device), global_rows(batch, device, views))
+    def _keys(self, seed: int | Tensor, stream: _Stream, batch: int, device: torch.device) -> Int[Tensor, " B"]:
+        return fold_in(row_seeds(seed, batch, device), int(stream))
 
     def _sample(
         self, logits: Float[Tensor, "*B G C"], keys: Int[Tensor, "*B"], step: int, draw: bool
@@ -417,8 +408,7 @@ def latent_overshooting(
     distance: int,
     discount: float = 1.0,
     free_bits: float = 1.0,
-    seed: int | Int[Tensor, ""] = 0,
-    views: int = 1,
+    seed: int | Int[Tensor, "*R"] = 0,
 ) -> Float[Tensor, ""]:
     r"""Divergence of the prior that is rolled on for 1 to D steps from the posterior states.
 
@@ -435,8 +425,7 @@ def latent_overshooting(
         distance: D, at most T.
         discount: γ.
         free_bits: f in nats.
-        seed: of the draws; the noise is a pure function of seed, row, start and distance.
-        views: how many views the rows are of, view after view.
+        seed: of the draws, as in `observe`; the noise is a pure function of seed, row, start and distance.
 
     Returns:
         The unweighted loss.
@@ -450,7 +439,7 @@ def latent_overshooting(
     """
     batch, steps = actions.shape[:2]
     check_distance(distance, steps)
-    rows = module._keys(seed, _Stream.overshoot, batch, actions.device, views)
+    rows = module._keys(seed, _Stream.overshoot, batch, actions.device)
     keys = fold_in(rows.unsqueeze(1), torch.arange(steps, device=actions.device))
     h, z = rollout.previous
     terms = []

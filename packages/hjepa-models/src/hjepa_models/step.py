@@ -21,6 +21,7 @@ from hjepa_models.layers.norm import normalize
 from hjepa_models.layers.upsampler import children_index, sample_children, upsampling_ratio
 from hjepa_models.objectives import adaptive_weights, mean_token, sigreg
 from hjepa_models.predictor import PredictorMode
+from hjepa_models.random import row_seeds
 
 if TYPE_CHECKING:
     from hjepa_models.hjepa import HJEPA
@@ -252,23 +253,27 @@ class Step:
         if config.output_tokens:
             # A schedule may start at patches that hold fewer.
             count = min(config.output_tokens, num_tokens(upsampling_ratio(grid, output_grid)))
-            return sample_children(
-                target_index, grid, output_grid, count, self.number, config.masked_views
-            ), output_grid
+            seeds = self._row_seeds(target_index)
+            return sample_children(target_index, grid, output_grid, count, seeds), output_grid
         return children_index(target_index, grid, output_grid), output_grid
+
+    def _row_seeds(self, rows: Tensor) -> Int[Tensor, " B"]:
+        """Return a seed for each masked row, the same whichever process has it."""
+        return row_seeds(self.number, len(rows), rows.device, self.config.masked_views)
 
     def _predicted(
         self, context: Tensor, context_index: Tensor, target_index: Tensor, grid: Grid, wanted: Tensor
     ) -> tuple[Float[Tensor, "B K D"], dict[str, tuple[float, Tensor]]]:
         """Return the predicted tokens of all blocks, and the term of a hybrid state."""
-        predictor, condition, terms, views = self.model.predictor, None, {}, self.config.masked_views
+        predictor, condition, terms = self.model.predictor, None, {}
         if predictor.state is not None:
             blocks = rearrange(wanted.detach(), "b (m k) d -> b m k d", m=target_index.shape[1]).mean(2)
-            condition, divergence = predictor.rollout(context, target_index, grid, self.number, blocks, views)
+            seeds = self._row_seeds(context)
+            condition, divergence = predictor.rollout(context, target_index, grid, seeds, blocks)
             assert divergence is not None
             terms["state"] = (1.0, divergence.loss)
             if not self.model.training:
-                condition, _ = predictor.rollout(context, target_index, grid, self.number, views=views)
+                condition, _ = predictor.rollout(context, target_index, grid, seeds)
         return predictor(context, context_index, target_index, grid, condition).flatten(1, 2), terms
 
     def _single_tokens(self, predicted: Float[Tensor, "B K D"]) -> Float[Tensor, "B K D"] | None:

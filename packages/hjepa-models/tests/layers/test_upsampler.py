@@ -22,6 +22,7 @@ from hjepa_models.layers.upsampler import (
     upsampling_ratio,
 )
 from hjepa_models.pooling import upsample_canvas
+from hjepa_models.random import row_seeds
 
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 axes = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3)
@@ -333,12 +334,13 @@ def test_drawn_children_differ_between_steps_rows_and_tokens(device):
 @pytest.mark.parametrize("views", [1, 2])
 def test_processes_draw_what_one_would(device, monkeypatch, views):
     index = torch.arange(4, device=device).expand(12, -1)
-    whole = sample_children(index, (2, 2), (8, 8), 3, 7, views).view(views, 2, 6 // views, -1)
+    seeds = row_seeds(7, 12, device, views)
+    whole = sample_children(index, (2, 2), (8, 8), 3, seeds).view(views, 2, 6 // views, -1)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     for rank in range(2):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        part = sample_children(index[:6], (2, 2), (8, 8), 3, 7, views)
+        part = sample_children(index[:6], (2, 2), (8, 8), 3, row_seeds(7, 6, device, views))
         assert torch.equal(part, whole[:, rank].flatten(0, 1))
 
 

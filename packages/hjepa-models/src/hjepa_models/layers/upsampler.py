@@ -12,7 +12,7 @@ from hjepa_models._validation import check_positive, coerce_choice
 from hjepa_models.canvas import Canvas
 from hjepa_models.grid import Grid, gather_tokens, grid_coordinates, num_tokens, sincos_positions
 from hjepa_models.initialization import initialize
-from hjepa_models.random import fold_in, global_rows
+from hjepa_models.random import fold_in, row_seeds
 
 PLACE_DIM = 64
 PLACE_CYCLES = 4.0
@@ -196,8 +196,7 @@ def sample_children(
     grid: Grid,
     output_grid: Grid,
     count: int,
-    seed: int | Int[Tensor, ""],
-    views: int = 1,
+    seed: int | Int[Tensor, "*R"],
 ) -> Int[Tensor, "B K*count"]:
     """Draw output tokens inside coarse tokens, without replacement and uniformly.
 
@@ -209,8 +208,8 @@ def sample_children(
         grid: tokens per axis of the coarse grid.
         output_grid: tokens per axis of the output grid, a multiple of it.
         count: output tokens per coarse token.
-        seed: e.g. the step; a number or a tensor, which spares a compiled step another compilation.
-        views: how many views the rows are of, view after view.
+        seed: e.g. the step; a number or a tensor, which spares a compiled step another compilation; or one for each row
+            (`row_seeds`), whose place then says nothing.
 
     Returns:
         Flat positions on the output grid: coarse token after coarse token, rising inside each; with the largest `count`
@@ -227,8 +226,7 @@ def sample_children(
             f"allowed: 1 to {places}; change count or the output grid"
         )
     device = index.device
-    seed = seed.to(device) if isinstance(seed, Tensor) else seed
-    token_seed = fold_in(fold_in(seed, global_rows(len(index), device, views)).unsqueeze(1), index)
+    token_seed = fold_in(row_seeds(seed, len(index), device).unsqueeze(1), index)
     order = fold_in(token_seed.unsqueeze(-1), torch.arange(places, device=device)).argsort(-1)
     chosen = order[..., :count].sort(-1).values
     corner = _first_child(index, grid, output_grid, ratio)
