@@ -1,7 +1,9 @@
 import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hjepa_data.random import Draws, below, bits, bits_numpy, bits_of_sets, hash_int, leading, uniform, unit
+from hjepa_data.random import Draws, below, bits, bits_numpy, bits_of_sets, hash_int, leading, spread, uniform, unit
 
 MASK = (1 << 64) - 1
 # Stored from the first release: streams and masks of saved runs depend on it.
@@ -68,3 +70,16 @@ def test_integers_stay_below_their_limit(device):
     assert set(below(leading(random), 14).tolist()) == set(range(14))
     assert below(leading(torch.tensor([-1])), 14).item() == 13
     assert unit(torch.tensor([-1])).item() < 1
+
+
+@given(st.integers(0, 5000), st.integers(1, 6000))
+def test_spread_numbers_are_one_of_each_stretch(count, wanted):
+    numbers, used = spread(count, wanted), min(count, wanted)
+    assert len(numbers) == used
+    assert all(place * count // used <= n < (place + 1) * count // used for place, n in enumerate(numbers.tolist()))
+
+
+def test_spread_numbers_are_of_all_classes_that_take_turns():
+    for period in range(2, 21):
+        share = np.bincount(spread(20 * 1000, 1000) % period, minlength=period) / 1000
+        assert abs(share - 1 / period).max() < 4 * (1 / period / 1000) ** 0.5

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hjepa_data import DataError, EvalConfig, MixtureSource, ShardSource, Source, normalize, open_source
+from hjepa_data.random import spread
 from hjepa_data.shards.show import read_classes
 from hjepa_eval import FeatureName, FeatureSet, Measurement, evaluate, extract, knn_accuracy, rankme
 from hjepa_eval import level_features as every_level
@@ -35,7 +36,7 @@ RANK_SAMPLES = 2_000
 
 @dataclass(kw_only=True, slots=True)
 class Images:
-    """Centre crops in memory, evenly spaced over a source.
+    """Centre crops in memory, from all parts of a source.
 
     Attributes:
         pixels: uint8 [n, C, H, W].
@@ -54,8 +55,8 @@ class Images:
             yield normalize(self.pixels[part], mean, std), self.labels[part]
 
     def head(self, count: int) -> "Images":
-        """Return `count` of them, evenly spaced."""
-        return self.part(torch.linspace(0, len(self.labels) - 1, min(count, len(self.labels))).round().long())
+        """Return `count` of them, from all parts."""
+        return self.part(torch.from_numpy(spread(len(self.labels), count)))
 
     def part(self, chosen: Int[Tensor, " m"]) -> "Images":
         """Return some of them, by number."""

@@ -170,6 +170,23 @@ def bits_numpy(seed: int, *counters: int, n: int) -> np.ndarray[tuple[int], np.d
         return z ^ (z >> np.uint64(31))
 
 
+def spread(count: int, wanted: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Draw so many of the numbers below a count, rising: one of each of as many equal stretches, by a fixed seed.
+
+    Of samples in a row the first ones may be of one class, and so may every n-th one.
+
+    Args:
+        count: of the samples.
+        wanted: how many of them; all where there are no more.
+
+    >>> spread(5, 9), len(set(spread(1000, 10) % 100)) > 1
+    (array([0, 1, 2, 3, 4]), True)
+    """
+    wanted = min(count, wanted)
+    edges = np.arange(wanted + 1) * count // max(wanted, 1)
+    return edges[:-1] + (bits_numpy(0, n=wanted) % np.diff(edges).astype(np.uint64)).astype(np.int64)
+
+
 class Draws:
     """A sequence of numbers that belongs to (seed, counters): the form for code that handles one sample.
 

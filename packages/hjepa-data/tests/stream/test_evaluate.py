@@ -63,11 +63,11 @@ def test_damaged_images_are_counted_and_missing(tmp_path, jpeg):
         assert sum(stream.skipped.values()) == 1
 
 
-def test_some_samples_evenly_spaced(shards):
+def test_some_samples_of_all_parts(shards):
     source = ShardSource(shards)
     config = EvalConfig(batch_size=4, size=(8, 8), max_samples=10)
     whole = torch.cat([batch.sample for batch in config.build(source)])
-    assert whole.tolist() == [number * 53 // 10 for number in range(10)]
+    assert all(place * 53 // 10 <= number < (place + 1) * 53 // 10 for place, number in enumerate(whole.tolist()))
     parts = [torch.cat([b.sample for b in config.build(source, rank=r, world_size=3)]) for r in range(3)]
     assert torch.equal(torch.cat(parts), whole)
 

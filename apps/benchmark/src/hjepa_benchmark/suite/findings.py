@@ -101,11 +101,6 @@ def read_right(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder / RIGHT_FILE}: cannot be read ({error}); run hjepa-benchmark suite again") from error
 
 
-def spaced(count: int, wanted: int) -> Tensor:
-    """Numbers of so many of the samples, evenly spaced: the first ones of a sorted set would be of one class."""
-    return torch.linspace(0, count - 1, min(wanted, count)).round().long()
-
-
 def known(images: Images) -> Images:
     """The images whose label is known."""
     return images.part(images.labels >= 0)

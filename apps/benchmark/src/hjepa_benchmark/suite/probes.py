@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from hjepa_benchmark.runs import Run
-from hjepa_benchmark.suite.findings import Details, Findings, check_pair, known, spaced
+from hjepa_benchmark.suite.findings import Details, Findings, check_pair, known
 from hjepa_benchmark.suite.plan import Plan
 from hjepa_benchmark.suite.subjects import Subject, level_grids, normalized, tokens_of
+from hjepa_data.random import spread
 from hjepa_eval import (
     AttentiveProbe,
     AttentiveProbeConfig,
@@ -76,7 +77,7 @@ def probe_levels(
             there = f"{len(x)} labelled training images, {smallest} of the smallest class"
             findings.left_out = f"{', '.join(left_out)}: {there}, are too few"
         if plan.retrieval:
-            asked = spaced(len(truth), _RETRIEVAL).to(run.device)
+            asked = torch.from_numpy(spread(len(truth), _RETRIEVAL)).to(run.device)
             precision = average_precision(probe_x[asked], truth[asked], values, labels)
             precision = precision[precision.isfinite()]  # of a class without training images there is none
             if len(precision):

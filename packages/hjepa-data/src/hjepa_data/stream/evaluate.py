@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hjepa_data.errors import choice, refuse
+from hjepa_data.random import spread
 from hjepa_data.sources.base import Source
 from hjepa_data.stream.batch import Batch
 from hjepa_data.stream.loader import SkipCount, WorkerConfig, load
@@ -26,7 +27,7 @@ class EvalConfig:
         size: height and width of the images, pixels.
         crop_fraction: part of the largest centred box that is kept; 0.875 is 224 of 256, 1 keeps all.
         interpolation: bilinear or bicubic.
-        max_samples: use this many samples, evenly spaced over the source; None uses all.
+        max_samples: use this many samples, drawn by a fixed seed from all parts of the source; None uses all.
         workers: who loads them.
         unreadable: what happens when a shard is gone, cut off or cannot be fetched: ``stop`` with an error, or ``skip``
             its samples, which are counted and missing as damaged images are.
@@ -91,9 +92,8 @@ class EvalStream:
             refuse("rank", rank, f"no rank of world_size={world_size}", "allowed: 0 to world_size - 1")
         self.config = config
         self.source = source
-        total = len(source) if config.max_samples is None else min(config.max_samples, len(source))
-        share = range(rank * total // world_size, (rank + 1) * total // world_size)
-        self._samples = [number * len(source) // total for number in share]
+        used = spread(len(source), len(source) if config.max_samples is None else config.max_samples)
+        self._samples = used[rank * len(used) // world_size : (rank + 1) * len(used) // world_size].tolist()
         self._skips = SkipCount(config.max_skipped_fraction, self.num_samples)
 
     @property
