@@ -126,6 +126,45 @@ def test_the_device_and_the_host_take_the_same_steps(device):
         torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-6, msg=name)
 
 
+class Normalised(nn.Module):
+    """Batch norm of what is not finite at one step: torch's kernel changes its statistics and no tensor's version."""
+
+    def __init__(self, fault):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fault = fault
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+    def compile_step(self, **options):
+        self.layers.compile(**options)
+
+    def forward(self, batch, step):
+        values = batch.values * (math.nan if step == self.fault else 1.0)
+        return StepOutput(loss=(self.layers(values) - 1.0).square().mean())
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_a_bad_step_leaves_the_statistics_of_batch_norm_alone(device, deferred, compiled):
+    keep = Keep()
+    config = TrainerConfig(
+        steps=4,
+        compile=compiled,
+        compile_backend="aot_eager",
+        precision="fp32",
+        parallel=ParallelConfig(device=device.type),
+    )
+    trainer = Trainer(Normalised(2), ArithmeticStream(), config, callbacks=[keep])
+    trainer.guard.on_host = trainer.guard.on_host and not deferred
+    trainer.fit()
+    assert int(trainer.guard.skipped) == 1
+    before, after, last = keep.states[1:4]
+    for name in ("layers.1.running_mean", "layers.1.running_var", "layers.1.num_batches_tracked"):
+        assert torch.equal(after[name], before[name]), name
+        assert bool(last[name].isfinite().all())
+        assert not torch.equal(last[name], after[name]), name
+
+
 def oracle(values, *, spike, window):
     """The naive law: what is bad, step by step."""
     good, bad = [], []

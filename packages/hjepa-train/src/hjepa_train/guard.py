@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ class Guard:
 
     Args:
         config: What is bad.
-        module: Its buffers (running statistics) are put back after a bad step.
+        module: Its persistent buffers (running statistics) are put back after a bad step.
         world: Ranks and device.
         check_every: Steps between the host's questions on a GPU.
         folder: Where a dump goes; None means that there is none.
@@ -92,7 +92,8 @@ class Guard:
         self.on_host = any(local(parameter).device.type == "cpu" for parameter in module.parameters())
         self._check_every = check_every
         self._module = module
-        self._buffers: dict[str, tuple[int, Tensor]] = {}
+        self._persistent = module.state_dict().keys()
+        self._before: list[Tensor] = []
         self._records: deque[_Record] = deque(maxlen=config.max_skips + 2 + check_every)
         device = world.device
         self._values = torch.zeros(2, config.window, device=device)
@@ -108,9 +109,7 @@ class Guard:
         if self.world.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.world.device)
         self._records.append(_Record(step=step + 1, generators=generators))
-        for name, buffer in self._module.named_buffers():
-            if name not in self._buffers or self._buffers[name][0] != buffer._version:
-                self._buffers[name] = (buffer._version, buffer.detach().clone())
+        self._before = [_joined(buffers) for buffers in self._buffers()]
 
     def saw(self, batch: Batch) -> None:
         """Remember which samples a micro-batch had, where it says so."""
@@ -189,10 +188,19 @@ class Guard:
     def _put_back(self, bad: Tensor) -> None:
         if self.on_host and not bool(bad):
             return
+        # All of them: batch norm writes to its statistics without a word to the tensors' versions.
+        for buffers, before in zip(self._buffers(), self._before, strict=True):
+            kept = torch.split(torch.where(bad, before, _joined(buffers)), [buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view(buffer.shape) for part, buffer in zip(kept, buffers, strict=True)])
+
+    def _buffers(self) -> list[list[Tensor]]:
+        """Return the buffers that a checkpoint holds, those of one type and device together."""
+        found: defaultdict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
         for name, buffer in self._module.named_buffers():
-            version, before = self._buffers[name]
-            if buffer._version != version:
-                buffer.copy_(torch.where(bad, before, buffer))
+            if name in self._persistent:
+                part = local(buffer.detach())
+                found[part.dtype, part.device].append(part)
+        return list(found.values())
 
     def _dump(self, halted: int) -> Path | None:
         """Write the last steps of this rank as JSON and safetensors; None where there is no folder or no room."""
@@ -235,6 +243,11 @@ class Guard:
             logger.warning("%s: the dump could not be written: %s", place, one_line(error))
             return None
         return place
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Copy tensors of one type into a row: one kernel, however many they are."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _plain(value: float) -> float | str:
