@@ -153,6 +153,7 @@ def test_each_kind_of_collapse_is_seen(device):
     assert alarms(device, [healthy, broken]) == [0, 1]
     # The rank of one row or two about their mean says nothing.
     assert alarms(device, [healthy[:2]]) == [0]
+    assert alarms(device, [healthy[:1]]) == [0]
     assert alarms(device, [healthy[:3], line[:3]]) == [0, 1]
 
 
@@ -164,10 +165,29 @@ def test_a_fall_from_an_early_value_is_seen_and_can_be_switched_off(device):
     assert alarms(device, [healthy, plane], drop=0.0) == [0, 0]
 
 
+def test_fewer_rows_are_compared_with_as_many(device):
+    """More micro-batches to a step leave fewer rows to each, whose rank is lower."""
+    torch.manual_seed(0)
+    many, few = torch.randn(512, 64), torch.randn(4, 64)
+    plane = torch.randn(512, 2) @ torch.randn(2, 64)
+    assert alarms(device, [many, few, many]) == [0, 0, 0]
+    assert alarms(device, [few, many, plane]) == [0, 0, 1]
+    assert alarms(device, [many, few[:2], few[:1]]) == [0, 0, 0]
+
+
 def test_the_best_reading_survives_a_resume():
     monitor = CollapseMonitor()
-    monitor.load_state_dict({"best": {"0": {"effective_rank": 30.0, "spread": 1.0}}})
-    assert monitor.state_dict() == {"best": {"0": {"effective_rank": 30.0, "spread": 1.0}}, "lr_scale": 1.0}
+    best = {"0": {"n": 64, "effective_rank": 30.0, "spread": 1.0}}
+    monitor.load_state_dict({"best": best})
+    assert monitor.state_dict() == {"best": best, "lr_scale": 1.0}
+
+
+def test_a_best_reading_of_an_unknown_number_of_rows_begins_anew(device):
+    monitor = CollapseMonitor(MonitorConfig(every=1))
+    monitor.load_state_dict({"best": {"0": {"effective_rank": 300.0, "spread": 1.0}}})
+    healthy = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    assert [row["monitor/alarm"] for row in train(device, monitor, Given([healthy]), steps=1)] == [0]
+    assert monitor.state_dict()["best"]["0"]["n"] == 64
 
 
 @pytest.mark.parametrize("fields", [{"every": 0}, {"policy": "x"}, {"max_samples": 2}, {"drop": 1.0}, {"lr_floor": 1}])

@@ -46,7 +46,7 @@ class MonitorConfig:
     min_spread: float = 1e-3
     """Alarm where the standard deviation per dimension is below this share of the embeddings' root mean square."""
     drop: float = 0.1
-    """Alarm where rank or spread is below this share of its best reading so far; 0 means never."""
+    """Alarm where rank or spread is below this share of its best reading of as many rows so far; 0 means never."""
     max_samples: int = 1024
     """Embeddings of a reading, over all ranks; more are left out."""
 
@@ -158,7 +158,7 @@ class CollapseMonitor(Callback):
         self._raise_alarm(trainer, alarms)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best readings so far and how far the learning rate has been lowered."""
+        """Return the best readings so far, each with its number of rows, and how far the rate has been lowered."""
         return {"best": self._best, "lr_scale": self._lr_scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -169,11 +169,16 @@ class CollapseMonitor(Callback):
         config = self.config
         if math.isnan(reading.spread):
             return "embeddings are not finite"
-        best = self._best.setdefault(level, {"effective_rank": 0.0, "spread": 0.0})
-        # Two rows about their mean lie on a line, whatever they are.
-        ranked = config.min_rank and count > 2
-        least_rank = max(1.5, config.min_rank * min(count - 1, width)) if ranked else 0.0
-        floors = {"effective_rank": least_rank, "spread": config.min_spread}
+        best = self._best.get(level, {})
+        if best.get("n") != count:
+            # Fewer rows, as with more micro-batches to a step, have a lower rank.
+            best = self._best[level] = {"n": count, "effective_rank": 0.0, "spread": 0.0}
+        # One row is its mean, and two lie on a line, whatever they are.
+        floors = {}
+        if count > 2:
+            floors["effective_rank"] = max(1.5, config.min_rank * min(count - 1, width)) if config.min_rank else 0.0
+        if count > 1:
+            floors["spread"] = config.min_spread
         for name, floor in floors.items():
             value = getattr(reading, name)
             if value < floor:
