@@ -102,12 +102,12 @@ def test_the_row_of_the_collapse_is_written_before_the_run_ends(device):
     assert [(row["step"], row["monitor/alarm"]) for row in rows.rows] == [(1, 0.0), (2, 1.0)]
 
 
-def test_the_policy_lower_lr_lowers_the_rate_and_a_resumed_run_keeps_it(device, tmp_path):
+def test_the_policy_lower_lr_lowers_the_rate_and_a_resumed_run_keeps_it_with_the_policy(device, tmp_path, caplog):
     torch.manual_seed(0)
     line = torch.randn(64, 1) * torch.randn(1, 32)
     embeddings = [torch.randn(64, 32), line, line, torch.randn(64, 32)]
 
-    def run(steps):
+    def run(steps, policy="lower_lr"):
         rows = Rows()
         config = TrainerConfig(
             steps=steps,
@@ -115,12 +115,16 @@ def test_the_policy_lower_lr_lowers_the_rate_and_a_resumed_run_keeps_it(device, 
             learning_rate=ScheduleConfig(value=0.8),
             parallel=ParallelConfig(device=device.type),
         )
-        monitor = CollapseMonitor(MonitorConfig(every=1, policy="lower_lr", lr_factor=0.5, lr_floor=0.3))
+        monitor = CollapseMonitor(MonitorConfig(every=1, policy=policy, lr_factor=0.5, lr_floor=0.3))
         Trainer(Given(embeddings), ArithmeticStream(), config, run_dir=tmp_path, callbacks=[monitor, rows]).fit()
         return [row["train/lr"] for row in rows.rows]
 
     assert run(3) == [0.8, 0.8, 0.4]
+    assert "as earlier alarms have left it" not in caplog.text
     assert run(5) == pytest.approx([0.8 * 0.3, 0.8 * 0.3])
+    assert caplog.text.count("learning rate at 0.3 of its schedule, as earlier alarms have left it") == 1
+    assert run(6, "warn") == [0.8]
+    assert run(7) == pytest.approx([0.8 * 0.3])
 
 
 class Given(nn.Module):

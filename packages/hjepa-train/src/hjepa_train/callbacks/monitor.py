@@ -135,8 +135,13 @@ class CollapseMonitor(Callback):
         self._lr_scale = 1.0
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Go on with the learning rate that earlier alarms have left."""
+        """Under `lower_lr`, go on with the learning rate that earlier alarms have left."""
+        if self.config.policy is not CollapsePolicy.lower_lr or self._lr_scale == 1.0:
+            return
         trainer.lr_scale = self._lr_scale
+        if trainer.world.is_main:
+            text = "learning rate at %g of its schedule, as earlier alarms have left it (monitor policy lower_lr)"
+            logger.warning(text, self._lr_scale)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Take a reading of every level, where it is time."""
