@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from hjepa_pretrain import run, settings, train_time
-from hjepa_pretrain.model import build_model
+from hjepa_pretrain.task import build_task
 from hjepa_train import StepTime
 
 # Dropped paths draw from the global generator: what measuring has drawn would show.
@@ -164,6 +164,11 @@ def test_ranks_agree_on_the_steps(pretrain, words, tmp_path, read_losses):
     assert read_losses(tmp_path / "run")[-1][0] == steps
 
 
+def test_the_cycle_of_a_task_is_that_of_its_predictions():
+    for words, cycle in ((["recipe=hjepa_global", "hjepa.predict_every=3"], 3), (["recipe=simclr"], 1)):
+        assert build_task(settings.load(words, quiet=True)[0]).cycle == cycle
+
+
 @pytest.mark.parametrize(
     ("more", "shares"),
     [
@@ -177,7 +182,7 @@ def test_ranks_agree_on_the_steps(pretrain, words, tmp_path, read_losses):
 )  # fmt: skip
 def test_a_run_is_timed_where_its_cost_changes(more, shares):
     config, _ = settings.load([*more, "run.train_time=1s"], steps=train_time.LONG)
-    found = train_time.places(build_model(config))
+    found = train_time.places(build_task(config))
     assert list(found.values()) == pytest.approx(shares, abs=2e-3)
     # From the start of each, so that no cycle is of two.
     begins = [sum(shares[:number]) * train_time.LONG for number in range(len(shares))]

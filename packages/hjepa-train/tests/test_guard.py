@@ -219,6 +219,51 @@ def test_the_state_is_the_window_in_order_and_fits_another_window():
     assert shorter.state_dict()["values"] == [[6.0, 7.0, 8.0, 9.0, 10.0], [7.0, 8.0, 9.0, 10.0, 11.0]]
 
 
+class InTurn(nn.Linear):
+    """Every third step has a loss ten times that of the others."""
+
+    cycle = 3
+
+
+def watch(module, losses, *, first=0, state=None):
+    """Judge steps from `first` on; return the guard and which of them were bad."""
+    guard = Guard(GuardConfig(spike=3.0, window=10, max_skips=100), module, World(), check_every=1, folder=None)
+    if state is not None:
+        guard.load_state_dict(json.loads(json.dumps(state)))
+    bad = []
+    for step, loss in enumerate(losses, first):
+        guard.begin(step)
+        bad.append(bool(guard.judge(torch.tensor(loss), torch.tensor(1.0), {})))
+        guard.check(step + 1)
+    return guard, [step for step, one in enumerate(bad, first) if one]
+
+
+def test_steps_of_several_kinds_have_a_median_each():
+    losses = [10.0 if step % 3 == 2 else 1.0 for step in range(60)]
+    losses[40], losses[44] = 9.0, 50.0
+    whole, bad = watch(InTurn(1, 1), losses)
+    assert bad == [40, 44]
+    first, _ = watch(InTurn(1, 1), losses[:35])
+    resumed, bad = watch(InTurn(1, 1), losses[35:], first=35, state=first.state_dict())
+    assert bad == [40, 44]
+    assert resumed.state_dict() == whole.state_dict()
+    # Medians of another cycle say nothing here.
+    again, bad = watch(nn.Linear(1, 1), [1000.0], first=35, state=first.state_dict())
+    assert bad == []
+    assert again.state_dict()["values"] == [[1000.0], [1.0]]
+
+
+def test_many_steps_that_are_left_out_are_said_once(caplog):
+    losses = [50.0 if step > 10 and step % 5 == 0 else 1.0 for step in range(80)]
+    watch(nn.Linear(1, 1), losses)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("step 21: 2 of the last 10 steps were left out: the loss or its gradient is not finite or ")
+    assert line.endswith("above 3 times its running median; lower the learning rate, or raise guard.spike")
+    caplog.clear()
+    watch(nn.Linear(1, 1), [50.0 if step == 30 else 1.0 for step in range(80)])
+    assert not caplog.records
+
+
 @settings(deadline=None)
 @given(rows=st.integers(1, 9), count=st.integers(1, 20), seed=st.integers(0, 99))
 def test_the_running_median_is_the_lower_one(rows, count, seed):

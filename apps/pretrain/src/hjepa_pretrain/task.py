@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hjepa_data import Batch, ColorAugment, MaskSampler, normalize
-from hjepa_models import HJEPAOutput
+from hjepa_models import HJEPA, HJEPAOutput
 from hjepa_pretrain.baselines import Baseline, Inputs
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.model import Model, build_model
@@ -48,6 +48,11 @@ class PretrainTask(nn.Module):
     def may_skip_parameters(self) -> bool:
         """Whether some steps leave trained parameters without a gradient."""
         return self.model.may_skip_parameters
+
+    @property
+    def cycle(self) -> int:
+        """Steps after which those that predict, and those that do not, begin anew."""
+        return self.model.config.predict_every if isinstance(self.model, HJEPA) else 1
 
     def compile_step(self, **options: Any) -> None:  # noqa: ANN401
         """Compile the model's part of the step in place, with options of `torch.compile`."""

@@ -10,8 +10,7 @@ from hjepa_data import DevicePrefetcher
 from hjepa_models import HJEPA, Block
 from hjepa_pretrain.config import PretrainConfig
 from hjepa_pretrain.failures import Stopped
-from hjepa_pretrain.model import Model
-from hjepa_pretrain.task import build_task
+from hjepa_pretrain.task import PretrainTask, build_task
 from hjepa_train import Callback, StepTime, World, time_steps
 
 LONG = 1_000_000
@@ -42,8 +41,8 @@ def measure_step(
         stream,
         config.trainer,
         seconds=min(_MOST_SECONDS, max(_LEAST_SECONDS, _SHARE * seconds)),
-        places=places(task.model),
-        cycle=_cycle(task.model),
+        places=places(task),
+        cycle=task.cycle,
         prepared=-(-workers.count * workers.prefetch // config.trainer.accumulate),
         world=world,
         blocks=(Block,),
@@ -59,26 +58,22 @@ def measure_step(
     return found
 
 
-def places(model: Model) -> dict[int, float]:
+def places(task: PretrainTask) -> dict[int, float]:
     """Return where a run of `LONG` steps gets another cost, with the share of its steps that have it.
 
     Levels of a curriculum come in one by one, and patches get smaller.
 
     Args:
-        model: of the run.
+        task: of the run.
     """
+    model, cycle = task.model, task.cycle
     if not isinstance(model, HJEPA):
         return {0: 1.0}
     first: dict[tuple[object, ...], int] = {}
     count: Counter[tuple[object, ...]] = Counter()
-    cycle = _cycle(model)
     for look in range(_LOOKS):
         step = LONG * (2 * look + 1) // (2 * _LOOKS) // cycle * cycle
         kinds = tuple(model.plan(step + later) for later in range(cycle))
         first.setdefault(kinds, step)
         count[kinds] += 1
     return {first[kinds]: number / _LOOKS for kinds, number in count.items()}
-
-
-def _cycle(model: Model) -> int:
-    return model.config.predict_every if isinstance(model, HJEPA) else 1

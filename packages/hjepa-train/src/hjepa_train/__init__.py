@@ -32,7 +32,17 @@ from hjepa_train.optim import OptimizerConfig, OptimizerKind, parameter_groups
 from hjepa_train.outcome import EXIT_DONE, EXIT_ERROR, EXIT_PREEMPTED, EXIT_UNSTABLE, EXIT_WRONG_INPUT, Outcome
 from hjepa_train.parallel import FSDPConfig, ParallelConfig, ParallelKind, World, init_world, leave_world
 from hjepa_train.precision import Precision
-from hjepa_train.protocols import Batch, Callback, Compilable, HasEMA, Output, SkipsParameters, StepOutput, Stream
+from hjepa_train.protocols import (
+    Batch,
+    Callback,
+    Compilable,
+    Cyclic,
+    HasEMA,
+    Output,
+    SkipsParameters,
+    StepOutput,
+    Stream,
+)
 from hjepa_train.schedules import RunLength, ScheduleConfig, ScheduleKind, ScheduleUnit
 from hjepa_train.step_time import StepTime, time_steps
 from hjepa_train.trainer import StepResult, Trainer
@@ -54,6 +64,7 @@ __all__ = [
     "CollapseMonitor",
     "CollapsePolicy",
     "Compilable",
+    "Cyclic",
     "DivergedError",
     "EarlyStop",
     "EarlyStopConfig",

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from hjepa_train.checkpoint.files import write_json
 from hjepa_train.errors import DivergedError, one_line
+from hjepa_train.protocols import Batch, Cyclic
 from hjepa_train.sharded import local
 
 if TYPE_CHECKING:
     from hjepa_train.parallel import World
-    from hjepa_train.protocols import Batch
 
 logger = logging.getLogger(__name__)
+
+_MANY = 0.1
+"""Share of the steps of a window that are left out, above which a line says so."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,9 +33,10 @@ class GuardConfig:
     max_skips: int = 3
     """Bad steps in a row that are left out (no optimizer step, no EMA); one more ends the run. 0 bears none."""
     spike: float | None = None
-    """Bad is also a loss or gradient norm above this multiple of its running median; None: only what is not finite."""
+    """Bad is also a loss or gradient norm above this multiple of its running median, which is that of each kind of step
+    where the module's `cycle` has several; None: only what is not finite."""
     window: int = 100
-    """Good steps in the running median; it judges once a fifth of them are there."""
+    """Good steps in a running median; it judges once a fifth of them are there."""
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -78,7 +82,7 @@ class Guard:
 
     Args:
         config: What is bad.
-        module: Its persistent buffers (running statistics) are put back after a bad step.
+        module: Its persistent buffers (running statistics) are put back after a bad step; its `cycle` is optional.
         world: Ranks and device.
         check_every: Steps between the host's questions on a GPU.
         folder: Where a dump goes; None means that there is none.
@@ -96,12 +100,15 @@ class Guard:
         self._before: list[Tensor] = []
         self._records: deque[_Record] = deque(maxlen=config.max_skips + 2 + check_every)
         device = world.device
-        self._values = torch.zeros(2, config.window, device=device)
-        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        cycle = module.cycle if isinstance(module, Cyclic) else 1
+        self._values = torch.zeros(cycle, 2, config.window, device=device)
+        self._count = torch.zeros(cycle, dtype=torch.int64, device=device)
         self._streak = torch.zeros((), dtype=torch.int64, device=device)
         self._halted = torch.full((), -1, dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         """Steps left out since the run began."""
+        self._known: tuple[int, int] | None = None
+        self._many = False
 
     def begin(self, step: int) -> None:
         """Keep what a step may spoil before its forward pass."""
@@ -128,18 +135,20 @@ class Guard:
         mean = self.world.sum(loss.detach().clone().float()) / self.world.size
         now = torch.stack([mean, grad_norm.detach().to(mean)])
         bad = ~now.isfinite().all()
-        if self.config.spike is not None:
-            median = running_median(self._values, self._count)
-            above = ((now > self.config.spike * median) & (median > 0)).any()
-            bad = bad | (above & (self._count >= max(1, self.config.window // 5)))
-        self._streak = torch.where(bad, self._streak + 1, 0)
         step = self._records[-1].step
+        place = (step - 1) % len(self._values)
+        values, count = self._values[place], self._count[place]
+        if self.config.spike is not None:
+            median = running_median(values, count)
+            above = ((now > self.config.spike * median) & (median > 0)).any()
+            bad = bad | (above & (count >= max(1, self.config.window // 5)))
+        self._streak = torch.where(bad, self._streak + 1, 0)
         over = (self._halted < 0) & (self._streak > self.config.max_skips)
         self._halted = torch.where(over, step, self._halted)
         bad = bad | (self._halted >= 0)
-        slot = torch.arange(self.config.window, device=now.device) == self._count % self.config.window
-        self._values = torch.where(slot & ~bad, now[:, None], self._values)
-        self._count = self._count + (~bad).long()
+        slot = torch.arange(self.config.window, device=now.device) == count % self.config.window
+        values.copy_(torch.where(slot & ~bad, now[:, None], values))
+        count.add_((~bad).long())
         self.skipped = self.skipped + bad.long()
         record = self._records[-1]
         record.values, record.bad, record.rates = now, bad, rates
@@ -147,42 +156,63 @@ class Guard:
         return bad
 
     def check(self, step: int, *, now: bool = False) -> None:
-        """Ask whether too many steps in a row were bad, where it is time.
+        """Ask whether too many steps in a row were bad, where it is time, and say where many of late were.
 
         Raises:
             DivergedError: Where they were; a dump of the last steps has been written.
         """
         if not (now or self.on_host or step % self._check_every == 0):
             return
-        halted = int(self._halted)
+        halted, skipped = torch.stack([self._halted, self.skipped]).tolist()
+        spike = self.config.spike
+        fault = "the loss or its gradient is not finite"
+        fault += "" if spike is None else f" or above {spike:g} times its running median"
+        self._say_many(step, skipped, fault)
         if halted < 0:
             return
         place = self._dump(halted)
-        limit = "" if self.config.spike is None else f" or above {self.config.spike:g} times its running median"
         count = self.config.max_skips + 1
         after = f", for {count} steps in a row" if count > 1 else ""
         look = "" if place is None else f"look at {place}, then "
         raise DivergedError(
-            f"step {halted}: the loss or its gradient is not finite{limit}{after}; nothing of it was applied; {look}"
+            f"step {halted}: {fault}{after}; nothing of it was applied; {look}"
             "start again to resume from the last checkpoint, with a lower learning rate, a longer warm-up or "
             "precision=fp32; if it ends so again, remove the newest folder in checkpoints first: its weights have the "
             "fault already"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the values of the running median, oldest first, and the counts."""
-        known = min(int(self._count), self.config.window)
-        first = int(self._count) % self.config.window if known == self.config.window else 0
-        values = self._values[:, :known].roll(-first, dims=1)
-        return {"values": values.tolist(), "streak": int(self._streak), "skipped": int(self.skipped)}
+        """Return the values of the running medians, oldest first, in two rows a place of the cycle, and the counts."""
+        rows = []
+        for values, count in zip(self._values, self._count.tolist(), strict=True):
+            known = min(count, self.config.window)
+            first = count % self.config.window if known == self.config.window else 0
+            rows += values[:, :known].roll(-first, dims=1).tolist()
+        return {"values": rows, "streak": int(self._streak), "skipped": int(self.skipped)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; a window that has changed keeps the newest values."""
-        values = torch.tensor(state["values"]).reshape(2, -1)[:, -self.config.window :]
-        self._values[:, : values.shape[1]] = values.to(self._values.device)
-        self._count.fill_(values.shape[1])
+        """Take over a state; a window that has changed keeps the newest values, a cycle that has begins them anew."""
+        rows = state["values"]
+        if len(rows) == 2 * len(self._values):
+            for place, count in enumerate(self._count):
+                values = torch.tensor(rows[2 * place : 2 * place + 2]).reshape(2, -1)[:, -self.config.window :]
+                self._values[place, :, : values.shape[1]] = values.to(self._values.device)
+                count.fill_(values.shape[1])
         self._streak.fill_(state["streak"])
         self.skipped.fill_(state["skipped"])
+
+    def _say_many(self, step: int, skipped: int, fault: str) -> None:
+        """Say once, until there are fewer, that many of the last steps were left out."""
+        first, before = self._known or (step, skipped)
+        length, count = step - first, skipped - before
+        if self._known is not None and length < self.config.window:
+            return
+        many = count > _MANY * length
+        if many and not self._many and self.world.is_main:
+            higher = "" if self.config.spike is None else ", or raise guard.spike"
+            text = "step %d: %d of the last %d steps were left out: %s; lower the learning rate%s"
+            logger.warning(text, step, count, length, fault, higher)
+        self._known, self._many = (step, skipped), many
 
     @torch.no_grad()
     def _put_back(self, bad: Tensor) -> None:

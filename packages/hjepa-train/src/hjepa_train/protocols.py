@@ -88,6 +88,15 @@ class SkipsParameters(Protocol):
         """Whether some steps do."""
 
 
+@runtime_checkable
+class Cyclic(Protocol):
+    """A module whose steps are of several kinds, in turn."""
+
+    @property
+    def cycle(self) -> int:
+        """Steps after which their kinds begin anew."""
+
+
 class Callback:
     """Everything that is not the step itself. Subclasses override what they need.
 
