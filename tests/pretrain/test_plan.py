@@ -6,6 +6,8 @@ import re
 import pytest
 import yaml
 
+from hjepa_pretrain.task import PretrainTask
+
 PNG = b"\x89PNG"
 
 
@@ -49,6 +51,28 @@ def test_a_learning_rate_is_suggested_and_nothing_is_saved(plan, tmp_path):
     assert (tmp_path / "plan" / "learning_rate.png").read_bytes().startswith(PNG)
     assert re.search(r"trainer\.learning_rate\.value=\S+: the loss falls fastest|no suggestion", done.out), done.out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["recipe=hjepa", "data.views=1", "hjepa.level_weights.kind=curriculum"], range(29, 34)),
+        (["recipe=hjepa_global", "hjepa.predict_every=4"], range(27, 47, 4)),
+    ],
+    ids=["curriculum", "every fourth"],
+)
+def test_a_learning_rate_is_looked_for_at_the_fullest_steps_of_the_run(plan, monkeypatch, words, steps):
+    seen, forward = [], PretrainTask.forward
+
+    def watched(self, batch, step):
+        seen.append(step)
+        return forward(self, batch, step)
+
+    monkeypatch.setattr(PretrainTask, "forward", watched)
+    done = plan("plan.find_lr=true", "plan.find_lr_steps=12", "plan.find_lr_high=1e-4", "run.steps=30", *words)
+    assert done.code == 0, done.err
+    assert seen[:5] == list(steps)
 
 
 def test_a_sweep_without_a_range_is_one_line(plan):

@@ -69,6 +69,30 @@ def test_weight_decay_and_momentum_are_those_of_the_runs_first_step(device):
     assert sorted(rates.seen) == [(pytest.approx(0.01), pytest.approx(0.999))]
 
 
+class Late(Bowl):
+    """Another term has come in at step 20, and is part of every third step from step 2 on."""
+
+    cycle = 3
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, batch, step):
+        self.seen.append(step)
+        more = (100.0 if step >= 20 else 0.0) * (step % 3 == 2)
+        return StepOutput(loss=super().forward(batch, step).loss + more)
+
+
+def test_a_loss_that_changes_by_design_is_swept_at_one_kind_of_step(device):
+    module = Late()
+    sweep = find_rate(module, ArithmeticStream(), config(device), low=1e-6, high=1e-2, steps=60, place=29)
+    assert module.seen == list(range(29, 29 + 3 * 60, 3))
+    assert len(sweep.rates) == 60
+    assert sweep.rates[-1] == pytest.approx(1e-2)
+    assert (sweep.losses >= 100.0).all()
+
+
 def test_the_suggestion_is_the_steepest_fall():
     rates = np.geomspace(1e-5, 1.0, 100)
     fall = 1.0 / (1.0 + np.exp(6.0 * (np.log10(rates) + 2.0)))  # steepest at 1e-2; the average lags a little

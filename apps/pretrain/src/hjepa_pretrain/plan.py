@@ -105,7 +105,7 @@ def find_learning_rate(
     Raises:
         SweepStoppedError: a signal or a callback asked for it.
     """
-    plan = config.plan
+    plan, cycle = config.plan, task.cycle
     sweep = find_rate(
         task,
         stream,
@@ -113,6 +113,8 @@ def find_learning_rate(
         low=plan.find_lr_low,
         high=plan.find_lr_high,
         steps=plan.find_lr_steps,
+        # The last step of the run that predicts, with all the levels that it ever has.
+        place=cycle * max(1, config.run.steps // cycle) - 1,
         world=world,
         blocks=(Block,),
         callbacks=[ProgressBar(console=console), *callbacks],

@@ -14,7 +14,7 @@ from torch import nn
 from hjepa_train.errors import TrainingError
 from hjepa_train.guard import GuardConfig
 from hjepa_train.outcome import Outcome
-from hjepa_train.protocols import Callback, Stream
+from hjepa_train.protocols import Callback, Cyclic, Stream
 from hjepa_train.schedules import ScheduleConfig, ScheduleKind
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def find_rate(
     low: float = 1e-6,
     high: float = 1.0,
     steps: int = 100,
+    place: int = 0,
     world: World | None = None,
     blocks: Sequence[type[nn.Module]] = (),
     callbacks: Sequence[Callback] = (),
@@ -104,6 +105,8 @@ def find_rate(
         low: First learning rate.
         high: Last one.
         steps: Optimizer steps of the sweep.
+        place: Step of the run at which the module begins, e.g. one where every level has come in: a loss that changes
+            by design is none that diverges. A module with a `cycle` does the steps of the kind of this one alone.
         world: As for a Trainer.
         blocks: Likewise.
         callbacks: Likewise, e.g. a ProgressBar or a TimeLimit.
@@ -128,6 +131,8 @@ def find_rate(
     )
     record = _Record()
     trainer = Trainer(module, stream, sweep, world=world, blocks=blocks, callbacks=[record, *callbacks])
+    cycle = module.cycle if isinstance(module, Cyclic) else 1
+    trainer.module_step = lambda step: place + cycle * step
     if trainer.fit() is Outcome.PREEMPTED:
         raise SweepStoppedError(f"the sweep was stopped after step {trainer.step} of {steps}; start it again")
     return RateSweep(rates=np.array(record.rates), losses=np.array(record.losses))

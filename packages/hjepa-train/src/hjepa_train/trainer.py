@@ -119,6 +119,8 @@ class Trainer:
         """Samples seen by all ranks."""
         self.lr_scale = 1.0
         """What the learning rate's schedule is multiplied by."""
+        self.module_step: Callable[[int], int] = lambda step: step
+        """Which step the module is told of at a step."""
         self.announced_seconds = 0.0
         """How long callbacks will be at work after the next step, by their own account."""
         self.stop_reason: str | None = None
@@ -332,7 +334,7 @@ class Trainer:
             self.guard.saw(batch)
             with gradient_sync(self.model, enabled=micro == count - 1):
                 with autocast(self.config.precision, self.world.device):
-                    loss, metrics, embeddings = self.model(batch, self.step)
+                    loss, metrics, embeddings = self.model(batch, self.module_step(self.step))
                 (loss / count).backward()
             total = total + loss.detach() / count
             for name, value in metrics.items():
