@@ -12,6 +12,7 @@ import pytest
 
 from hjepa_pretrain import settings
 from hjepa_pretrain.cli import main
+from hjepa_train import TensorBoardLog
 
 WRONG = 2
 
@@ -200,6 +201,26 @@ def test_a_change_that_makes_another_run_is_refused(pretrain, finished_run, caps
     before = (finished_run / "config.yaml").read_bytes()
     refuse(pretrain.here(capsys, f"run.dir={finished_run}", change), change.split("=")[0], "another run.dir")
     assert (finished_run / "config.yaml").read_bytes() == before
+
+
+def test_a_run_that_a_logger_refuses_stays_as_it_was(pretrain, finished_run, tiny, tmp_path, capsys, monkeypatch):
+    """As W&B without a key, and MLflow without a server, do once the run is to begin."""
+
+    def refused(self, trainer):
+        raise settings.SettingsError("loggers=tensorboard: no such server; leave it out")
+
+    words = ("loggers=[jsonl,tensorboard]", "eval.at_end=false")
+    before = (finished_run / "config.yaml").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorBoardLog, "on_fit_start", refused)
+        for more in ([f"run.dir={finished_run}", "run.steps=9"], [f"run.dir={tmp_path}/new", *tiny]):
+            done = pretrain.here(capsys, *more, *words)
+            assert (done.code, "no such server" in done.message) == (WRONG, True), done.err
+        assert (finished_run / "config.yaml").read_bytes() == before
+        assert not (tmp_path / "new" / "config.yaml").exists()
+    # It can begin there once the logger is there.
+    done = pretrain.here(capsys, f"run.dir={tmp_path}/new", *tiny, "run.steps=1", *words)
+    assert done.code == 0, done.err
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ class SkippedImages(Callback):
 
 
 class RunRecord(Callback):
-    """Writes `config.yaml` once the run has accepted its checkpoint; each sitting adds where it comes from."""
+    """Writes `config.yaml` once checkpoint and loggers are accepted; each sitting adds where it comes from."""
 
     def __init__(self, plain: DictConfig, words: list[str], folder: Path) -> None:
         self._plain, self._words, self._folder = plain, words, folder
@@ -267,13 +267,13 @@ def _prepare(
     stream = _stream(config, sources, world)
     _together(world, lambda: _make_folder(folder, plain))
     _together(world, lambda: held.enter_context(claim(folder)) if world.is_main else None)
-    callbacks = _together(world, lambda: _callbacks(config, plain, sources, folder, console, started))
+    callbacks = _together(world, lambda: _callbacks(config, plain, words, sources, folder, console, started))
     trainer = Trainer(
         task,
         stream,
         config.trainer,
         run_dir=folder,
-        callbacks=[RunRecord(plain, words, folder), *callbacks],
+        callbacks=callbacks,
         checkpoint=config.checkpoint,
         world=world,
         blocks=(Block,),
@@ -321,7 +321,9 @@ def _make_folder(folder: Path, plain: DictConfig) -> None:
     except OSError as error:
         raise settings.SettingsError(f"run.dir={folder}: cannot be made ({error.strerror}); choose another") from error
     if not (folder / settings.CONFIG_FILE).is_file():
-        strange = [name for name in ("checkpoints", "metrics.jsonl", "config.json") if (folder / name).exists()]
+        found = [folder / name for name in ("checkpoints", "metrics.jsonl", "config.json")]
+        # A file without rows is left where another logger has refused.
+        strange = [path.name for path in found if path.is_dir() or (path.is_file() and path.stat().st_size)]
         if strange:
             raise settings.SettingsError(
                 f"run.dir={folder}: holds {', '.join(strange)} but no {settings.CONFIG_FILE}, so it is no run of this "
@@ -335,18 +337,22 @@ def _make_folder(folder: Path, plain: DictConfig) -> None:
 
 
 def _callbacks(
-    config: PretrainConfig, plain: DictConfig, sources: Sources, folder: Path, console: Console, started: float
+    config: PretrainConfig,
+    plain: DictConfig,
+    words: list[str],
+    sources: Sources,
+    folder: Path,
+    console: Console,
+    started: float,
 ) -> list[Callback]:
-    callbacks: list[Callback] = [CollapseMonitor(config.monitor)]
+    # A logger that refuses leaves the run as it was.
+    callbacks = build_loggers(config.loggers, folder, config.logger, settings.flat(plain))
+    callbacks += [RunRecord(plain, words, folder), CollapseMonitor(config.monitor)]
     if config.eval.every_steps is not None:
         images = load_pair(config, sources, config.eval.online_samples, config.eval.online_samples)
         if images is not None:
             callbacks.append(Measure(config.eval.every_steps, OnlineEvaluation(config, *images)))
-    callbacks += [
-        SkippedImages(config.trainer.log_every, console),
-        *build_loggers(config.loggers, folder, config.logger, settings.flat(plain)),
-        ProgressBar(console=console),
-    ]
+    callbacks += [SkippedImages(config.trainer.log_every, console), ProgressBar(console=console)]
     if config.early_stop is not None:
         callbacks.append(EarlyStop(config.early_stop))
     if config.profile:
