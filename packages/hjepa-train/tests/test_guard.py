@@ -1,7 +1,9 @@
 """Bad steps are left out bit for bit, on the host and on the device; too many end the run with a dump."""
 
+import gc
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -262,6 +264,17 @@ def test_many_steps_that_are_left_out_are_said_once(caplog):
     caplog.clear()
     watch(nn.Linear(1, 1), [50.0 if step == 30 else 1.0 for step in range(80)])
     assert not caplog.records
+
+
+def test_records_hold_no_memory_of_batches():
+    guard = Guard(GuardConfig(), nn.Linear(1, 1), World(), check_every=1, folder=None)
+    batch = next(iter(ArithmeticStream()))
+    memory = weakref.ref(batch.sample.untyped_storage())
+    guard.begin(0)
+    guard.saw(batch)
+    del batch
+    gc.collect()
+    assert memory() is None
 
 
 @settings(deadline=None)

@@ -122,7 +122,8 @@ class Guard:
         """Remember which samples a micro-batch had, where it says so."""
         sample = getattr(batch, "sample", None)
         if isinstance(sample, Tensor):
-            self._records[-1].samples.append(sample)
+            # A copy: what lies in the memory of a batch keeps its stream from using that again.
+            self._records[-1].samples.append(sample.clone())
 
     def judge(self, loss: Float[Tensor, ""], grad_norm: Float[Tensor, ""], rates: dict[str, float]) -> Bool[Tensor, ""]:
         """Tell whether this step is to be left out, and put back the buffers of one that is.
