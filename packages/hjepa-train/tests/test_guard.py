@@ -266,6 +266,17 @@ def test_many_steps_that_are_left_out_are_said_once(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize(("max_skips", "told"), [(3, 3 + 2 + 4), (10**9, 100 + 2 + 4)])
+def test_no_more_steps_are_remembered_than_a_dump_tells_of(tmp_path, max_skips, told):
+    config = GuardConfig(max_skips=max_skips)
+    guard = Guard(config, nn.Linear(1, 1), World(), check_every=4, folder=tmp_path)
+    for step in range(200):
+        guard.begin(step)
+        guard.judge(torch.tensor(1.0), torch.tensor(1.0), {})
+    dump = guard._dump(200)
+    assert [row["step"] for row in json.loads((dump / "rank0.json").read_text())["steps"]] == [*range(201 - told, 201)]
+
+
 def test_records_hold_no_memory_of_batches():
     guard = Guard(GuardConfig(), nn.Linear(1, 1), World(), check_every=1, folder=None)
     batch = next(iter(ArithmeticStream()))

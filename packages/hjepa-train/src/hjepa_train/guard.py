@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_TOLD = 100
+"""Bad steps of which a dump tells at most, and so of which anything is remembered."""
 _MANY = 0.1
 """Share of the steps of a window that are left out, above which a line says so."""
 
@@ -98,7 +100,7 @@ class Guard:
         self._module = module
         self._persistent = module.state_dict().keys()
         self._before: list[Tensor] = []
-        self._records: deque[_Record] = deque(maxlen=config.max_skips + 2 + check_every)
+        self._records: deque[_Record] = deque(maxlen=min(config.max_skips, _TOLD) + 2 + check_every)
         device = world.device
         cycle = module.cycle if isinstance(module, Cyclic) else 1
         self._values = torch.zeros(cycle, 2, config.window, device=device)
