@@ -182,6 +182,34 @@ def test_callbacks_are_closed_whatever_happens(device):
     assert failing.outcomes == [None]
 
 
+@pytest.mark.parametrize("broken", [True, False], ids=["a run that failed", "a run that is done"])
+def test_a_callback_that_cannot_end_hides_no_error_and_lets_the_others_end(device, caplog, broken):
+    class Broken(Callback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_step_end(self, trainer, result):
+            if broken:
+                raise RuntimeError("the run broke")
+
+        def on_fit_end(self, trainer, outcome):
+            raise RuntimeError(f"{self.name} cannot end")
+
+    class Last(Callback):
+        ended = False
+
+        def on_fit_end(self, trainer, outcome):
+            self.ended = True
+
+    last = Last()
+    callbacks = [Broken("one"), Broken("two"), last]
+    with pytest.raises(RuntimeError, match="the run broke" if broken else "one cannot end"):
+        Trainer(ToyModule(), ArithmeticStream(), config(device), callbacks=callbacks).fit()
+    assert last.ended
+    for name in ("one", "two"):
+        assert f"Broken: {name} cannot end" in caplog.text
+
+
 @pytest.mark.parametrize(("epochs", "said"), [(1, False), (2, True)])
 def test_a_warm_up_as_long_as_the_run_is_said(device, caplog, epochs, said):
     rate = ScheduleConfig(value=0.01, warmup_steps=epochs, unit="epochs")

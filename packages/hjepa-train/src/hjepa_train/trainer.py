@@ -401,12 +401,16 @@ class Trainer:
                 ) from error
 
     def _end(self, outcome: Outcome | None) -> None:
+        """Let every callback end, whatever others do; the error that has ended the run is the one to show."""
+        failed: Exception | None = None
         for callback in self.callbacks:
             try:
                 callback.on_fit_end(self, outcome)
-            except OSError as error:
-                # A full disk has ended the run already: its own error is the one to show.
+            except Exception as error:
                 logger.warning("%s: %s", callback.key, one_line(error))
+                failed = failed or error
+        if failed is not None and outcome is not None:
+            raise failed
 
     def _call(self, hook: Callable[[Callback], None]) -> None:
         for callback in self.callbacks:
