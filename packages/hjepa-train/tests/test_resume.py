@@ -19,6 +19,7 @@ from hjepa_train import (
     CollapseMonitor,
     MetricsLog,
     MonitorConfig,
+    OptimizerConfig,
     Outcome,
     ParallelConfig,
     ScheduleConfig,
@@ -229,6 +230,24 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(device, tmp_path):
     with pytest.raises(CheckpointError, match=r"another model: \d+ of another shape") as caught:
         build(device, tmp_path, module=ToyModule(width=12)).fit()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw"), ("adamw", "lars")])
+def test_a_checkpoint_of_another_optimizer_is_refused_in_one_line(device, tmp_path, before, after):
+    kinds = {kind: OptimizerConfig(kind=kind, muon_names=("online.",)) for kind in (before, after)}
+    build(device, tmp_path, steps=2, optimizer=kinds[before]).fit()
+    said = rf"optimizer.kind={after}: .*step_00000002 has the state of {before}; allowed: {before}; "
+    with pytest.raises(CheckpointError, match=said) as caught:
+        build(device, tmp_path, steps=3, optimizer=kinds[after]).fit()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_names_no_optimizer_is_gone_on_with(device, tmp_path, monkeypatch):
+    state = Trainer._state
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Trainer, "_state", lambda self: {k: v for k, v in state(self).items() if k != "optimizer"})
+        build(device, tmp_path, steps=2).fit()
+    assert build(device, tmp_path, steps=3).fit() is Outcome.DONE
 
 
 @pytest.mark.slow

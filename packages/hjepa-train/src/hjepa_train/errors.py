@@ -9,7 +9,7 @@ Choice = TypeVar("Choice", bound=StrEnum)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or that is of another model."""
+    """A checkpoint that cannot be written, or that is of another model or optimizer."""
 
 
 class TrainingError(RuntimeError):

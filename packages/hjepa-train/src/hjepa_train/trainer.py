@@ -141,7 +141,8 @@ class Trainer:
         Raises:
             UnstableError: Where too many steps in a row are bad, or a collapse is not tolerated.
             TrainingError: Where the stream ends.
-            CheckpointError: Where a checkpoint is of another model or a later step, or cannot be written.
+            CheckpointError: Where a checkpoint is of another model, another optimizer or a later step, or cannot be
+                written.
         """
         outcome: Outcome | None = None
         try:
@@ -235,6 +236,7 @@ class Trainer:
         if step >= 0:
             checkpoint = self.store.at(step) if checkpoint is None else checkpoint
             checkpoint.check_model(model_shapes(self.module))
+            checkpoint.check_optimizer(self.config.optimizer.kind)
             restore(self.module, self.optimizer, self.world, checkpoint.tensors())
             self._load_state(checkpoint.state)
 
@@ -436,6 +438,7 @@ class Trainer:
             "samples": self.samples,
             "world_size": self.world.size,
             "stream": self.stream.state_dict(),
+            "optimizer": self.config.optimizer.kind.value,
             "guard": self.guard.state_dict(),
             "callbacks": {key: state for key, state in states.items() if state},
             "torch": str(torch.__version__),

@@ -103,6 +103,15 @@ class Checkpoint:
             remedy = "resume with the model that began the run, or use another run directory"
             raise CheckpointError(f"{self.path}: checkpoint of another model: {'; '.join(parts)}; {remedy}")
 
+    def check_optimizer(self, kind: str) -> None:
+        """Raise CheckpointError where another kind of optimizer has left its state; an earlier version names none."""
+        saved = self.state.get("optimizer", kind)
+        if saved != kind:
+            raise CheckpointError(
+                f"optimizer.kind={kind}: {self.path} has the state of {saved}; allowed: {saved}; go on with that, or "
+                "use another run directory"
+            )
+
 
 class CheckpointStore:
     """The checkpoints of one run.
