@@ -46,6 +46,10 @@ def test_a_word_that_names_no_data_leaves_the_demo(words):
         (["data.window_shards=0"], "window_shards=0"),
         (["data.local_views=2", "data.local_size=[7,7]"], "data.local_size=(7, 7)"),
         (["trainer.learning_rate.horizon=0.1"], "learning_rate.horizon=0.1"),
+        (
+            ["recipe=ijepa", "trainer.ema_momentum.kind=constant", "trainer.ema_momentum.horizon=0.1"],
+            "trainer.ema_momentum.final=1.0: kind=constant stays at horizon=0.1; give final=null",
+        ),
         (["trainer.optimizer.betas=[0.9]"], "two numbers"),
         (["run={stepps: 9}"], "run.stepps is no setting; did you mean run.steps?"),
         (["hjepa={encoder: {dept: 3}}"], "hjepa.encoder.dept is no setting; did you mean hjepa.encoder.depth?"),

@@ -111,7 +111,8 @@ def test_a_schedule_that_its_use_cannot_take_is_refused(name, fields, message):
     [
         ({"kind": "cosine"}, "final=None"),
         ({"kind": "spiral"}, "allowed: constant, linear, cosine, exponential"),
-        ({"kind": "constant", "value": 1.0, "final": 0.0}, "use linear or cosine"),
+        ({"kind": "constant", "value": 1.0, "final": 0.0}, "stays at value=1.0; .* use linear or cosine"),
+        ({"horizon": 0.1, "value": 0.996, "final": 1.0}, "final=1.0: kind=constant stays at horizon=0.1; .*final=null"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"warmup_steps": 10, "steps": 10}, "steps=10"),
         ({"horizon": 0.0}, "horizon=0.0"),

@@ -483,7 +483,9 @@ def one_line(error: BaseException) -> str:
 
 
 def in_full(line: str, words: Sequence[str]) -> str:
-    """Give a field the name that the user wrote: the class that refuses it does not know where it stands.
+    """Give a field the name that the user wrote, or the whole one of a field that stands beside what the user wrote.
+
+    The class that refuses it does not know where it stands.
 
     Args:
         line: says `field=value: what is wrong`.
@@ -494,8 +496,11 @@ def in_full(line: str, words: Sequence[str]) -> str:
     found = [key for key in given if key.endswith(f".{name}")]
     if not found and "." in name:
         found = [key for key in plain_keys() if key.endswith(f".{name}")]
+    elif not found:
+        beside = {f"{key.rpartition('.')[0]}.{name}" for key in given}
+        found = [key for key in plain_keys() if key in beside]
     if len(found) > 1:
-        found = [key for key in found if rest.startswith(f"{given[key]}:")]
+        found = [key for key in found if rest.startswith(f"{given.get(key)}:")]
     return f"{found[0]}={rest}" if len(found) == 1 else line
 
 

@@ -175,7 +175,10 @@ class ScheduleConfig:
         if self.kind is not ScheduleKind.constant and self.final is None:
             raise ValueError(f"final=None: kind={self.kind.value} ends at a value; give final, or kind=constant")
         if self.kind is ScheduleKind.constant and self.final not in (None, self.value):
-            raise ValueError(f"final={self.final}: kind=constant stays at value={self.value}; use linear or cosine")
+            stays = f"value={self.value}" if self.horizon is None else f"horizon={self.horizon}"
+            raise ValueError(
+                f"final={self.final}: kind=constant stays at {stays}; give final=null, or use linear or cosine"
+            )
         if self.kind is ScheduleKind.exponential and (self.value <= 0.0 or (self.final or 0.0) <= 0.0):
             raise ValueError(
                 f"value={self.value}, final={self.final}: kind=exponential goes by factors; allowed: both above 0"
