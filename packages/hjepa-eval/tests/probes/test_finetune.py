@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hjepa_eval import Classifier, FineTuneConfig, classify, finetune, layer_groups
+from hjepa_eval import Classifier, FineTuneConfig, bootstrap, classify, finetune, layer_groups
 
 
 class Encoder(nn.Module):
@@ -92,12 +92,23 @@ def test_fine_tuning_learns_and_frozen_shallow_layers_move_less(device):
     losses = finetune(model, lambda epoch: batches(*train), 8, config, device=device)
     assert losses[-1] < 0.5 * losses[0]
     right, labels = classify(model, batches(*test), device=device)
-    assert right.mean() > 0.9
+    assert right.double().mean() > 0.9
     assert len(labels) == 400
     moved = {
         name: float((value.detach().cpu() - before[name]).abs().mean()) for name, value in model.named_parameters()
     }
     assert moved["encoder.patch_embed.weight"] < moved["encoder.blocks.1.weight"] < moved["head.weight"]
+
+
+def test_an_accuracy_of_all_or_none_has_its_exact_interval():
+    images, labels = striped(20, 0)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    with torch.no_grad():
+        plain[1].weight.zero_()
+        plain[1].bias.copy_(torch.tensor([1.0, 0.0]))
+    found = [bootstrap(classify(plain, [(images, torch.full_like(labels, wrong))])[0]) for wrong in (0, 1)]
+    end = 0.025 ** (1 / 20)
+    assert [(one.value, one.low, one.high) for one in found] == [(1.0, end, 1.0), (0.0, 0.0, 1 - end)]
 
 
 def test_steps_are_those_of_adamw_by_hand(device):

@@ -220,13 +220,13 @@ def classify(classifier: nn.Module, batches: Batches, *, device: torch.device | 
         device: Where it runs.
 
     Returns:
-        Rightness (0 or 1) and label of each sample; the mean of the first is the accuracy.
+        Whether each sample is right (booleans, for ``bootstrap``), and its label.
     """
     from hjepa_eval.extraction.extract import extract
 
     classifier.to(device)
     logits = extract(classifier, batches, device=device, level="logits", gather=True)["logits"].labelled()
-    return (logits.values.argmax(dim=1) == logits.labels).double(), logits.labels
+    return logits.values.argmax(dim=1) == logits.labels, logits.labels
 
 
 def _first(batches: Batches, count: int) -> Batches:
