@@ -88,6 +88,11 @@ def test_pairs_on_the_sphere_equal_loops(device, monkeypatch, elements):
     assert alignment(x.to(device), y.to(device)).item() == pytest.approx(expected, rel=1e-9)
     expected = sum(float(u[i] @ u[j]) for i, j in pairs) / len(pairs)
     assert mean_cosine(x.to(device)).item() == pytest.approx(expected, rel=1e-9)
+    # However small features are.
+    tiny = 2.0**-60 * x.to(device)
+    assert uniformity(tiny).item() == uniformity(x.to(device)).item()
+    assert mean_cosine(tiny).item() == mean_cosine(x.to(device)).item()
+    assert alignment(tiny, x.to(device)).item() == 0
 
 
 @pytest.mark.parametrize("elements", [1, 100, 2**24])

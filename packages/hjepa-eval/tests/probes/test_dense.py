@@ -97,6 +97,9 @@ def test_correspondence_counts_right_patches_and_near_ones(device):
     near = correspondence_accuracy(tokens.to(device), second.to(device), shifted.to(device), (3, 3), tolerance=1)
     expected = [(matches[i][matches[i] >= 0] % 3 < 2).double().mean().item() for i in range(2)]
     assert near[:2].tolist() == pytest.approx(expected)
+    sizes = 1e-14 * torch.rand(3, 9, 1, generator=generator)
+    small = correspondence_accuracy(tokens.to(device), (sizes * second).to(device), matches.to(device), (3, 3))
+    assert small[:2].tolist() == [1, 1]
     with pytest.raises(ValueError, match="one shape"):
         correspondence_accuracy(tokens, second[:, :4], matches, (3, 3))
 

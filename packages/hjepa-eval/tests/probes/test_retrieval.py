@@ -50,6 +50,19 @@ def test_copies_rank_in_the_order_of_the_gallery(device):
             assert ours == pytest.approx(sum(shares) / len(shares), abs=1e-12)
 
 
+@pytest.mark.parametrize("scale", [2.0**-50, 2.0**-100])
+def test_the_norm_of_features_does_not_matter(device, scale):
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = torch.randn(9, 6, generator=generator), torch.randn(50, 6, generator=generator)
+    labels, gallery_labels = (torch.randint(0, 4, (n,), generator=generator).to(device) for n in (9, 50))
+    small = scale * 2.0 ** torch.randint(-9, 9, (50, 1), generator=generator) * gallery
+    found, expected = (
+        average_precision(rows.to(device), labels, searched.to(device), gallery_labels)
+        for rows, searched in ((scale * query, small), (query, gallery))
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_unknown_labels_are_no_class(device):
     rows, labels = torch.eye(3, device=device), torch.tensor([0, -1, -1], device=device)
     with pytest.raises(ValueError, match="query_labels"):

@@ -2,7 +2,8 @@
 
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
+
+from hjepa_eval.probes.rows import unit
 
 ELEMENTS = 2**24  # pairs held at once: 128 MiB of float64
 
@@ -30,7 +31,7 @@ def alignment(first: Float[Tensor, "n D"], second: Float[Tensor, "n D"], *, alph
         raise ValueError(
             f"first {tuple(first.shape)} and second {tuple(second.shape)}: both must be [n, D] of one size"
         )
-    distance = (F.normalize(first.double(), dim=1) - F.normalize(second.double(), dim=1)).norm(dim=1)
+    distance = (unit(first) - unit(second)).norm(dim=1)
     mean: Tensor = distance.pow(alpha).mean()
     return mean
 
@@ -55,16 +56,16 @@ def uniformity(z: Float[Tensor, "n D"], *, t: float = 2.0) -> Float[Tensor, ""]:
     """
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"z of shape {tuple(z.shape)}: uniformity needs features [n, D] of at least two samples")
-    unit = F.normalize(z.detach().double(), dim=1)
-    half = unit.square().sum(dim=1) / 2
-    total, step = unit.new_zeros(()), max(1, ELEMENTS // len(unit))
-    for first in range(0, len(unit), step):
+    points = unit(z.detach())
+    half = points.square().sum(dim=1) / 2
+    total, step = points.new_zeros(()), max(1, ELEMENTS // len(points))
+    for first in range(0, len(points), step):
         # |u_i - u_j|^2 = |u_i|^2 + |u_j|^2 - 2 u_i u_j
         rows = slice(first, first + step)
-        product = (unit[rows] @ unit[first:].T).sub_(half[rows, None]).sub_(half[first:])
+        product = (points[rows] @ points[first:].T).sub_(half[rows, None]).sub_(half[first:])
         potential = product.clamp_(max=0).mul_(2 * t).exp_()
         total += potential.triu_(diagonal=1).sum()
-    return (total / (len(unit) * (len(unit) - 1) / 2)).log()
+    return (total / (len(points) * (len(points) - 1) / 2)).log()
 
 
 def mean_cosine(z: Float[Tensor, "n D"]) -> Float[Tensor, ""]:
@@ -88,6 +89,6 @@ def mean_cosine(z: Float[Tensor, "n D"]) -> Float[Tensor, ""]:
     """
     if z.ndim != 2 or len(z) < 2:
         raise ValueError(f"z of shape {tuple(z.shape)}: a mean cosine needs features [n, D] of at least two samples")
-    unit = F.normalize(z.double(), dim=1)
-    n = len(unit)
-    return (unit.sum(dim=0).square().sum() - unit.square().sum()) / (n * (n - 1))
+    points = unit(z)
+    n = len(points)
+    return (points.sum(dim=0).square().sum() - points.square().sum()) / (n * (n - 1))

@@ -3,9 +3,9 @@
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from hjepa_eval.probes.accuracy import check_finite
+from hjepa_eval.probes.rows import unit
 
 
 def crop_matches(
@@ -73,12 +73,7 @@ def correspondence_accuracy(
         raise ValueError(f"grid={grid}: {grid[0] * grid[1]} patches, but there are {first.shape[1]} tokens an image")
     check_finite(first, "first")
     check_finite(second, "second")
-    nearest = torch.stack(
-        [
-            (F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T).argmax(dim=1)
-            for a, b in zip(first, second, strict=True)
-        ]
-    )
+    nearest = torch.stack([(unit(a) @ unit(b).T).argmax(dim=1) for a, b in zip(first, second, strict=True)])
     matches, columns = matches.to(nearest.device), grid[1]
     known = matches >= 0
     away = torch.maximum((nearest // columns - matches // columns).abs(), (nearest % columns - matches % columns).abs())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hjepa_eval.probes.accuracy import check_finite, check_known, check_widths, count_classes, top1
 from hjepa_eval.probes.precision import full_precision
+from hjepa_eval.probes.rows import norms as norms_of
 
 SPARE = 64  # candidates beyond k, so that what float32 cannot tell apart is seldom more than they are
 VOTES = 2**24  # votes held at once: 128 MiB
@@ -253,12 +254,10 @@ def _rows_at_once(rows: Tensor, bytes_each: int, memory: int) -> int:
 
 
 def _norms(rows: Tensor, memory: int) -> Float[Tensor, " n"]:
-    """Float64 norms; 1 for a row of zeros, whose cosines are all 0."""
-    step = _rows_at_once(rows, 16, memory)
-    norms = [part.double().square().sum(dim=1).sqrt() for part in torch.split(rows, step)]
-    found = torch.cat(norms)
+    """Float64 norms, some rows at a time."""
+    found = torch.cat([norms_of(part) for part in torch.split(rows, _rows_at_once(rows, 16, memory))])
     check_finite(found)
-    return torch.where(found > 0, found, 1.0)
+    return found
 
 
 def _check(train: Tensor, train_labels: Tensor, test: Tensor, ks: Sequence[int]) -> None:

@@ -3,9 +3,9 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from hjepa_eval.probes.accuracy import check_finite, check_known
+from hjepa_eval.probes.rows import unit
 
 ELEMENTS = 2**25  # similarities held at once: 256 MiB, and some times as much to sort them
 
@@ -52,12 +52,12 @@ def average_precision(
     check_known(gallery_labels, "gallery_labels")
     # A matrix product may round the same row in two ways at two places: copies share one column.
     distinct, column = torch.unique(gallery, dim=0, return_inverse=True)
-    unit = F.normalize(distinct.double(), dim=1)
-    check_finite(unit, "gallery")
+    columns = unit(distinct)
+    check_finite(columns, "gallery")
     check_finite(query, "query")
     found = []
     for numbers in torch.split(torch.arange(len(query), device=query.device), max(1, ELEMENTS // max(1, len(gallery)))):
-        similarity = F.normalize(query[numbers].double(), dim=1) @ unit.T
+        similarity = unit(query[numbers]) @ columns.T
         similarity = similarity[:, column]
         if leave_out_self:
             similarity[torch.arange(len(numbers), device=query.device), numbers] = -torch.inf
