@@ -1,10 +1,12 @@
 """The suite on a tiny run: numbers, files, page."""
 
+import hashlib
 import io
 import json
 import math
 import re
 import shutil
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -17,7 +19,7 @@ from hjepa_benchmark.runs import Measured, load_checkpoint, open_run, read_confi
 from hjepa_benchmark.suite import probes
 from hjepa_benchmark.suite import run as suite_run
 from hjepa_benchmark.suite.composites import compose
-from hjepa_benchmark.suite.findings import Findings, find, read_right
+from hjepa_benchmark.suite.findings import Findings, find, images_hash, read_right
 from hjepa_benchmark.suite.plan import FULL, PLANS, QUICK
 from hjepa_benchmark.suite.probes import (
     compare_levels,
@@ -253,6 +255,15 @@ def test_of_many_classes_those_that_are_confused_most_are_told(run):
     assert [row for row in rows if row] == [[*names[:2], "75 %", "3 of 4"], [*names[2:], "25 %", "1 of 4"]]
     right = _confusion(opened, Findings(predicted={(TRAINED, "encoder"): truth}))
     assert "No image" in right.note
+
+
+def test_the_hash_of_images_reads_them_where_they_lie():
+    images = Images(pixels=torch.arange(10**7).to(torch.uint8).view(10, 1, 1000, 1000), labels=torch.arange(10))
+    expected = hashlib.sha256(images.pixels.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()
+    tracemalloc.start()
+    assert images_hash(images) == expected[:32]
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
 
 
 def test_ranks_of_a_sorted_set_are_of_all_its_classes():

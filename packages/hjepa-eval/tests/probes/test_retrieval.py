@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torchmetrics.functional.retrieval import retrieval_average_precision
@@ -48,6 +51,22 @@ def test_copies_rank_in_the_order_of_the_gallery(device):
             hits = [bool(gallery_labels[i] == label) for i in sorted(range(37), key=lambda i: -cosine[i])]
             shares = [sum(hits[: r + 1]) / (r + 1) for r in range(37) if hits[r]]
             assert ours == pytest.approx(sum(shares) / len(shares), abs=1e-12)
+
+
+@pytest.mark.slow
+def test_memory_is_bounded():
+    """Peak memory of a process of its own stays far below a copy of the gallery, which has 98 MiB."""
+    script = """
+import resource, torch
+from hjepa_eval import average_precision
+gallery, labels = torch.randn(100_000, 256), torch.arange(100_000) % 10
+average_precision(gallery[:3], labels[:3], gallery[:50], labels[:50])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+average_precision(gallery[:3], labels[:3], gallery, labels)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 50
 
 
 @pytest.mark.parametrize("scale", [2.0**-50, 2.0**-100])

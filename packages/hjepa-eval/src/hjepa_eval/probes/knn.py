@@ -9,12 +9,11 @@ from torch import Tensor
 
 from hjepa_eval.probes.accuracy import check_finite, check_known, check_widths, count_classes, top1
 from hjepa_eval.probes.precision import full_precision
-from hjepa_eval.probes.rows import norms as norms_of
+from hjepa_eval.probes.rows import first_equal, norms, rows_at_once
 
 SPARE = 64  # candidates beyond k, so that what float32 cannot tell apart is seldom more than they are
 VOTES = 2**24  # votes held at once: 128 MiB
 ROWS = 1024  # test rows of a tile: enough for a matrix product to run at full speed
-CACHED = 2**22  # bytes that a CPU reads over and over faster than it reads memory
 
 
 def knn_predict(
@@ -209,7 +208,7 @@ class _Search:
 
     def _cosines(self, row: Int[Tensor, " p"], index: Int[Tensor, " p"]) -> Float[Tensor, " p"]:
         # Each is summed in the same order wherever it stands, which matrix products do not promise: copies stay equal.
-        step = _rows_at_once(self.bank, 32, self.memory)
+        step = rows_at_once(self.bank, 32, self.memory)
         pieces = [
             (self.rows[a].double() * self.bank[b].double()).sum(dim=1) / (self.row_norms[a] * self.norms[b])
             for a, b in zip(torch.split(row, step), torch.split(index, step), strict=True)
@@ -228,34 +227,14 @@ def _unit(rows: Tensor, norms: Tensor) -> Float[Tensor, "n D"]:
 
 def _without_copies(bank: Tensor, k: int, memory: int) -> Int[Tensor, " kept"] | None:
     """Positions of the bank without copies of a row beyond the first k; None where nothing is left out."""
-    generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (bank.shape[1],), generator=generator).to(bank.device)
-    step = _rows_at_once(bank, 32, memory)
-    bits = (part.double().view(torch.int64) for part in torch.split(bank, step))
-    # The low bits of a float32 in 64 bits are 0 and would stay so under a product.
-    key = torch.cat([((part ^ (part >> 29)) * factors).sum(dim=1) for part in bits])
-    ordered, order = key.sort(stable=True)
-    place = torch.searchsorted(ordered, ordered)
-    surplus = torch.arange(len(bank), device=bank.device) - place >= k
-    if not bool(surplus.any()):
-        return None
-    copies, originals = order[surplus], order[place[surplus]]
-    pieces = zip(torch.split(copies, step), torch.split(originals, step), strict=True)
-    same = torch.cat([(bank[a] == bank[b]).all(dim=1) for a, b in pieces])
-    left = torch.ones(len(bank), dtype=torch.bool, device=bank.device)
-    left[copies[same]] = False
-    return left.nonzero().flatten() if bool(same.any()) else None
-
-
-def _rows_at_once(rows: Tensor, bytes_each: int, memory: int) -> int:
-    """How many rows to turn into float64 at once, where each of their numbers takes so many bytes."""
-    held = min(memory, CACHED) if rows.is_cpu else memory
-    return max(1, held // (bytes_each * rows.shape[1]))
+    ordered, order = first_equal(bank, memory).sort(stable=True)
+    place = torch.arange(len(bank), device=bank.device) - torch.searchsorted(ordered, ordered)
+    kept = order[place < k]
+    return kept.sort().values if len(kept) < len(bank) else None
 
 
 def _norms(rows: Tensor, memory: int) -> Float[Tensor, " n"]:
-    """Float64 norms, some rows at a time."""
-    found = torch.cat([norms_of(part) for part in torch.split(rows, _rows_at_once(rows, 16, memory))])
+    found = norms(rows, memory)
     check_finite(found)
     return found
 

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hjepa_eval.probes.accuracy import check_finite, check_known
-from hjepa_eval.probes.rows import unit
+from hjepa_eval.probes.rows import first_equal, norms, rows_at_once, unit
 
 ELEMENTS = 2**25  # similarities held at once: 256 MiB, and some times as much to sort them
 
@@ -50,15 +50,17 @@ def average_precision(
         raise ValueError(f"leave_out_self=True: {len(query)} queries are not the {len(gallery)} rows of the gallery")
     check_known(query_labels, "query_labels")
     check_known(gallery_labels, "gallery_labels")
+    check_finite(norms(gallery), "gallery")
+    check_finite(norms(query), "query")
     # A matrix product may round the same row in two ways at two places: copies share one column.
-    distinct, column = torch.unique(gallery, dim=0, return_inverse=True)
-    columns = unit(distinct)
-    check_finite(columns, "gallery")
-    check_finite(query, "query")
+    first = first_equal(gallery)
+    distinct = (first == torch.arange(len(gallery), device=gallery.device)).nonzero().flatten()
+    column = torch.searchsorted(distinct, first)
+    tiles = torch.split(distinct, rows_at_once(gallery, 16))
     found = []
     for numbers in torch.split(torch.arange(len(query), device=query.device), max(1, ELEMENTS // max(1, len(gallery)))):
-        similarity = unit(query[numbers]) @ columns.T
-        similarity = similarity[:, column]
+        asked = unit(query[numbers])
+        similarity = torch.cat([asked @ unit(gallery[tile]).T for tile in tiles], dim=1)[:, column]
         if leave_out_self:
             similarity[torch.arange(len(numbers), device=query.device), numbers] = -torch.inf
         order = similarity.argsort(dim=1, descending=True, stable=True)
