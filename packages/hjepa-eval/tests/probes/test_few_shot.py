@@ -27,6 +27,12 @@ def test_more_labels_help_and_every_score_has_its_interval_and_count(device):
         assert len(set(score.draws)) > 1
 
 
+def test_accuracies_are_whole_samples_over_their_number():
+    (x, y), (test_x, test_y) = classes(200, 0), classes(400, 1)
+    for score in few_shot(x, y, test_x, test_y):
+        assert [draw in {right / 400 for right in range(401)} for draw in score.draws] == [True] * 5
+
+
 def test_a_draw_is_the_logistic_regression_of_its_samples(device):
     (x, y), (test_x, test_y) = classes(300, 2), classes(800, 3)
     config = FewShotConfig(shots=(5,), shares=(), draws=3, seed=7)
