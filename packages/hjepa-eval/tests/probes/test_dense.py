@@ -107,6 +107,18 @@ def test_correspondence_counts_right_patches_and_near_ones(device):
 QUICK = HeadTraining(learning_rates=(1e-3, 3e-2), weight_decays=(0.0,), epochs=2, batch_size=16, optimizer="adamw")
 
 
+def test_a_part_without_images_is_counted_by_no_metric():
+    tokens, masks = scenes(40, 0)
+    probe = SegmentationProbe(QUICK).fit(tokens, masks, (4, 4))
+    with pytest.raises(ValueError, match="none on any process"):
+        probe.mean_iou(tokens[:0], masks[:0])
+    with pytest.raises(ValueError, match="at least one image"):
+        probe.confusion(tokens[:0], masks[:0])
+    for measure in (probe.mean_iou, probe.confusion):
+        with pytest.raises(ValueError, match="one for each"):
+            measure(tokens, masks[:0])
+
+
 def test_what_is_unknown_may_be_any_number_below_0_and_masks_of_any_type():
     tokens, masks = scenes(40, 0)
     whole = SegmentationProbe(QUICK).fit(tokens, masks, (4, 4))

@@ -128,7 +128,9 @@ class SegmentationProbe:
             Counts: [image, true class, predicted class].
         """
         masks = _of_images(masks, tokens)
-        classes = max(self._classes, int(masks.max()) + 1)
+        if not len(masks):
+            raise ValueError("masks: there are none; at least one image is needed")
+        classes = self._count(masks)
         predicted = self.predict(tokens, (masks.shape[1], masks.shape[2]))
         known = masks >= 0
         image = torch.arange(len(masks))[:, None, None].expand_as(masks)
@@ -140,20 +142,30 @@ class SegmentationProbe:
         """Mean over classes of intersection over union of all pixels of all images of all processes, which all call it.
 
         Args:
-            tokens: Test tokens of this process.
+            tokens: Test tokens of this process, which may have no image ([0, N, D]) where another has some.
             masks: Class of every pixel, -1 where it is unknown.
 
         Returns:
             mIoU in [0, 1] over the classes that are there, in truth or prediction.
+
+        Raises:
+            RuntimeError: Before ``fit``.
+            ValueError: Where no process has an image, shapes disagree or tokens are not finite.
         """
         # torchmetrics brings torchvision and scipy along: seconds that only a measurement has to wait for.
         from torchmetrics.classification import MulticlassJaccardIndex
 
         masks = _of_images(masks, tokens)
-        classes = max(exchange(max(self._classes, int(masks.max()) + 1)))
-        metric = MulticlassJaccardIndex(num_classes=classes, ignore_index=-1)
+        classes, images = zip(*exchange((self._count(masks), len(masks))), strict=True)
+        if not any(images):
+            raise ValueError("masks: there are none on any process; at least one image is needed")
+        metric = MulticlassJaccardIndex(num_classes=max(classes), ignore_index=-1)
         metric.update(self.predict(tokens, (masks.shape[1], masks.shape[2])), masks)
         return float(metric.compute())
+
+    def _count(self, masks: Tensor) -> int:
+        """Number of classes, with those that only these masks have."""
+        return max(self._classes, int(masks.max()) + 1) if masks.numel() else self._classes
 
     def _train(
         self, tokens: Tensor, masks: Tensor, settings: list[tuple[float, float]], samples: Tensor
@@ -204,10 +216,8 @@ def _known(masks: Tensor) -> Tensor:
 
 
 def _of_images(masks: Tensor, tokens: Tensor) -> Tensor:
-    if masks.ndim != 3 or len(masks) != len(tokens) or not len(masks):
-        raise ValueError(
-            f"masks {tuple(masks.shape)} for {len(tokens)} images: they must be [m, H, W], one an image, at least one"
-        )
+    if masks.ndim != 3 or len(masks) != len(tokens):
+        raise ValueError(f"masks {tuple(masks.shape)} for {len(tokens)} images: they must be [m, H, W], one for each")
     return _known(masks)
 
 
