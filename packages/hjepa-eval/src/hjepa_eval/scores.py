@@ -1,6 +1,5 @@
 """All measures of one set of features, with the names and counts that make the numbers mean something."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -147,11 +146,7 @@ def evaluate(
 def _ranks(z: Tensor) -> dict[str, Interval]:
     if len(z) >= 2 * GROUPS:
         return {metric: jackknife(z, MEASURES[metric], groups=GROUPS) for metric in _RANKS}
-    values = {metric: float(MEASURES[metric](z)) for metric in _RANKS}
-    return {
-        metric: Interval(value=value, low=math.nan, high=math.nan, method="none", n=len(z))
-        for metric, value in values.items()
-    }
+    return {metric: Interval.without_ends(float(MEASURES[metric](z)), len(z)) for metric in _RANKS}
 
 
 def format_table(rows: Sequence[Scores]) -> str:

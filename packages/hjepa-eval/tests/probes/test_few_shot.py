@@ -27,6 +27,19 @@ def test_more_labels_help_and_every_score_has_its_interval_and_count(device):
         assert len(set(score.draws)) > 1
 
 
+def test_where_all_samples_are_taken_there_is_one_draw_and_no_interval():
+    (x, _), (test_x, test_y) = classes(40, 0), classes(200, 1)
+    config = FewShotConfig(shots=(5, 10), shares=(0.5, 1.0))
+    found = {one.labels: one for one in few_shot(x, torch.arange(40) % 4, test_x, test_y, config)}
+    assert {labels: len(one.draws) for labels, one in found.items()} == {"5-shot": 5, "50%": 5, "10-shot": 1, "100%": 1}
+    for labels in ("10-shot", "100%"):
+        one = found[labels].interval
+        assert (one.value, one.method, one.n) == (found[labels].draws[0], "none", 1)
+        assert one.low != one.low
+        assert one.high != one.high
+    assert found["5-shot"].interval.method == "draws"
+
+
 def test_accuracies_are_whole_samples_over_their_number():
     (x, y), (test_x, test_y) = classes(200, 0), classes(400, 1)
     for score in few_shot(x, y, test_x, test_y):

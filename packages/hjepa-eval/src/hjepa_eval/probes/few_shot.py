@@ -50,8 +50,8 @@ class FewShotScore:
     Attributes:
         labels: "5-shot", "1%".
         n_train: Labelled samples of a draw.
-        draws: Top-1 accuracy of each draw, in [0, 1].
-        interval: Their mean with its interval over draws.
+        draws: Top-1 accuracy of each draw, in [0, 1]; a single one where all samples are taken.
+        interval: Their mean with its interval over draws; of a single one there is none.
     """
 
     labels: str
@@ -106,17 +106,16 @@ def few_shot(
     scores = []
     for name, sizes in wanted:
         accuracies = []
-        for draw in range(config.draws):
+        # Of all samples there is one draw.
+        for draw in range(config.draws if sum(sizes) < len(train_labels) else 1):
             chosen = draw_samples(train_labels, sizes, seed=config.seed, draw=draw).to(x.device)
             ((weight, bias),) = fit_logistic(x[chosen], train_labels[chosen], classes, [config.l2])
             with full_precision(x.device.type):
                 logits = test_x @ weight.T + bias
             accuracies.append(top1(logits.argmax(dim=1), test_labels))
-        scores.append(
-            FewShotScore(
-                labels=name, n_train=sum(sizes), draws=tuple(accuracies), interval=interval_of_mean(accuracies, "draws")
-            )
-        )
+        several = len(accuracies) > 1
+        interval = interval_of_mean(accuracies, "draws") if several else Interval.without_ends(accuracies[0], 1)
+        scores.append(FewShotScore(labels=name, n_train=sum(sizes), draws=tuple(accuracies), interval=interval))
     return scores
 
 

@@ -1,5 +1,6 @@
 """Intervals of a measured number: by bootstrap over samples, over draws or seeds, by a jackknife over groups."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class Interval:
         low: Lower end.
         high: Upper end.
         method: "bootstrap" (over test samples), "seeds" or "draws" (Student's t over repetitions), "jackknife" (over
-            ten groups of samples), or "none" where there are too few samples; both ends are NaN then.
+            ten groups of samples), or "none" where there are too few samples, or nothing to draw; both ends are
+            NaN then.
         n: Samples or repetitions that the interval is over.
     """
 
@@ -34,6 +36,11 @@ class Interval:
     high: float
     method: str
     n: int
+
+    @classmethod
+    def without_ends(cls, value: float, n: int) -> "Interval":
+        """A number of which nobody can say how far it would vary."""
+        return cls(value=value, low=math.nan, high=math.nan, method="none", n=n)
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
