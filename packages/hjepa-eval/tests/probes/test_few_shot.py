@@ -93,8 +93,15 @@ def test_draws_differ_and_small_ones_are_parts_of_large_ones():
 def test_numbers_that_a_class_cannot_give_are_left_out(device):
     x, y = torch.eye(6, device=device), torch.tensor([0, 0, 0, 1, 1, 1], device=device)
     scores = few_shot(x, y, x, y, FewShotConfig(shots=(3, 4), shares=(0.01,)))
-    assert [score.labels for score in scores] == ["3-shot", "1%"]
+    assert [score.labels for score in scores] == ["3-shot", "33.3%"]
     assert scores[1].n_train == 2
+
+
+def test_a_share_that_no_class_can_give_is_told_as_the_one_that_is_taken():
+    (x, _), (test_x, test_y) = classes(60, 0), classes(50, 1)
+    config = FewShotConfig(shots=(), shares=(0.001, 0.01, 0.1))
+    found = few_shot(x, torch.arange(60) % 3, test_x, test_y, config)
+    assert [(score.labels, score.n_train) for score in found] == [("5%", 3), ("10%", 6)]
 
 
 def test_wrong_input_is_refused():

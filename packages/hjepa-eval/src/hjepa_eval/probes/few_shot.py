@@ -48,7 +48,7 @@ class FewShotScore:
     """Accuracy with few labels.
 
     Attributes:
-        labels: "5-shot", "1%".
+        labels: "5-shot", "1%"; the share that was taken, where a class has too few samples for the one asked for.
         n_train: Labelled samples of a draw.
         draws: Top-1 accuracy of each draw, in [0, 1]; a single one where all samples are taken.
         interval: Their mean with its interval over draws; of a single one there is none.
@@ -97,14 +97,17 @@ def few_shot(
     classes = max(2, int(torch.maximum(train_labels.max(), test_labels.max())) + 1)
     counts = train_labels.bincount(minlength=classes).cpu()
     present = counts[counts > 0]
-    wanted: list[tuple[str, list[int]]] = []
+    wanted: dict[str, list[int]] = {}
     for shot in config.shots:
         if shot <= int(present.min()):
-            wanted.append((f"{shot}-shot", [min(shot, int(count)) for count in counts]))
+            wanted[f"{shot}-shot"] = [min(shot, int(count)) for count in counts]
     for share in config.shares:
-        wanted.append((f"{100 * share:g}%", [max(1, round(share * int(count))) if count else 0 for count in counts]))
+        sizes = [max(1, round(share * int(count))) if count else 0 for count in counts]
+        # A class of which the share is less than one sample gives more than that.
+        given = share if round(share * int(present.min())) else sum(sizes) / len(train_labels)
+        wanted[f"{100 * given:.3g}%"] = sizes
     scores = []
-    for name, sizes in wanted:
+    for name, sizes in wanted.items():
         accuracies = []
         # Of all samples there is one draw.
         for draw in range(config.draws if sum(sizes) < len(train_labels) else 1):
