@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hjepa_eval.extraction.features import FeatureName, FeatureSet
-from hjepa_eval.measures.report import MEASURES
+from hjepa_eval.measures.report import MEASURES, RANGES
 from hjepa_eval.probes.logistic import LogisticProbe, LogisticProbeConfig
 from hjepa_eval.probes.whitening import FLOOR, KNN, WHITE_KNN, knn_by_metric
 from hjepa_eval.results.interval import Interval, bootstrap, jackknife
@@ -145,7 +145,7 @@ def evaluate(
 
 def _ranks(z: Tensor) -> dict[str, Interval]:
     if len(z) >= 2 * GROUPS:
-        return {metric: jackknife(z, MEASURES[metric], groups=GROUPS) for metric in _RANKS}
+        return {metric: jackknife(z, MEASURES[metric], groups=GROUPS, within=RANGES[metric]) for metric in _RANKS}
     return {metric: Interval.without_ends(float(MEASURES[metric](z)), len(z)) for metric in _RANKS}
 
 

@@ -94,6 +94,15 @@ def test_a_code_of_the_factors_is_disentangled_and_a_rotation_of_it_is_not(devic
     assert all(error < 0.05 for error in mixed.informativeness.values())
 
 
+def test_intervals_of_dci_end_at_1():
+    generator = torch.Generator().manual_seed(4)
+    known = {name: torch.rand(14, generator=generator) for name in "ab"}
+    x = torch.stack([*known.values()], dim=1) + 0.02 * torch.randn(14, 2, generator=generator)
+    found = dci(x, known, x, known).intervals
+    for name in ("disentanglement", "mean_completeness"):
+        assert found[name].low < found[name].value < found[name].high == 1
+
+
 def test_the_unit_of_a_factor_does_not_matter():
     train, test = separate(world(400, 0)), separate(world(200, 1))
     mixed = torch.randn(7, 7, generator=torch.Generator().manual_seed(2))

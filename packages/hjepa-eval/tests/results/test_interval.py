@@ -1,10 +1,21 @@
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
-from hjepa_eval import bootstrap, interval_of_mean, jackknife, rankme
+from hjepa_eval import (
+    FeatureName,
+    FeatureSet,
+    bootstrap,
+    cka_interval,
+    interval_of_mean,
+    jackknife,
+    measure_unlabelled,
+    rankme,
+)
+from hjepa_eval.measures.report import RANGES
 from hjepa_eval.results.interval import group_of_each
 
 
@@ -72,6 +83,23 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     assert 15 < rank.low < rank.value < rank.high < 21
     with pytest.raises(ValueError, match="groups"):
         jackknife(z[:19], lambda x: x.mean())
+
+
+def test_an_interval_ends_where_its_measure_does():
+    z = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).double()
+    plain = jackknife(z, lambda x: x[:, 0].mean())
+    for within in ((plain.low + 0.01, plain.high - 0.01), (plain.low - 1, plain.high + 1)):
+        found = jackknife(z, lambda x: x[:, 0].mean(), within=within)
+        assert found == replace(plain, low=max(plain.low, within[0]), high=min(plain.high, within[1]))
+    # Few and uneven samples, whose numbers lie near the ends.
+    few = torch.cat((torch.ones(20, 3), torch.eye(3)))
+    labels = torch.zeros(23).long()
+    found = {one.metric: one for one in measure_unlabelled(FeatureSet(values=few, labels=labels, name=FeatureName()))}
+    for metric, (least, most) in RANGES.items():
+        if metric != "alpha_req":
+            assert least <= found[metric].low <= found[metric].value <= found[metric].high <= most, metric
+    assert cka_interval(few, few[:, :1]).high <= 1
+    assert cka_interval(few, few.flip(0)).low >= 0
 
 
 def test_groups_of_samples_in_turns_of_ten_classes_hold_all_classes():

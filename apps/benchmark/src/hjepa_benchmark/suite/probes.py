@@ -1,6 +1,7 @@
 """Probes and label-free measures of features, by level."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -124,8 +125,10 @@ def compare_views(subject: Subject, run: Run, findings: Findings) -> None:
     crops = [subject.features(random_crop(pixels, number).to(run.device)) for number in range(_VIEWS)]
     for name in crops[0]:
         z = torch.stack([one[name].float().cpu() for one in crops], dim=1)
-        findings.interval("lidar", name, jackknife(z, lidar), details={"views": _VIEWS})
-        findings.interval("alignment", name, jackknife(z[:, :2], lambda part: alignment(part[:, 0], part[:, 1])))
+        found = jackknife(z, lidar, within=(1.0, math.inf))
+        findings.interval("lidar", name, found, details={"views": _VIEWS})
+        found = jackknife(z[:, :2], lambda part: alignment(part[:, 0], part[:, 1]), within=(0.0, 4.0))
+        findings.interval("alignment", name, found)
 
 
 def match_views(subject: Subject, run: Run, findings: Findings) -> None:

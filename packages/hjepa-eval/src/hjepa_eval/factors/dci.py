@@ -118,7 +118,7 @@ def dci(
         "mean_completeness": (float(completeness.mean()), [float(one.mean()) for _, one in structures]),
     }
     rows = torch.stack(errors, dim=1)
-    intervals = {name: of_parts(value, parts, len(train)) for name, (value, parts) in of.items()}
+    intervals = {name: of_parts(value, parts, len(train), (0.0, 1.0)) for name, (value, parts) in of.items()}
     intervals["mean_informativeness"] = bootstrap(rows, lambda means: _relative(means).mean(dim=1), seed=seed)
     return DCI(
         disentanglement=disentanglement,

@@ -64,7 +64,7 @@ def cka_interval(x: Float[Tensor, "n D"], y: Float[Tensor, "n E"], *, groups: in
         left = int((group_of != group).sum())
         # Without the group the mean is another one.
         parts.append(float(_alignment(whole - gram - torch.outer(total, total) / left, x.shape[1])))
-    return of_parts(float(_alignment(whole, x.shape[1])), parts, len(x))
+    return of_parts(float(_alignment(whole, x.shape[1])), parts, len(x), (0.0, 1.0))
 
 
 def cka_matrix(sets: Mapping[str, FeatureSet]) -> tuple[list[str], Float[Tensor, "L L"]]:

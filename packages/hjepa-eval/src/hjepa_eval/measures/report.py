@@ -1,5 +1,6 @@
 """All label-free numbers of one set of features, each with its interval and its n."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,7 @@ from hjepa_eval.extraction.features import FeatureSet
 from hjepa_eval.measures.collapse import CollapseConfig, judge_collapse
 from hjepa_eval.measures.spectrum import alpha_req, effective_rank, isotropy, rankme
 from hjepa_eval.measures.sphere import mean_cosine, uniformity
-from hjepa_eval.results.interval import jackknife
+from hjepa_eval.results.interval import ANYWHERE, jackknife
 from hjepa_eval.results.measurement import Measurement, Plain
 
 MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -20,6 +21,16 @@ MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
     "spread": lambda z: z.double().std(dim=0).mean(),
     "mean_cosine": mean_cosine,
     "uniformity": uniformity,
+}
+# The least and the largest number of each.
+RANGES: dict[str, tuple[float, float]] = {
+    "rankme": (1.0, math.inf),
+    "effective_rank": (1.0, math.inf),
+    "alpha_req": ANYWHERE,
+    "isotropy": (0.0, 1.0),
+    "spread": (0.0, math.inf),
+    "mean_cosine": (-1.0, 1.0),
+    "uniformity": (-math.inf, 0.0),
 }
 
 
@@ -50,7 +61,7 @@ def measure_unlabelled(
         Measurement.of(
             metric,
             features.name,
-            jackknife(z, function, groups=groups),
+            jackknife(z, function, groups=groups, within=RANGES[metric]),
             details=verdict if metric == "effective_rank" else {},
         )
         for metric, function in MEASURES.items()

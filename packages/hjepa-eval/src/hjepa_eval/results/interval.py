@@ -15,6 +15,7 @@ _T = (
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
 ELEMENTS = 2**22  # draws held at once
+ANYWHERE = (-math.inf, math.inf)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -124,7 +125,13 @@ def interval_of_mean(values: Sequence[float], method: str = "seeds") -> Interval
     return Interval(value=mean, low=mean - half, high=mean + half, method=method, n=len(values))
 
 
-def jackknife(z: Tensor, statistic: Callable[[Tensor], Tensor | float], *, groups: int = 10) -> Interval:
+def jackknife(
+    z: Tensor,
+    statistic: Callable[[Tensor], Tensor | float],
+    *,
+    groups: int = 10,
+    within: tuple[float, float] = ANYWHERE,
+) -> Interval:
     """Interval of a number that needs many samples at once, like a rank: leave out one group of samples at a time.
 
     se^2 = (g - 1) / g * sum_i (theta_i - mean(theta))^2,   interval = theta ± t_(g-1) * se
@@ -135,6 +142,7 @@ def jackknife(z: Tensor, statistic: Callable[[Tensor], Tensor | float], *, group
         z: Features [n, ...], one row a sample.
         statistic: Maps features to a number; called g + 1 times.
         groups: g.
+        within: Least and largest number that there can be; the interval ends there.
 
     Returns:
         The number of all samples with its interval.
@@ -149,7 +157,7 @@ def jackknife(z: Tensor, statistic: Callable[[Tensor], Tensor | float], *, group
         raise ValueError(f"groups={groups}: of {len(z)} samples; allowed: 2 up to half as many as samples")
     group = group_of_each(len(z), groups).to(z.device)
     value = float(statistic(z))
-    return of_parts(value, [float(statistic(z[group != number])) for number in range(groups)], len(z))
+    return of_parts(value, [float(statistic(z[group != number])) for number in range(groups)], len(z), within)
 
 
 def group_of_each(n: int, groups: int) -> Int[Tensor, " n"]:
@@ -157,12 +165,14 @@ def group_of_each(n: int, groups: int) -> Int[Tensor, " n"]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(0)) % groups
 
 
-def of_parts(value: float, parts: Sequence[float], n: int) -> Interval:
+def of_parts(value: float, parts: Sequence[float], n: int, within: tuple[float, float] = ANYWHERE) -> Interval:
     """The jackknife's interval of a number, from what it is without each group of the n samples."""
     groups, mean = len(parts), statistics.fmean(parts)
     error = ((groups - 1) / groups * sum((part - mean) ** 2 for part in parts)) ** 0.5
     half = _quantile(groups - 1) * error
-    return Interval(value=value, low=value - half, high=value + half, method="jackknife", n=n)
+    # Rounding may lead a number itself beyond its range.
+    low, high = min(max(value - half, within[0]), value), max(min(value + half, within[1]), value)
+    return Interval(value=value, low=low, high=high, method="jackknife", n=n)
 
 
 def _quantile(freedom: int) -> float:
