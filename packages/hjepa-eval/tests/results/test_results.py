@@ -187,6 +187,18 @@ def test_no_name_of_a_wide_table_is_cut_off(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("words", [[], ["--markdown"]])
+def test_a_full_disk_is_one_line_and_code_2(words, tmp_path):
+    write_results(results(), tmp_path / "a.json")
+    command = [sys.executable, "-m", "hjepa_eval.results", str(tmp_path / "a.json"), *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == "python -m hjepa_eval.results: [Errno 28] No space left on device\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["--markdown"]])
 def test_a_reader_that_has_gone_is_no_traceback(words, tmp_path):
     write_results(results(), tmp_path / "a.json")

@@ -6,7 +6,7 @@ import sys
 from typing import NoReturn
 
 from hjepa_eval.results.measurement import read_results
-from hjepa_eval.results.table import merge
+from hjepa_eval.results.table import MergedTable, merge
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,16 +28,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print Markdown instead of a terminal's table")
     try:
         given = parser.parse_args(arguments)
-        table = merge([read_results(path) for path in given.files], metrics=given.metrics)
+        _show(merge([read_results(path) for path in given.files], metrics=given.metrics), markdown=given.markdown)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _show(table: MergedTable, *, markdown: bool) -> None:
     from rich.console import Console
 
     console = Console()
-    if given.markdown:
+    if markdown:
         console.out(table.markdown(), highlight=False)
-        return 0
+        return
     wide, narrow = (
         console.measure(one.rich(), options=console.options.update(max_width=10**6)).maximum
         for one in (table, table.turned())
@@ -48,7 +52,6 @@ def main(arguments: list[str] | None = None) -> int:
         # Of a table that is too wide either way, rich would leave a letter a cell, or none.
         console = Console(width=wide)
     console.print(table.rich())
-    return 0
 
 
 if __name__ == "__main__":
