@@ -140,6 +140,10 @@ def test_a_merged_table_shows_every_number_with_interval_and_count():
     console.print(table.rich("[all]"))
     assert "0.500 [0.400, 0.600] (n 1000/100)" in console.file.getvalue()
     assert merge([results()], metrics=["rankme"]).header[5:] == ["rankme (n 512)"]
+    # Features without any of them have no row.
+    assert [row[0] for row in merge([results(), results("run b", others=[other])], metrics=["linear"]).rows] == [
+        "run b"
+    ]
     with pytest.raises(ValueError, match="twice"):
         merge([results(), results()])
     with pytest.raises(ValueError, match="allowed: knn_20"):

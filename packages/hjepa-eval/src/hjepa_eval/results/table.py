@@ -62,7 +62,7 @@ def merge(results: Sequence[Results], *, metrics: Sequence[str] = ()) -> MergedT
 
     Returns:
         The table. A column whose numbers all have one n says it in its head, else each cell does. What was not measured
-        is "-".
+        is "-"; features of which nothing of it was measured have no row.
 
     Raises:
         ValueError: Where a number comes twice, or a metric is nowhere.
@@ -85,6 +85,7 @@ def merge(results: Sequence[Results], *, metrics: Sequence[str] = ()) -> MergedT
     if unknown:
         raise ValueError(f"metrics={unknown}: not in these results; allowed: {', '.join(seen)}")
     columns = list(metrics) or list(seen)
+    cells = {key: row for key, row in cells.items() if not row.keys().isdisjoint(columns)}
     counts = {metric: {_count(row[metric]) for row in cells.values() if metric in row} for metric in columns}
     header = [*_NAMES, *(f"{m} (n {next(iter(counts[m]))})" if len(counts[m]) == 1 else m for m in columns)]
     rows = [
