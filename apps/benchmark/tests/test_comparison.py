@@ -138,6 +138,21 @@ def test_a_run_has_one_colour_in_all_pictures_and_corruptions_come_first(monkeyp
     assert colours[0] == colours[1] == {"a": charts.COLORS[0], "b": charts.COLORS[1]}
 
 
+def test_bars_leave_out_a_series_without_numbers(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts, "vectors", lambda figure, _: drawn.append(figure.axes[0]) or plt.close(figure) or "")
+    one = Measurement(metric="white_knn_20", name=NAME, value=0.5, n=9)
+    full = {"trained": [one, one], "untrained": [one, one]}
+    charts.bars(["encoder", "0"], {"pixels": [None, None], **full}, "", "")
+    charts.bars(["encoder", "0"], full, "", "")
+    first, second = drawn
+    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in drawn]
+    assert legends == [["trained", "untrained"]] * 2
+    places = [[(bar.get_x(), bar.get_width()) for bar in axes.patches] for axes in drawn]
+    assert places[0] == places[1]
+    assert first.patches[0].get_facecolor() == second.patches[2].get_facecolor()
+
+
 def test_groups_are_runs_that_differ_in_the_seed_alone():
     runs = [
         candidate(f"{rate}{seed}", [True] * (5 + seed) + [False] * (5 - seed),

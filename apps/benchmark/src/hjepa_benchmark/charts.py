@@ -35,10 +35,13 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[Measurement | None
 
     Args:
         groups: names along the axis.
-        series: a number for each group by name of the series; None leaves a gap.
+        series: a number for each group by name of the series; None leaves a gap, None alone leaves the series out.
         across: title of the axis of groups.
         title: of the axis of numbers.
     """
+    # Series keep the colours that they have in other pictures, where nothing of one was measured here.
+    colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(series)}
+    series = {name: values for name, values in series.items() if any(one is not None for one in values)}
     figure, axes = plt.subplots(figsize=(max(3.6, 0.22 * len(groups) * len(series) + 1.4), 2.8))
     # A series with one number, like raw pixels among levels, is a line to compare with.
     counts = {name: sum(one is not None for one in values) for name, values in series.items()}
@@ -46,8 +49,8 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[Measurement | None
     barred = [name for name in series if name not in lone]
     shown = [at for at in range(len(groups)) if any(series[name][at] is not None for name in barred)]
     width = 0.8 / max(1, len(barred))
-    for number, (name, values) in enumerate(series.items()):
-        color = COLORS[number % len(COLORS)]
+    for name, values in series.items():
+        color = colors[name]
         if name in lone:
             (one,) = [one for one in values if one is not None]
             axes.axhline(one.value, color=color, linestyle="--", linewidth=1.4, label=_label(name))
