@@ -245,6 +245,8 @@ def test_rivals_give_crops_of_the_images(shards, tmp_path):
         (["probes", "nowhere", "--json", "no/rows.json"], "--json=no/rows.json"),
         (["sweep", "run.seed=0,1", "--out", "no/page.html"], "--out=no/page.html"),
         (["compare", "one", "two", "--json", "."], "--json=."),
+        (["compare", "one", "two", "--json", "x", "--out", "./x"], "--json=x, --out=x: one file"),
+        (["throughput", "--json", "x", "--turn", "x"], "--json=x, --turn=x: one file"),
         (["everything"], "everything"),
         ([], "COMMAND"),
     ],

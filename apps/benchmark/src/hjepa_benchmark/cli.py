@@ -4,7 +4,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -37,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{others[0]}: unknown; hjepa-benchmark {words[0]} --help lists what there is")
         if others:
             options.settings += others
-        for option in ("json", "out", "turn"):
-            _check_output(option, getattr(options, option, None))
+        _check_outputs({option: path for option in ("json", "out", "turn") if (path := getattr(options, option, None))})
         options.run(options)
     except (ValueError, OSError, RuntimeError) as error:
         code = _code(error)
@@ -64,15 +63,17 @@ def _code(error: Exception) -> int | None:
     return OTHER_ERROR if isinstance(error, WorkerError) else None
 
 
-def _check_output(option: str, path: Path | None) -> None:
-    """Refuse a place that cannot be written before hours are spent on what should go there."""
-    if path is None:
-        return
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(
-            f"--{option}={path}: no file can be written there; give the name of a file in a folder that is there and "
-            "may be written"
-        )
+def _check_outputs(paths: Mapping[str, Path]) -> None:
+    """Refuse places that cannot be written, or are one, before hours are spent on what should go there."""
+    for option, path in paths.items():
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(
+                f"--{option}={path}: no file can be written there; give the name of a file in a folder that is there "
+                "and may be written"
+            )
+    if len({path.resolve() for path in paths.values()}) < len(paths):
+        given = ", ".join(f"--{option}={path}" for option, path in paths.items())
+        raise ValueError(f"{given}: one file, of which the last would be left; give each a file of its own")
 
 
 class _Parser(argparse.ArgumentParser):
