@@ -212,6 +212,27 @@ def test_mean_errors_by_hand():
             assert "loses nothing by snow" in found["relative_mce"].details["undefined"]
 
 
+@pytest.mark.parametrize("lost", [4, 30])
+def test_relative_mce_is_told_where_no_draw_of_the_reference_loses_nothing(lost):
+    """In one of 55 draws none of four images of 200 that are lost by the change is there."""
+    plan = replace(QUICK, corruptions=(Corruption.fog,), severities=(1,))
+    images = torch.arange(200)
+    clean = images < 60
+    names = [FeatureName(branch=branch, level="encoder", pooling="mean") for branch in ("untrained online", "online")]
+    changed = (images < 60 + lost, images < 70)
+    errors = [{"error/clean": clean, "error/fog/1": wrong} for wrong in changed]
+    findings = Findings()
+    _mean_errors(dict(zip(names, errors, strict=True)), plan, findings)
+    for subject, value in (("untrained", 1), ("trained", 10 / lost)):
+        one = find(findings.measurements, "relative_mce", subject=subject, level="encoder")
+        if lost == 4:
+            assert math.isnan(one.value)
+            assert (one.method, one.details["undefined"]) == ("none", "the reference loses nothing by fog")
+        else:
+            assert one.value == pytest.approx(value)
+            assert one.low <= one.value <= one.high < 1.5
+
+
 def test_the_page_says_which_mean_error_is_undefined_and_why():
     name = FeatureName(branch="target", level="0", pooling="mean")
     one = Measurement(metric="error/clean", name=name, value=0.5, n=9)

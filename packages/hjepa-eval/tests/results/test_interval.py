@@ -85,6 +85,14 @@ def test_jackknife_of_a_mean_is_its_standard_error():
         jackknife(z[:19], lambda x: x.mean())
 
 
+def test_a_statistic_that_some_draw_leaves_undefined_has_no_ends():
+    rows = torch.eye(8)[:, :2]
+    found = bootstrap(rows, lambda mean: mean[:, 0] / mean[:, 1])
+    assert (found.value, found.method, found.n) == (1, "none", 8)
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+
+
 def test_an_interval_ends_where_its_measure_does():
     z = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).double()
     plain = jackknife(z, lambda x: x[:, 0].mean())

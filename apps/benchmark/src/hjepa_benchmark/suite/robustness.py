@@ -15,6 +15,7 @@ from hjepa_benchmark.suite.plan import Plan
 from hjepa_benchmark.suite.subjects import Subject
 from hjepa_data import FolderSource
 from hjepa_eval import FeatureName, LogisticProbe, bootstrap
+from hjepa_eval.results.interval import bootstrap_means
 from hjepa_eval.robustness.corrupt import corrupt
 from hjepa_eval.robustness.error import Change, right_on_changed
 from hjepa_eval.robustness.shift import lower_resolution, occlude, rotate
@@ -170,9 +171,9 @@ def _mean_errors(wrong: Mapping[FeatureName, Mapping[str, Tensor]], plan: Plan, 
 
 
 def _not_above_0(reference: Tensor, plan: Plan) -> list[str]:
-    """Corruptions under which a reference's errors [n, c, s] may add up to 0 or less: no ratio to them is a number."""
-    sums = [bootstrap(reference[:, number], lambda means: means.sum(dim=1)) for number in range(reference.shape[1])]
-    return [name for name, one in zip(plan.corruptions, sums, strict=True) if one.low <= 0]
+    """Corruptions under which a draw of a reference's errors [n, c, s] adds up to 0 or less: no ratio is a number."""
+    least = bootstrap_means(reference).sum(dim=2).amin(dim=0)
+    return [name for name, one in zip(plan.corruptions, least.tolist(), strict=True) if one <= 0]
 
 
 def _tables(found: Mapping[str, Tensor], metrics: list[list[str]]) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,8 @@ def bootstrap(
         seed: Of the draws.
 
     Returns:
-        The statistic of the samples with the 2.5 % and 97.5 % quantiles of its draws.
+        The statistic of the samples with the 2.5 % and 97.5 % quantiles of its draws; without ends where it is not
+        defined for some draw.
 
     Raises:
         ValueError: Where there is no sample or no draw.
@@ -76,11 +77,25 @@ def bootstrap(
         Efron and Tibshirani 1993, "An introduction to the bootstrap", section 13.3; shares of 0 and 1: Clopper and
         Pearson 1934 (Biometrika 26), "The use of confidence or fiducial limits".
     """
+    drawn, whole = bootstrap_means(samples, draws=draws, seed=seed), samples.detach().cpu().double().mean(0, True)
+    if statistic is not None:
+        drawn, whole = statistic(drawn), statistic(whole)
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    value, end = float(whole[0]), 0.025 ** (1 / len(samples))
+    if samples.dtype is torch.bool and statistic is None and value in {0.0, 1.0}:
+        low, high = (end, 1.0) if value else (0.0, 1 - end)
+    if math.isnan(low):
+        return Interval.without_ends(value, len(samples))
+    return Interval(value=value, low=low, high=high, method="bootstrap", n=len(samples))
+
+
+def bootstrap_means(samples: Tensor, *, draws: int = 1000, seed: int = 0) -> Tensor:
+    """The means of a bootstrap's draws [r, ...], for samples [n, ...]; bootstrap says more."""
     if not len(samples):
         raise ValueError("samples: there are none to draw from; check that the test set has labels")
     if draws < 1:
         raise ValueError(f"draws={draws}: at least 1; 1000 is usual")
-    rows = samples.detach().cpu().double().flatten(1) if samples.ndim > 1 else samples.detach().cpu().double()[:, None]
+    rows = samples.detach().cpu().double().reshape(len(samples), -1)
     generator = torch.Generator().manual_seed(seed)
     means = []
     for first in range(0, draws, max(1, ELEMENTS // len(rows))):
@@ -90,18 +105,7 @@ def bootstrap(
             1, index, torch.ones(1, 1, dtype=torch.float64).expand_as(index)
         )
         means.append(times @ rows / len(rows))
-    drawn, whole = torch.cat(means), rows.mean(dim=0, keepdim=True)
-    if samples.ndim > 1:
-        drawn, whole = drawn.view(-1, *samples.shape[1:]), whole.view(-1, *samples.shape[1:])
-    else:
-        drawn, whole = drawn[:, 0], whole[:, 0]
-    if statistic is not None:
-        drawn, whole = statistic(drawn), statistic(whole)
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    value, end = float(whole[0]), 0.025 ** (1 / len(rows))
-    if samples.dtype is torch.bool and statistic is None and value in {0.0, 1.0}:
-        low, high = (end, 1.0) if value else (0.0, 1 - end)
-    return Interval(value=value, low=low, high=high, method="bootstrap", n=len(rows))
+    return torch.cat(means).view(-1, *samples.shape[1:])
 
 
 def interval_of_mean(values: Sequence[float], method: str = "seeds") -> Interval:
