@@ -296,6 +296,19 @@ def test_ranks_of_a_sorted_set_are_of_all_its_classes():
     assert find(findings.measurements, "rankme", subject="trained", level="0").value > 4.9
 
 
+def test_a_run_is_measured_on_its_own_device_with_its_own_threads(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    shutil.copytree(run, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    for threads, device, expected in ((3, "cpu", "cpu"), (2, "auto", "cuda")):
+        text = config.replace("threads: null", f"threads: {threads}").replace("device: cpu", f"device: {device}")
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        found = open_run(tmp_path / "run", Measured(train_samples=20, eval_samples=5))
+        assert (found.device.type, asked.pop()) == (expected, threads)
+
+
 @pytest.mark.slow
 def test_a_run_without_labels_is_measured_by_what_needs_none(train, shards, tmp_path, capsys):
     source = ShardSource(shards / "train-*.tar")

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from hjepa_benchmark.runs import Measured
+from hjepa_benchmark.runs import Measured, device_of
 from hjepa_data import EvalConfig
 from hjepa_eval import Results, evaluate, extract, open_encoder, weights_hash, write_results
 from hjepa_pretrain.config import EvaluationConfig
@@ -39,7 +39,7 @@ def probe_backbone(name: str, measured: Measured, *, pretrained: bool, output: P
     said, asked = model.pretrained_cfg, measured.counts(EvaluationConfig())
     assert isinstance(said, dict)
     counts = (asked.train_samples, asked.eval_samples)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of()
     train, held_out = open_pair(measured.train, measured.held_out)
     assert held_out is not None
     bank, test = (

@@ -113,7 +113,7 @@ def finished_steps(folder: Path) -> int:
 
 
 def open_run(folder: Path, measured: Measured | None = None) -> Run:
-    """Open a run and load the images that it is measured on.
+    """Open a run with its number of threads, and load the images that it is measured on.
 
     Args:
         folder: holds `config.yaml`, `results.json`, `model.safetensors` and `config.json`.
@@ -131,8 +131,15 @@ def open_run(folder: Path, measured: Measured | None = None) -> Run:
     config.eval = measured.counts(config.eval)
     images = load_pair(config, open_data(folder, config), config.eval.train_samples, config.eval.eval_samples)
     assert images is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Run(folder=folder, config=config, steps=steps, train=images[0], test=images[1], device=device)
+    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    return Run(
+        folder=folder, config=config, steps=steps, train=images[0], test=images[1], device=device_of(config.run.device)
+    )
+
+
+def device_of(asked: str = "auto") -> torch.device:
+    """Where something is measured: on a GPU where there is one, unless `run.device` is cpu."""
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def open_data(folder: Path, config: PretrainConfig) -> tuple[Source, Source]:

@@ -22,15 +22,15 @@ _PACKAGES = (
 )
 
 
-def provenance(words: list[str]) -> dict[str, object]:
+def provenance(words: list[str], device: torch.device) -> dict[str, object]:
     """Returns what a reader needs to repeat the run: command, versions, git revision, machine, time."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({torch.get_num_threads()} threads)"
+    cuda = device.type == "cuda"
     return {
         "command": shlex.join(["hjepa-pretrain", *words]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu ({torch.get_num_threads()} threads)",
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "git": git_revision(),
         "executable": Path(sys.executable).name,

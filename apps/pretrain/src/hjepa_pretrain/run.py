@@ -116,7 +116,7 @@ class RunRecord(Callback):
             before = settings.read_provenance(self._folder)
             if before and trainer.step == 0:
                 logger.warning("%s holds no checkpoint: the run begins again", self._folder)
-            settings.save(self._plain, [*before, provenance(self._words)], self._folder)
+            settings.save(self._plain, [*before, provenance(self._words, trainer.world.device)], self._folder)
 
     def on_save(self, trainer: Trainer) -> None:
         """Drop the results of an earlier end: they are not of the weights that come now."""

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -82,7 +81,6 @@ def run_suite(
         raise PermissionError(errno.EACCES, "cannot be written; measure a copy of the run", str(target))
     read_rows(folder, run.steps)  # damage is told now, and not when all has been measured
     began = time.monotonic()
-    torch.set_num_threads(run.config.run.threads or torch.get_num_threads())
     findings, pictures = measure(run, plan, others, names)
     about = _about(run, suite, pictures.trained, time.monotonic() - began)
     if findings.left_out:
@@ -176,7 +174,7 @@ def weights_id(model: nn.Module) -> str:
 
 
 def _about(run: Run, suite: str, model: nn.Module, seconds: float) -> dict[str, str | int | float | bool | None]:
-    source = provenance([])
+    source = provenance([], run.device)
     versions, own = source["versions"], importlib.metadata.version("hjepa-benchmark")
     assert isinstance(versions, dict)
     seconds_trained = [spent for _, spent in training_seconds(read_rows(run.folder, run.steps))]

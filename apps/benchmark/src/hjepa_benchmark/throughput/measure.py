@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from hjepa_benchmark.runs import device_of
 from hjepa_benchmark.throughput.clock import milliseconds, wait
 from hjepa_benchmark.throughput.count import (
     compiled_graph_breaks,
@@ -102,8 +103,8 @@ def measure_throughput(
         parts: also time the parts, each of which is compiled by itself.
         turn: a file by which programs take turns: what is compiled is compiled beside them, and timed alone.
     """
-    cuda = config.run.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = device_of(config.run.device)
+    cuda = device.type == "cuda"
     step = TrainingStep(config, device)
     context, targets = step.draw_masks()
     counted = operations(step)
@@ -275,7 +276,7 @@ def _peak_of(plain: ReferenceStep, held: int, device: torch.device) -> float:
 
 
 def _about(config: PretrainConfig) -> dict[str, object]:
-    cuda = config.run.device != "cpu" and torch.cuda.is_available()
+    cuda = device_of(config.run.device).type == "cuda"
     return {
         "recipe": config.recipe,
         "model": config.model,
