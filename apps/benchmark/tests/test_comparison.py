@@ -189,6 +189,26 @@ def test_runs_of_several_seeds_are_put_together_wherever_they_were_trained(seeds
     assert one["low"] == pytest.approx(0.6 - 12.706 * 0.1, abs=1e-3)
 
 
+@pytest.mark.parametrize("change", ["missing", "images", "learned", "severities", "n", None])
+def test_means_over_seeds_are_of_numbers_that_all_have_of_the_same_images(change, tmp_path, capsys):
+    runs = [candidate(str(seed), [True] * (5 + seed), **{"run.seed": seed}) for seed in range(3)]
+    for seed, run in enumerate(runs):
+        run.results.measurements.append(Measurement(metric="rankme", name=NAME, value=5.0, n=9))
+        other = change if seed == 2 else None
+        details = {"corruptions": 5, "severities": 1 if other == "severities" else 3}
+        one = Measurement(metric="mce", name=NAME, value=0.9, n=7 if other == "n" else 9, details=details)
+        run.results.measurements[:1] = [] if other == "missing" else [one]
+        run.results.about["test_samples"] = str(other == "images")
+        run.results.about["train_samples"] = str(other == "learned")
+    show(runs, groups=group_by_settings(runs), page_file=None, output=tmp_path / "j")
+    (group,) = json.loads((tmp_path / "j").read_text())["groups"]
+    means = {one["metric"] for one in group["results"]}
+    said = capsys.readouterr().out
+    assert means == ({"rankme", "mce"} if change is None else set() if change in ("images", "learned") else {"rankme"})
+    assert ("mCE has no mean where a seed lacks it" in said) == (change is not None)
+    assert f"| all | 3 | encoder | {'5.000 [5.000, 5.000]' if 'rankme' in means else '-'} |" in said
+
+
 def test_a_copy_is_no_other_seed():
     runs = [
         candidate(name, [True] * good + [False] * (10 - good), **{"run.seed": seed})

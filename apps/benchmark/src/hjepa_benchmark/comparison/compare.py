@@ -148,15 +148,22 @@ def group_by_settings(runs: Sequence[Candidate]) -> dict[str, list[Candidate]]:
 def group_interval(group: Sequence[Candidate], metric: str, level: str) -> Measurement | None:
     """Mean of a metric over the seeds of a group with its interval; of a single seed its (first) own measurement.
 
-    Runs of one seed, such as a copy, count as one.
+    Runs of one seed, such as a copy, count as one. None where a seed has no such number, or one of other images.
     """
-    found = [(run, one) for run in group for one in run.trained() if one.metric == metric and one.name.level == level]
+    found = measured_in(group, metric, level)
     values: dict[Any, list[float]] = {}
     for run, one in found:
         values.setdefault(run.settings.get(SEED), []).append(one.value)
+    if len(values) < len(seeds_of(group)) or len({_measured_on(run, one) for run, one in found}) > 1:
+        return None
     if len(values) < 2:
-        return found[0][1] if found else None
+        return found[0][1]
     return Measurement.of(metric, found[0][1].name, interval_of_mean([*map(fmean, values.values())], "seeds"))
+
+
+def measured_in(group: Sequence[Candidate], metric: str, level: str) -> list[tuple[Candidate, Measurement]]:
+    """The measurements of a metric at a level in the runs of a group."""
+    return [(run, one) for run in group for one in run.trained() if one.metric == metric and one.name.level == level]
 
 
 def seeds_of(group: Sequence[Candidate]) -> list[Any]:
@@ -172,6 +179,12 @@ def curve(run: Candidate, key: str, *, seconds: bool) -> list[tuple[float, float
         for row, spent in training_seconds(run.rows)
         if row.get(key) is not None
     ]
+
+
+def _measured_on(run: Candidate, one: Measurement) -> tuple[object, ...]:
+    """Images and changes that a number is of."""
+    samples = (run.results.about.get(key) for key in ("test_samples", "train_samples"))
+    return (*samples, one.n, *(one.details.get(key) for key in ("corruptions", "severities")))
 
 
 def _asked(run: Candidate) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from hjepa_benchmark.comparison.compare import (
     differing_settings,
     group_by_settings,
     group_interval,
+    measured_in,
     paired_differences,
     read_candidates,
     seeds_of,
@@ -83,6 +84,7 @@ def show(runs: list[Candidate], *, groups: Groups, page_file: Path | None, outpu
         "Cost": _cost(runs),
     }
     notes = [f"Frozen features. Of {runs[0].name}: {summarize(runs[0].results).note}.", *_notes(runs, differences)]
+    notes += _without_mean(groups, metrics)
     for title, (header, rows) in tables.items():
         if rows:
             print(f"\n{title}\n\n{markdown(header, rows, _names(title))}")
@@ -176,6 +178,25 @@ def _group_numbers(groups: Groups, metrics: Sequence[str]) -> list[dict[str, Any
             ],
         }
         for label, group in groups.items()
+    ]
+
+
+def _without_mean(groups: Groups, metrics: Sequence[str]) -> list[str]:
+    """Say of what there is no mean over seeds, though some have it."""
+    names = [
+        title_of(metric)
+        for metric in metrics
+        if any(
+            measured_in(group, metric, level) and group_interval(group, metric, level) is None
+            for group in groups.values()
+            for level in _group_levels(group)
+        )
+    ]
+    if not names:
+        return []
+    return [
+        f"Over seeds, {', '.join(names)} has no mean where a seed lacks it, or has it of other images or changes; to "
+        "measure runs alike: hjepa-benchmark suite RUN_DIR, with the same options for each."
     ]
 
 
