@@ -25,6 +25,7 @@ from hjepa_benchmark.comparison.compare import (
 )
 from hjepa_benchmark.comparison.run import _groups, _metrics, _missing, _notes, show
 from hjepa_benchmark.comparison.sweep import combinations
+from hjepa_benchmark.runs import Measured
 from hjepa_benchmark.suite.report import error_panels
 from hjepa_benchmark.suite.summary import title_of
 from hjepa_eval import FeatureName, Measurement, Results
@@ -112,8 +113,9 @@ def test_runs_without_labels_are_grouped_too():
 
 
 def test_every_run_shows_its_own_number_of_neighbours():
-    runs = [candidate(f"k{k}", [True], **{"eval.k": k}) for k in (3, 20)]
+    runs = [candidate(f"k{k}", [True], **{"eval.k": 7}) for k in (3, 20)]
     for run, k in zip(runs, (3, 20), strict=True):
+        run.results.about["k"] = k
         for metric in (f"knn_{k}", f"white_knn_{k}"):
             run.results.measurements.append(Measurement(metric=metric, name=NAME, value=0.5, n=9))
     assert _metrics(runs) == ["knn_3", "white_knn_3", "knn_20", "white_knn_20", "linear"]
@@ -282,6 +284,48 @@ def test_compare_measures_what_is_missing(measured, train, tmp_path, capsys):
     assert _missing(other, "full") == "its results are of the quick suite"
     assert pretrain([f"run.dir={other}", "run.steps=4"]) == 0
     assert _missing(other, "quick") == "its results are of other weights"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("  k: 20", "  k: 10", "k=20, not 10"),
+        ("  eval_samples: 10000", "  eval_samples: 30", "eval.eval_samples=10000, not 30"),
+        ("  precision: fp32\n  at_end", "  precision: bf16\n  at_end", "eval.precision=fp32, not bf16"),
+        ("/eval-*.tar", "/other-*.tar", "/other-*.tar)"),
+        ("  every_steps: null", "  every_steps: 3", None),
+    ],
+)
+def test_results_of_other_settings_are_measured_again(measured, tmp_path, before, after, told):
+    folder = tmp_path / "run"
+    shutil.copytree(measured, folder)
+    config = (folder / "config.yaml").read_text()
+    assert before in config
+    (folder / "config.yaml").write_text(config.replace(before, after))
+    why = _missing(folder, "quick")
+    if told is None:
+        assert why is None
+        return
+    assert why.startswith("its results are of other settings (")
+    assert told in why
+    # What an option of the suite named is as it was asked for.
+    results = json.loads((folder / "benchmark" / "results.json").read_text())
+    results["about"]["given"] = "data.eval k eval.precision eval.eval_samples"
+    (folder / "benchmark" / "results.json").write_text(json.dumps(results))
+    assert _missing(folder, "quick") is None
+
+
+def test_what_options_name_is_kept_beside_the_results():
+    assert Measured(held_out="x", train_samples=3).given() == ["data.eval", "eval.train_samples"]
+    assert Measured().given() == []
+
+
+def test_a_comparison_says_what_it_was_measured_on(tmp_path, capsys):
+    runs = [candidate(name, [True, False]) for name in "abc"]
+    runs[1].results = replace(runs[1].results, data="e")
+    show(runs, groups={}, page_file=None, output=tmp_path / "j")
+    assert "Measured on d (a, c); e (b)." in capsys.readouterr().out
+    assert [one["data"] for one in json.loads((tmp_path / "j").read_text())["runs"]] == ["d", "e", "d"]
 
 
 @pytest.mark.slow

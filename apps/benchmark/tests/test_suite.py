@@ -532,6 +532,7 @@ def test_few_images_leave_out_what_needs_more_and_say_so(small, tmp_path, capsys
     left_out = "kNN k=30, 5-shot, 10-shot: 24 labelled training images, "
     left_out += f"{smallest} of the smallest class, are too few"
     assert found.about["left_out"] == left_out
+    assert (found.about["data.train"], found.about["given"]) == (train, "data.train")
     assert told.err.count(f"measuring: left out {left_out}\n") == 1
     assert f"left out {left_out}" in " ".join(told.out.split())
     assert f"left out {left_out}" in (small / "benchmark" / "report.html").read_text()

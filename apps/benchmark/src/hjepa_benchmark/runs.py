@@ -33,6 +33,16 @@ class Measured:
     train_samples: int | None = None
     eval_samples: int | None = None
 
+    def given(self) -> list[str]:
+        """Settings of the run that these take the place of."""
+        of = {
+            "data.train": self.train,
+            "data.eval": self.held_out,
+            "eval.train_samples": self.train_samples,
+            "eval.eval_samples": self.eval_samples,
+        }
+        return [setting for setting, value in of.items() if value is not None]
+
     def counts(self, config: EvaluationConfig) -> EvaluationConfig:
         """Return the settings with these numbers of images.
 
@@ -110,6 +120,19 @@ def finished_steps(folder: Path) -> int:
     except ValueError as error:
         why = f"damaged, or an earlier version wrote it ({str(error).removeprefix(f'{path}: ')})"
         raise ValueError(f"{path}: {why}; write it again with: {command(folder)}") from error
+
+
+def measured_by(config: PretrainConfig) -> dict[str, str | int | float | bool | None]:
+    """What the numbers of a suite depend on beside the weights and the suite."""
+    return {
+        "k": config.eval.k,
+        "eval.precision": str(config.eval.precision),
+        "eval.train_samples": config.eval.train_samples,
+        "eval.eval_samples": config.eval.eval_samples,
+        "data.train": config.data.train,
+        "data.eval": config.data.eval,
+        "data.eval_crop_fraction": config.data.eval_crop_fraction,
+    }
 
 
 def open_run(folder: Path, measured: Measured | None = None) -> Run:

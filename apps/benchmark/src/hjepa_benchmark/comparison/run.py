@@ -24,7 +24,7 @@ from hjepa_benchmark.comparison.compare import (
     read_candidates,
     seeds_of,
 )
-from hjepa_benchmark.runs import finished_steps, open_data, read_config
+from hjepa_benchmark.runs import finished_steps, measured_by, open_data, read_config
 from hjepa_benchmark.suite.findings import find
 from hjepa_benchmark.suite.report import changed, copyable, error_panels, numbers_table
 from hjepa_benchmark.suite.run import FOLDER, RESULTS_FILE, run_suite, weights_id
@@ -83,7 +83,8 @@ def show(runs: list[Candidate], *, groups: Groups, page_file: Path | None, outpu
         "Settings that differ": _settings(runs),
         "Cost": _cost(runs),
     }
-    notes = [f"Frozen features. Of {runs[0].name}: {summarize(runs[0].results).note}.", *_notes(runs, differences)]
+    notes = [f"Frozen features. Of {runs[0].name}: {summarize(runs[0].results).note}.", _measured_on(runs)]
+    notes += _notes(runs, differences)
     notes += _without_mean(groups, metrics)
     for title, (header, rows) in tables.items():
         if rows:
@@ -98,7 +99,7 @@ def show(runs: list[Candidate], *, groups: Groups, page_file: Path | None, outpu
 
 
 def measure_missing(folders: Sequence[Path], suite: str) -> None:
-    """Run the suite where a run has no results, older weights' results, or those of the quick suite for the full one.
+    """Run the suite where a run has no results, those of other weights or settings, or of the quick suite for the full.
 
     Raises:
         ValueError: one is no finished run, or has no images to be measured on.
@@ -122,14 +123,20 @@ def _missing(folder: Path, suite: str) -> str | None:
         about = read_results(folder / FOLDER / RESULTS_FILE).about
     except ValueError:
         return "its results cannot be read"
-    if about.get("weights") != weights_id(load_run(folder, read_config(folder))):
+    config = read_config(folder)
+    if about.get("weights") != weights_id(load_run(folder, config)):
         return "its results are of other weights"
+    # What an option of the suite named in their place may differ from the run's own; earlier versions kept k alone.
+    own = {key: value for key, value in measured_by(config).items() if key not in str(about.get("given", "")).split()}
+    others = [f"{key}={about[key]}, not {value}" for key, value in own.items() if about.get(key, value) != value]
+    if others:
+        return f"its results are of other settings ({'; '.join(others)})"
     return "its results are of the quick suite" if (suite, about.get("suite")) == ("full", "quick") else None
 
 
 def _metrics(runs: Sequence[Candidate]) -> list[str]:
     seen = dict.fromkeys(one.metric for run in runs for one in run.trained())
-    own = {f"{start}{run.settings.get('eval.k')}" for run in runs for start in (KNN, WHITE_KNN)}
+    own = {f"{start}{run.results.about.get('k')}" for run in runs for start in (KNN, WHITE_KNN)}
     return [*(metric for metric in seen if metric in own), *(metric for metric in TITLES if metric in seen)]
 
 
@@ -210,6 +217,15 @@ def _differences(differences: Sequence[Difference]) -> Table:
         for one in differences
     ]  # fmt: skip
     return ["run", "level", "metric", "difference", "95 % interval", "without 0", "n"], rows
+
+
+def _measured_on(runs: Sequence[Candidate]) -> str:
+    """Say what held-out images the numbers are of."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        names.setdefault(run.results.data, []).append(run.name)
+    told = [f"{data} ({', '.join(of)})" for data, of in names.items()]
+    return f"Measured on {'; '.join(told)}."
 
 
 def _notes(runs: Sequence[Candidate], differences: Sequence[Difference]) -> list[str]:
@@ -326,6 +342,7 @@ def _content(runs: Sequence[Candidate], differences: Sequence[Difference], metri
         "runs": [
             {
                 "name": run.name,
+                "data": run.results.data,
                 "about": dict(run.results.about),
                 "results": [
                     {

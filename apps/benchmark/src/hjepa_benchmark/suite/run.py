@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
-from hjepa_benchmark.runs import Measured, Run, open_run, training_seconds
+from hjepa_benchmark.runs import Measured, Run, measured_by, open_run, training_seconds
 from hjepa_benchmark.suite.composites import measure_composites
 from hjepa_benchmark.suite.findings import Findings, images_hash, known, save_right
 from hjepa_benchmark.suite.plan import PLANS, Plan
@@ -83,6 +83,8 @@ def run_suite(
     began = time.monotonic()
     findings, pictures = measure(run, plan, others, names)
     about = _about(run, suite, pictures.trained, time.monotonic() - began)
+    if measured is not None and (given := measured.given()):
+        about["given"] = " ".join(given)
     if findings.left_out:
         about["left_out"] = findings.left_out
     results = Results(model=run.name, data=run.data, measurements=findings.measurements, about=about)
@@ -192,7 +194,7 @@ def _about(run: Run, suite: str, model: nn.Module, seconds: float) -> dict[str, 
         "steps": run.steps,
         "target_encoder": getattr(model, "target_encoder", None) is not None,
         "seed": run.config.run.seed,
-        "k": run.config.eval.k,
+        **measured_by(run.config),
         "test_samples": images_hash(run.test),
         "train_samples": images_hash(run.train),
         "weights": weights_id(model),
