@@ -49,6 +49,19 @@ def test_probes_take_as_many_images_as_they_are_told(run, tmp_path, capsys):
         assert capsys.readouterr().err.startswith(f"hjepa-benchmark: {words}: {told}")
 
 
+def test_probes_say_whether_the_end_was_chosen_on_their_images(run, shards, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["early_stop"] = {"metric": "eval/encoder/knn_20"}
+    config["eval"]["every_steps"] = 1
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    few = ["--train-samples", "30", "--eval-samples", "7", "--json", str(tmp_path / "rows.json")]
+    for words, chosen in (([], "eval/encoder/knn_20"), (["--eval", f"{shards}/train-*.tar"], None)):
+        assert main(["probes", str(tmp_path / "run"), *few, *words]) == 0
+        assert read_results(tmp_path / "rows.json").about.get("early_stop") == chosen
+        assert ("the end was chosen by" in " ".join(capsys.readouterr().out.split())) == (chosen is not None)
+
+
 def test_probes_of_a_timm_model(shards, tmp_path, capsys):
     timm = pytest.importorskip("timm")
     where = ["--train", f"{shards}/train-*.tar", "--eval", f"{shards}/eval-*.tar"]

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from hjepa_eval import FeatureName, Measurement, Results
-from hjepa_pretrain.results import result_rows, results_caption, results_table
+from hjepa_pretrain import settings
+from hjepa_pretrain.results import result_rows, results_caption, results_of, results_table
 
 NAME = FeatureName(branch="untrained online", level="encoder", pooling="mean")
 SEEN = {"n": 12, "n_train": 24, "method": "bootstrap", "details": {"width": 1024}}
@@ -60,5 +61,17 @@ def test_the_caption_counts_what_has_labels():
     caption = results_caption(results(ACCURACIES + RANKS))
     assert "kNN: k=20, cosine, top-1;" in caption
     assert "24 labelled training and 12 held-out images; ranks of 23 training images; after ±" in caption
+    assert "chosen" not in caption
     bare = results_caption(results(RANKS))
     assert bare.startswith("step 2; without labels no accuracies; ranks of 23 training images; after ±")
+
+
+@pytest.mark.parametrize("metric", ["eval/encoder/knn_20", "eval/encoder/rankme", "train/loss", None])
+def test_an_end_that_was_chosen_on_the_held_out_images_is_told(metric, tmp_path):
+    words = [] if metric is None else [f"early_stop={{metric: {metric}}}"]
+    config, _ = settings.load([f"run.dir={tmp_path}", *words], quiet=True)
+    found = results_of(ACCURACIES, 2, tmp_path, config)
+    chosen = metric == "eval/encoder/knn_20"
+    assert found.about.get("early_stop") == (metric if chosen else None)
+    told = f"the end was chosen by {metric}, on some of the same held-out images"
+    assert (told in results_caption(found)) == chosen

@@ -150,7 +150,9 @@ def open_run(folder: Path, measured: Measured | None = None) -> Run:
     if measured.train is not None:
         # Weights are of the sources that the run learned from.
         config.data.train, config.data.weights = measured.train, ()
-    config.data.eval = measured.held_out or config.data.eval
+    if measured.held_out is not None:
+        # Nothing was chosen on other images.
+        config.data.eval, config.early_stop = measured.held_out, None
     config.eval = measured.counts(config.eval)
     images = load_pair(config, open_data(folder, config), config.eval.train_samples, config.eval.eval_samples)
     assert images is not None

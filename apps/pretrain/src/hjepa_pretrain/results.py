@@ -50,6 +50,13 @@ def results_of(measured: Sequence[Measurement], steps: int, folder: Path, config
         config: of the run.
     """
     about = {"recipe": config.recipe, "encoder": config.model, "seed": config.run.seed, **_measured(steps, config)}
+    # The other measurements on the way are of training images.
+    if (
+        config.early_stop is not None
+        and config.early_stop.metric.startswith("eval/")
+        and "knn" in config.early_stop.metric
+    ):
+        about["early_stop"] = config.early_stop.metric
     return Results(model=folder.resolve().name, data=data_name(config), measurements=measured, about=about)
 
 
@@ -105,6 +112,8 @@ def results_caption(results: Results, *, whitened: bool = False) -> str:
             said.append("whitened kNN: of features all of whose directions have nearly the same variance")
     else:
         said.append("without labels no accuracies")
+    if "early_stop" in results.about:
+        said.append(f"the end was chosen by {results.about['early_stop']}, on some of the same held-out images")
     if "rankme" in measured:
         said.append(f"ranks of {measured['rankme'].n} training images")
     return "; ".join([*said, "after ± half the width of the 95 % interval"])
