@@ -210,6 +210,16 @@ def test_a_callback_that_cannot_end_hides_no_error_and_lets_the_others_end(devic
         assert f"Broken: {name} cannot end" in caplog.text
 
 
+def test_a_disk_that_is_full_at_the_end_leaves_a_run_done(device, caplog):
+    class Full(Callback):
+        def on_fit_end(self, trainer, outcome):
+            raise OSError(28, "No space left on device")
+
+    trainer = Trainer(ToyModule(), ArithmeticStream(), config(device), callbacks=[Full()])
+    assert trainer.fit() is Outcome.DONE
+    assert "Full: [Errno 28]" in caplog.text
+
+
 @pytest.mark.parametrize(("epochs", "said"), [(1, False), (2, True)])
 def test_a_warm_up_as_long_as_the_run_is_said(device, caplog, epochs, said):
     rate = ScheduleConfig(value=0.01, warmup_steps=epochs, unit="epochs")

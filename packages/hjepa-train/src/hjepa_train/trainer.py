@@ -410,7 +410,8 @@ class Trainer:
                 callback.on_fit_end(self, outcome)
             except Exception as error:
                 logger.warning("%s: %s", callback.key, one_line(error))
-                failed = failed or error
+                # A full disk takes nothing from what has been done and saved.
+                failed = failed or (None if isinstance(error, OSError) else error)
         if failed is not None and outcome is not None:
             raise failed
 
