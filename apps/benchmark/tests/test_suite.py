@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import math
 import re
 import shutil
 import tracemalloc
@@ -24,15 +23,11 @@ from hjepa_benchmark.suite.plan import FULL, PLANS, QUICK
 from hjepa_benchmark.suite.probes import (
     compare_levels,
     compare_views,
-    match_views,
-    random_boxes,
-    random_crop,
     rank_levels,
 )
-from hjepa_benchmark.suite.report import Pictures, _confusion, _corruptions, numbers_table, write_page
-from hjepa_benchmark.suite.robustness import _mean_errors, _ratio
+from hjepa_benchmark.suite.report import Pictures, _confusion, numbers_table, write_page
 from hjepa_benchmark.suite.run import measure
-from hjepa_benchmark.suite.subjects import level_grids, subjects
+from hjepa_benchmark.suite.subjects import subjects
 from hjepa_benchmark.suite.summary import latex, markdown
 from hjepa_data import ShardSource
 from hjepa_eval import (
@@ -42,13 +37,11 @@ from hjepa_eval import (
     FewShotConfig,
     HeadOptimizer,
     HeadTraining,
-    Measurement,
     Results,
     level_features,
     open_encoder,
     read_results,
 )
-from hjepa_eval.robustness.error import mean_corruption_error, relative_corruption_error
 from hjepa_eval.robustness.severity import Corruption
 from hjepa_pretrain.demo import CLASS_NAMES, compose_demo
 from hjepa_pretrain.demo.shards import write_demo_shards
@@ -165,81 +158,6 @@ def test_a_folder_of_other_images_is_classified(measured, tmp_path):
     assert one.details["classes"] == 2
     # Of two classes only: far above one in ten, whatever was learned.
     assert findings.right["folder/other|target|encoder|mean"].shape == (6,)
-
-
-def test_the_bootstrapped_ratio_is_mce():
-    generator = torch.Generator().manual_seed(0)
-    means = torch.rand(1, 2, 3, 4, generator=generator, dtype=torch.float64)
-    own, base = ({str(c): means[0, side, c].tolist() for c in range(3)} for side in (0, 1))
-    assert float(_ratio(means)) == pytest.approx(mean_corruption_error(own, base).mean)
-
-
-def test_mean_errors_by_hand():
-    """Two corruptions at two severities, errors of ten images each; the reference is hurt by both, or not by one."""
-    metrics = ("error/clean", "error/fog/1", "error/fog/5", "error/snow/1", "error/snow/5")
-    plan = replace(QUICK, corruptions=(Corruption.fog, Corruption.snow), severities=(1, 5))
-
-    def wrong(*errors):
-        return {metric: torch.arange(10).repeat(30) < n for metric, n in zip(metrics, errors, strict=True)}
-
-    for reference, defined, mean_defined in (
-        ((2, 4, 6, 5, 8), True, True),
-        ((2, 4, 6, 2, 2), False, True),
-        ((2, 4, 6, 0, 0), False, False),
-    ):
-        findings = Findings()
-        names = [FeatureName(branch=branch, level=level, pooling="mean")
-                 for branch, level in (("untrained online", "encoder"), ("online", "0"))]  # fmt: skip
-        _mean_errors(dict(zip(names, (wrong(*reference), wrong(1, 2, 4, 3, 5)), strict=True)), plan, findings)
-        found = {
-            metric: find(findings.measurements, metric, subject="trained", level="0")
-            for metric in ("mce", "relative_mce", "added_error")
-        }
-        own, base = ({"fog": row[1:3], "snow": row[3:]} for row in ((1, 2, 4, 3, 5), reference))
-        if mean_defined:
-            assert found["mce"].value == pytest.approx(mean_corruption_error(own, base).mean)
-        else:
-            assert math.isnan(found["mce"].value)
-            assert found["mce"].method == "none"
-            assert found["mce"].details["undefined"] == "the reference makes no errors under snow"
-        assert found["added_error"].value == pytest.approx((1 + 3 + 2 + 4) / 4 / 10)
-        if defined:
-            by_hand = relative_corruption_error(own, base, clean=1, reference_clean=reference[0]).mean
-            assert found["relative_mce"].value == pytest.approx(by_hand)
-            assert found["relative_mce"].low < by_hand < found["relative_mce"].high
-        else:
-            assert math.isnan(found["relative_mce"].value)
-            assert "loses nothing by snow" in found["relative_mce"].details["undefined"]
-
-
-@pytest.mark.parametrize("lost", [4, 30])
-def test_relative_mce_is_told_where_no_draw_of_the_reference_loses_nothing(lost):
-    """In one of 55 draws none of four images of 200 that are lost by the change is there."""
-    plan = replace(QUICK, corruptions=(Corruption.fog,), severities=(1,))
-    images = torch.arange(200)
-    clean = images < 60
-    names = [FeatureName(branch=branch, level="encoder", pooling="mean") for branch in ("untrained online", "online")]
-    changed = (images < 60 + lost, images < 70)
-    errors = [{"error/clean": clean, "error/fog/1": wrong} for wrong in changed]
-    findings = Findings()
-    _mean_errors(dict(zip(names, errors, strict=True)), plan, findings)
-    for subject, value in (("untrained", 1), ("trained", 10 / lost)):
-        one = find(findings.measurements, "relative_mce", subject=subject, level="encoder")
-        if lost == 4:
-            assert math.isnan(one.value)
-            assert (one.method, one.details["undefined"]) == ("none", "the reference loses nothing by fog")
-        else:
-            assert one.value == pytest.approx(value)
-            assert one.low <= one.value <= one.high < 1.5
-
-
-def test_the_page_says_which_mean_error_is_undefined_and_why():
-    name = FeatureName(branch="target", level="0", pooling="mean")
-    one = Measurement(metric="error/clean", name=name, value=0.5, n=9)
-    measured = [one, *(replace(one, metric=metric) for metric in ("error/fog/1", "added_error"))]
-    measured += [replace(one, metric="mce", value=math.nan, details={"undefined": "the one"}),
-                 replace(one, metric="relative_mce", value=math.nan, details={"undefined": "the other"})]  # fmt: skip
-    assert _corruptions(measured).note.endswith("mCE is undefined: the one. Relative mCE is undefined: the other.")
 
 
 def test_composites_fill_the_images_of_the_run():
@@ -381,59 +299,6 @@ def test_a_checkpoint_is_an_encoder_that_can_be_measured(run, tmp_path):
         with pytest.raises(ValueError, match=message) as raised:
             load_checkpoint(path)
         assert "\n" not in str(raised.value)
-
-
-def test_crops_are_parts_of_the_image():
-    ramp = torch.arange(32, dtype=torch.uint8).expand(5, 3, 32, 32)
-    crops = random_crop(ramp, 0)
-    assert crops.shape == ramp.shape
-    assert torch.equal(crops, random_crop(ramp, 0))
-    assert not torch.equal(crops, random_crop(ramp, 1))
-    steps = crops[:, 0, 0].double().diff(dim=1)
-    mirrored = steps.sum(dim=1) < 0
-    assert 0 < int(mirrored.sum()) < 5 or len(mirrored) < 5
-    assert bool((steps.sum(dim=1).abs() <= 32).all())
-    assert torch.equal(random_crop(ramp[:2], 0), crops[:2])
-
-
-def test_boxes_say_where_crops_come_from():
-    """Of images that hold their own coordinates."""
-    y, x = torch.meshgrid(torch.arange(32), torch.arange(48), indexing="ij")
-    places = torch.stack((y, x, torch.zeros_like(x))).to(torch.uint8).expand(40, -1, -1, -1)
-    crops, (boxes, mirrored) = random_crop(places, 1).double(), random_boxes(places.shape, 1)
-    assert 0 < int(mirrored.sum()) < 40
-    assert bool((boxes[:, 2] * boxes[:, 3] >= 0.399 * 32 * 48).all())
-    for crop, (top, left, height, width), flipped in zip(crops, boxes.double(), mirrored, strict=True):
-        rows = (top + height * (torch.arange(32) + 0.5) / 32 - 0.5).clamp(0, 31)
-        columns = (left + width * (torch.arange(48) + 0.5) / 48 - 0.5).clamp(0, 47)
-        assert (crop[0] - rows[:, None]).abs().max() < 0.51
-        assert (crop[1] - (columns.flip(0) if flipped else columns)).abs().max() < 0.51
-
-
-def test_corresponding_patches_are_found_by_what_tells_places(run):
-    """Tokens of pictures whose colours are their coordinates, beside those of pictures without any."""
-    opened, found = open_run(run), {}
-    subject = subjects(opened)[0]
-    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
-    told = 7 * torch.stack((y, x, 31 - x)).to(torch.uint8)
-    with pytest.MonkeyPatch.context() as patch:
-        # The mean of each patch stands for its token.
-        patch.setattr(probes, "tokens_of", lambda _run, _model, images, levels: {
-            level: torch.nn.functional.adaptive_avg_pool2d(
-                images.pixels.float() - 110, level_grids(opened, subject.model)[level]
-            ).flatten(2).transpose(1, 2) for level in levels
-        })  # fmt: skip
-        for name, picture in (("told", told), ("plain", torch.full_like(told, 7))):
-            opened.test = Images(pixels=picture.expand(60, -1, -1, -1), labels=torch.zeros(60).long())
-            findings = Findings()
-            match_views(subject, opened, findings)
-            found[name] = find(findings.measurements, "correspondence", subject="trained", level="encoder")
-    # The cosine of two colours is not quite their distance; what ignores that crops are mirrored finds a third.
-    assert found["told"].value > 0.5
-    assert found["plain"].value < 0.15
-    assert found["told"].low < found["told"].value < found["told"].high
-    assert found["told"].n == 60
-    assert found["told"].details["chance"] == 1 / 16
 
 
 def test_tables_can_be_pasted():
